@@ -1,0 +1,66 @@
+"""The only file that imports CuPy; says why a GPU is not usable.
+
+CuPy is imported at the first question, never by ``import gpulayers``: it costs a quarter of a second, and the driver
+must stay untouched until somebody wants a GPU. "CuPy imports" is not "a GPU is usable": usable means that a small
+allocation on the current device succeeded.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from types import ModuleType
+from typing import Any
+
+__all__ = ["cupy", "installed", "is_device_array", "unusable_reason"]
+
+
+@functools.cache
+def _import() -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module("cupy"), ""
+    except ImportError as error:
+        return None, (
+            f"CuPy is not installed ({error}). Install gpulayers[cuda12] or gpulayers[cuda13], "
+            "whichever matches the NVIDIA driver."
+        )
+    except Exception as error:  # a broken CUDA installation raises anything: it is reported, never hidden
+        return None, f"CuPy is installed but cannot be imported ({type(error).__name__}: {error})."
+
+
+def installed() -> bool:
+    """Say whether CuPy can be imported. Imports it; does not touch the driver."""
+    return _import()[0] is not None
+
+
+def cupy() -> ModuleType:
+    """Return the CuPy module. Raises ImportError with the reason where there is none."""
+    module, reason = _import()
+    if module is None:
+        raise ImportError(reason)
+    return module
+
+
+@functools.cache
+def unusable_reason() -> str:
+    """Return why no GPU can be used, or an empty string where one can.
+
+    The answer is found once per process by allocating one element, because drivers, containers and permissions all fail
+    later than the import.
+    """
+    module, reason = _import()
+    if module is None:
+        return reason
+    try:
+        module.empty(1, dtype="float32")
+    except Exception as error:  # CUDA errors derive from RuntimeError, MemoryError and private types
+        text = " ".join(str(error).split())
+        return f"CuPy {module.__version__} is installed, but no GPU answers ({type(error).__name__}: {text})."
+    return ""
+
+
+def is_device_array(value: Any) -> bool:
+    """Say whether `value` is a CuPy array, without importing CuPy."""
+    module = sys.modules.get("cupy")
+    return module is not None and isinstance(value, getattr(module, "ndarray", ()))

@@ -1,0 +1,34 @@
+"""Recording: tensors, tapes, graphs, and running what was recorded."""
+
+from gpulayers.trace.dispatch import as_value as as_value
+from gpulayers.trace.execute import Plan as Plan
+from gpulayers.trace.execute import ancestors as ancestors
+from gpulayers.trace.execute import execute as execute
+from gpulayers.trace.function import cond as cond
+from gpulayers.trace.function import custom_gradient as custom_gradient
+from gpulayers.trace.function import function as function
+from gpulayers.trace.gradients import UnconnectedGradients as UnconnectedGradients
+from gpulayers.trace.graph import FunctionGraph as FunctionGraph
+from gpulayers.trace.graph import Graph as Graph
+from gpulayers.trace.graph import Node as Node
+from gpulayers.trace.graph import active_graph as active_graph
+from gpulayers.trace.graph import control_dependencies as control_dependencies
+from gpulayers.trace.graph import eager_mode as eager_mode
+from gpulayers.trace.graph import executing_eagerly as executing_eagerly
+from gpulayers.trace.graph import get_default_graph as get_default_graph
+from gpulayers.trace.graph import group as group
+from gpulayers.trace.graph import no_op as no_op
+from gpulayers.trace.graph import placeholder as placeholder
+from gpulayers.trace.graph import reset_default_graph as reset_default_graph
+from gpulayers.trace.graph import symbolic_graph as symbolic_graph
+from gpulayers.trace.session import Session as Session
+from gpulayers.trace.session import get_default_session as get_default_session
+from gpulayers.trace.session import gradients as gradients
+from gpulayers.trace.stored import StoredValue as StoredValue
+from gpulayers.trace.tape import GradientTape as GradientTape
+from gpulayers.trace.tape import active_tapes as active_tapes
+from gpulayers.trace.tape import as_recorded as as_recorded
+from gpulayers.trace.tape import stop_recording as stop_recording
+from gpulayers.trace.tensor import GraphTensor as GraphTensor
+from gpulayers.trace.tensor import RecordedTensor as RecordedTensor
+from gpulayers.trace.tensor import Tensor as Tensor

@@ -1,0 +1,99 @@
+"""Values that can change: what tapes and graphs need to know of a variable, and no more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gpulayers.errors import UninitializedError, message
+from gpulayers.ops.operation import Operation, Recordable, Spec
+from gpulayers.trace.tensor import RecordedTensor
+
+__all__ = ["StoredValue", "assign_stored", "read_stored"]
+
+
+class StoredValue(Recordable):
+    """An array that can be replaced, with a counter of its changes.
+
+    `read` gives the array, `store` replaces it, `writable` gives the array to write into. `tensor` is the recorded
+    tensor of the present version, shared by all tapes that watch it.
+    """
+
+    __slots__ = ("_array", "_lent", "_tensor", "_tensor_version", "name", "static_dtype", "static_shape", "trainable", "version")
+
+    def __init__(self, array: Any, name: str, trainable: bool, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        self._array, self.name, self.trainable = array, name, trainable
+        self.static_shape, self.static_dtype = shape, dtype
+        self.version = 0
+        self._lent = False
+        self._tensor: RecordedTensor | None = None
+        self._tensor_version = -1
+
+    def read(self) -> Any:
+        """Return the device array. Raises UninitializedError before the first value."""
+        if self._array is None:
+            raise UninitializedError(
+                message(
+                    self.name,
+                    "is read before it has a value",
+                    do="Run gl.global_variables_initializer() in the session first.",
+                )
+            )
+        return self._array
+
+    def lend(self) -> Any:
+        """Return the array for a use that may outlast a later in-place update: that update will write a copy."""
+        self._lent = True
+        return self.read()
+
+    def store(self, array: Any) -> None:
+        """Replace the array."""
+        self._array = array
+        self._lent = False
+        self.version += 1
+
+    def writable(self) -> Any:
+        """Return the array to write into. Its present value counts as changed."""
+        array = self.read()
+        if self._lent:
+            self._array = array = array.copy()
+            self._lent = False
+        self.version += 1
+        return array
+
+    def tensor(self) -> RecordedTensor:
+        """Return the tensor that stands for the present version on tapes."""
+        if self._tensor is None or self._tensor_version != self.version:
+            self._tensor, self._tensor_version = RecordedTensor(self.read()), self.version
+        return self._tensor
+
+    @property
+    def initialized(self) -> bool:
+        """Whether it has a value."""
+        return self._array is not None
+
+
+read_stored = Operation(
+    "read_stored",
+    lambda xp, *, stored: stored.lend(),
+    spec=lambda stored: Spec(stored.static_shape, stored.static_dtype),
+    type="ReadVariableOp",
+    stateful=True,
+    doc="Read a variable in a graph.",
+)
+
+
+def _assign(xp: Any, value: Any, *, stored: StoredValue) -> Any:
+    stored.store(stored.accept(value))  # type: ignore[attr-defined]
+    return stored.read()
+
+
+assign_stored = Operation(
+    "assign_stored",
+    _assign,
+    spec=lambda value, stored: Spec(stored.static_shape, stored.static_dtype),
+    type="Assign",
+    stateful=True,
+    doc="Give a variable a new value and return it.",
+)
