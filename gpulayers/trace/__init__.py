@@ -1,6 +1,8 @@
 """Recording: tensors, tapes, graphs, and running what was recorded."""
 
 from gpulayers.trace.dispatch import as_value as as_value
+from gpulayers.trace.dispatch import autocast as autocast
+from gpulayers.trace.dispatch import autocast_dtype as autocast_dtype
 from gpulayers.trace.execute import Plan as Plan
 from gpulayers.trace.execute import ancestors as ancestors
 from gpulayers.trace.execute import execute as execute
@@ -10,6 +12,7 @@ from gpulayers.trace.function import function as function
 from gpulayers.trace.gradients import UnconnectedGradients as UnconnectedGradients
 from gpulayers.trace.graph import FunctionGraph as FunctionGraph
 from gpulayers.trace.graph import Graph as Graph
+from gpulayers.trace.graph import GraphKeys as GraphKeys
 from gpulayers.trace.graph import Node as Node
 from gpulayers.trace.graph import active_graph as active_graph
 from gpulayers.trace.graph import control_dependencies as control_dependencies
@@ -24,7 +27,10 @@ from gpulayers.trace.graph import symbolic_graph as symbolic_graph
 from gpulayers.trace.session import Session as Session
 from gpulayers.trace.session import get_default_session as get_default_session
 from gpulayers.trace.session import gradients as gradients
+from gpulayers.trace.stored import CompositeValue as CompositeValue
 from gpulayers.trace.stored import StoredValue as StoredValue
+from gpulayers.trace.stored import assign_stored as assign_stored
+from gpulayers.trace.stored import read_stored as read_stored
 from gpulayers.trace.tape import GradientTape as GradientTape
 from gpulayers.trace.tape import active_tapes as active_tapes
 from gpulayers.trace.tape import as_recorded as as_recorded

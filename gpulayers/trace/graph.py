@@ -19,6 +19,7 @@ from gpulayers.trace.tensor import GraphTensor, RecordedTensor
 __all__ = [
     "FunctionGraph",
     "Graph",
+    "GraphKeys",
     "Node",
     "active_graph",
     "control_dependencies",
@@ -33,6 +34,22 @@ __all__ = [
 
 _NAME = re.compile(r"^[A-Za-z0-9.][A-Za-z0-9_.\\/>-]*$")
 _counter = itertools.count()
+
+
+class GraphKeys:
+    """Names of the standard collections of a graph. Source: ``tf.compat.v1.GraphKeys``."""
+
+    GLOBAL_VARIABLES = "variables"
+    TRAINABLE_VARIABLES = "trainable_variables"
+    LOCAL_VARIABLES = "local_variables"
+    MODEL_VARIABLES = "model_variables"
+    UPDATE_OPS = "update_ops"
+    REGULARIZATION_LOSSES = "regularization_losses"
+    LOSSES = "losses"
+    SUMMARIES = "summaries"
+    INIT_OP = "init_op"
+    TRAIN_OP = "train_op"
+    GLOBAL_STEP = "global_step"
 
 
 class _Stack(threading.local):

@@ -14,7 +14,7 @@ from gpulayers.errors import DTypeError, GradientError, GraphError, ShapeError, 
 from gpulayers.trace.execute import Plan, ancestors, execute
 from gpulayers.trace.gradients import UnconnectedGradients, backpropagate, seed
 from gpulayers.trace.graph import Graph, Node, eager_mode, get_default_graph
-from gpulayers.trace.stored import StoredValue, read_stored
+from gpulayers.trace.stored import CompositeValue, StoredValue, read_stored
 from gpulayers.trace.tensor import GraphTensor, RecordedTensor
 
 __all__ = ["Session", "get_default_session", "gradients"]
@@ -93,9 +93,9 @@ class Session:
             value = self.graph.get_tensor_by_name(value)
         if isinstance(value, StoredValue):
             return value
-        if hasattr(value, "as_graph_tensor"):  # a partitioned variable reads as one tensor
+        if isinstance(value, CompositeValue):
             with self.graph.as_default():
-                value = value.as_graph_tensor()
+                value = value.as_tensor()
         if not isinstance(value, GraphTensor | Node):
             raise TypeError(message("Session.run", "cannot be fetched", "a tensor, variable or node", repr(value)))
         if value.graph is not self.graph:

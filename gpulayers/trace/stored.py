@@ -10,22 +10,47 @@ from gpulayers.errors import UninitializedError, message
 from gpulayers.ops.operation import Operation, Recordable, Spec
 from gpulayers.trace.tensor import RecordedTensor
 
-__all__ = ["StoredValue", "assign_stored", "read_stored"]
+__all__ = ["CompositeValue", "StoredValue", "assign_stored", "read_stored"]
+
+
+class CompositeValue(Recordable):
+    """A value made of several stored ones, which takes part in operations as one tensor."""
+
+    __slots__ = ()
+
+    def as_tensor(self) -> Any:
+        """Return the whole value, by operations on the parts."""
+        raise TypeError(message(type(self).__name__, "does not say how to be read as one tensor"))
 
 
 class StoredValue(Recordable):
     """An array that can be replaced, with a counter of its changes.
 
     `read` gives the array, `store` replaces it, `writable` gives the array to write into. `tensor` is the recorded
-    tensor of the present version, shared by all tapes that watch it.
+    tensor of the present version, shared by all tapes that watch it. With `autocast` it is read in the compute dtype of
+    the layer that is being called.
     """
 
-    __slots__ = ("_array", "_lent", "_tensor", "_tensor_version", "name", "static_dtype", "static_shape", "trainable", "version")
+    __slots__ = (
+        "__weakref__",
+        "_array",
+        "_lent",
+        "_tensor",
+        "_tensor_version",
+        "autocast",
+        "name",
+        "static_dtype",
+        "static_shape",
+        "trainable",
+        "version",
+    )
+    __hash__ = object.__hash__
 
     def __init__(self, array: Any, name: str, trainable: bool, shape: tuple[int, ...], dtype: np.dtype) -> None:
         self._array, self.name, self.trainable = array, name, trainable
         self.static_shape, self.static_dtype = shape, dtype
         self.version = 0
+        self.autocast = False
         self._lent = False
         self._tensor: RecordedTensor | None = None
         self._tensor_version = -1

@@ -1,0 +1,426 @@
+"""Variable scopes: names, sharing and defaults of variables; name scopes; collections.
+
+A graph has one store of variables by full name. Eager mode has a store too, which forgets variables that nobody holds
+any more: there, a new variable may take the name of an old one, and only ``reuse`` finds the old one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Iterator, MutableMapping
+from typing import Any
+
+from gpulayers import initializers
+from gpulayers.dtypes import TensorShape, as_dtype, float32, is_floating
+from gpulayers.errors import LayerError, ShapeError, message
+from gpulayers.ops.operation import Recordable
+from gpulayers.trace import GraphKeys, active_graph
+from gpulayers.trace.graph import check_scope_name
+from gpulayers.variables import PartitionedVariable, PartitionInfo, Variable, part_extents, partition_counts
+
+__all__ = [
+    "AUTO_REUSE",
+    "VariableScope",
+    "add_to_collection",
+    "get_collection",
+    "get_collection_ref",
+    "get_variable",
+    "get_variable_scope",
+    "name_scope",
+    "trainable_variables",
+    "variable_scope",
+]
+
+
+class _AutoReuse:
+    def __repr__(self) -> str:
+        return "AUTO_REUSE"
+
+
+AUTO_REUSE: Any = _AutoReuse()
+"""Share a variable of this name if there is one, make it otherwise."""
+
+
+class VariableScope:
+    """A prefix for names of variables, with defaults for making them. Entered with `variable_scope`.
+
+    Source: ``tf.compat.v1.VariableScope``.
+    """
+
+    def __init__(self, name: str = "", original_name_scope: str = "", **defaults: Any) -> None:
+        self.name, self.original_name_scope = name, original_name_scope
+        self.reuse = defaults.get("reuse", False)
+        self.initializer = defaults.get("initializer")
+        self.regularizer = defaults.get("regularizer")
+        self.partitioner = defaults.get("partitioner")
+        self.custom_getter = defaults.get("custom_getter")
+        self.constraint = defaults.get("constraint")
+        self.dtype = defaults.get("dtype", float32)
+
+    def reuse_variables(self) -> None:
+        """Share existing variables from here on, in this scope."""
+        self.reuse = True
+
+    def set_partitioner(self, partitioner: Any) -> None:
+        """Set the partitioner of variables made from here on."""
+        self.partitioner = partitioner
+
+    def set_initializer(self, initializer: Any) -> None:
+        """Set the initializer of variables made from here on."""
+        self.initializer = initializer
+
+    def set_regularizer(self, regularizer: Any) -> None:
+        """Set the regularizer of variables made from here on."""
+        self.regularizer = regularizer
+
+    def defaults(self) -> dict[str, Any]:
+        """Return all but the names."""
+        return {k: v for k, v in vars(self).items() if k not in ("name", "original_name_scope")}
+
+    def get_variable(self, name: str, *arguments: Any, **keywords: Any) -> Any:
+        """As the function `get_variable`, in this scope."""
+        return _get_variable(self, name, *arguments, **keywords)
+
+
+class _ScopeState:
+    """What scopes count and keep, for a graph or for eager mode."""
+
+    def __init__(self, variables: MutableMapping[str, Any], shares_silently: bool) -> None:
+        self.current = VariableScope()
+        self.variables = variables
+        self.opened: dict[str, int] = {}
+        self.shares_silently = shares_silently
+
+    def unique(self, name: str) -> str:
+        prefix = f"{self.current.name}/" if self.current.name else ""
+        if not self.opened.get(prefix + name):
+            return name
+        number = 1
+        while self.opened.get(f"{prefix}{name}_{number}"):
+            number += 1
+        return f"{name}_{number}"
+
+    def close_below(self, name: str) -> None:
+        for other in self.opened:
+            if not name or other.startswith(f"{name}/"):
+                self.opened[other] = 0
+
+
+_eager = _ScopeState(weakref.WeakValueDictionary(), shares_silently=False)
+
+
+def _state() -> _ScopeState:
+    graph = active_graph()
+    if graph is None or not graph.initializes_variables_in_session:
+        return _eager
+    found: _ScopeState = graph.scope_state.setdefault("scopes", None) or _ScopeState({}, shares_silently=True)
+    graph.scope_state["scopes"] = found
+    return found
+
+
+def get_variable_scope() -> VariableScope:
+    """Return the scope in force."""
+    return _state().current
+
+
+@contextlib.contextmanager
+def variable_scope(
+    name_or_scope: str | VariableScope | None = None,
+    default_name: str | None = None,
+    values: Any = None,
+    initializer: Any = None,
+    regularizer: Any = None,
+    caching_device: Any = None,
+    partitioner: Any = None,
+    custom_getter: Callable[..., Any] | None = None,
+    reuse: Any = None,
+    dtype: Any = None,
+    use_resource: Any = None,
+    constraint: Any = None,
+    auxiliary_name_scope: bool = True,
+) -> Iterator[VariableScope]:
+    """Prefix the names of variables made inside, and set defaults for them.
+
+    Parameters
+
+    - `name_or_scope`: a name, opened inside the present scope; or a `VariableScope`, entered exactly.
+    - `default_name`: used if there is no name, with a number behind it if it was opened before in the present scope.
+    - `reuse`: True shares existing variables only, `AUTO_REUSE` shares or makes them, None inherits.
+    - `initializer`, `regularizer`, `partitioner`, `custom_getter`, `constraint`, `dtype`: defaults inside.
+    - `auxiliary_name_scope`: open a name scope for operations too.
+
+    Raises ValueError for a name that is not legal, or no name at all. Source: ``tf.compat.v1.variable_scope``;
+    `caching_device`, `use_resource` and `values` have no meaning here.
+
+    >>> import gpulayers as gl
+    >>> with gl.Graph().as_default(), gl.variable_scope("outer"):
+    ...     print(gl.get_variable("w", (2,)).name)
+    outer/w:0
+    """
+    state = _state()
+    before = state.current
+    by_object = isinstance(name_or_scope, VariableScope)
+    opened_before = dict(state.opened)
+    if isinstance(name_or_scope, VariableScope):
+        name, source = name_or_scope.name, name_or_scope
+    else:
+        if name_or_scope is None and default_name is None:
+            raise LayerError(message("variable_scope", "has no name", "name_or_scope or default_name"))
+        part = name_or_scope if name_or_scope is not None else state.unique(str(default_name))
+        if part:
+            check_scope_name(part)
+        name, source = (f"{before.name}/{part}" if before.name else part), before
+    defaults = source.defaults()
+    inherited = before.reuse is True and not (isinstance(name_or_scope, VariableScope) and source.reuse)
+    defaults["reuse"] = reuse if reuse is not None else (True if inherited else source.reuse)
+    given = {
+        "initializer": initializer,
+        "regularizer": regularizer,
+        "partitioner": partitioner,
+        "constraint": constraint,
+        "dtype": dtype,
+    }
+    defaults.update({key: value for key, value in given.items() if value is not None})
+    if custom_getter is not None:
+        defaults["custom_getter"] = _compose(custom_getter, source.custom_getter)
+    with contextlib.ExitStack() as stack:
+        original = source.original_name_scope if by_object else ""
+        graph = active_graph()
+        if graph is not None and auxiliary_name_scope:
+            last = name.rpartition("/")[2]
+            prefix = stack.enter_context(graph.name_scope(last or None))
+            original = original if by_object else prefix
+        elif not by_object:
+            original = f"{graph.current_name_scope if graph is not None else ''}{name.rpartition('/')[2]}/"
+        scope = VariableScope(name, original, **defaults)
+        state.opened[name] = state.opened.get(name, 0) + 1
+        state.current = scope
+        try:
+            yield scope
+        finally:
+            state.current = before
+            if by_object:
+                state.opened = opened_before
+            else:
+                state.close_below(name)
+
+
+def _compose(inner: Callable[..., Any], outer: Callable[..., Any] | None) -> Callable[..., Any]:
+    if outer is None:
+        return inner
+    return lambda getter, *arguments, **keywords: inner(functools.partial(outer, getter), *arguments, **keywords)
+
+
+def get_variable(name: str, *arguments: Any, **keywords: Any) -> Any:
+    """Make a variable in the present scope, or share the one of this name.
+
+    Parameters, in this order: `name`, `shape`, `dtype`, `initializer` (a callable, a name, or an array), `regularizer`,
+    `trainable`, `collections`, `caching_device`, `partitioner`, `validate_shape`, `use_resource`, `custom_getter`,
+    `constraint`. What is not given is taken from the scope; without any initializer it is Glorot uniform for floating
+    dtypes and zeros otherwise.
+
+    Returns a `Variable`, or a `PartitionedVariable` where a partitioner is in force. State written: the graph's
+    collections; the scope's regularizer adds to REGULARIZATION_LOSSES.
+    Raises ValueError: it exists and the scope does not reuse, it does not exist and the scope only reuses, or it exists
+    with another shape or dtype. Source: ``tf.compat.v1.get_variable``.
+    """
+    return get_variable_scope().get_variable(name, *arguments, **keywords)
+
+
+def _get_variable(
+    scope: VariableScope,
+    name: str,
+    shape: Any = None,
+    dtype: Any = None,
+    initializer: Any = None,
+    regularizer: Any = None,
+    trainable: bool | None = None,
+    collections: Any = None,
+    caching_device: Any = None,
+    partitioner: Any = None,
+    validate_shape: bool = True,
+    use_resource: Any = None,
+    custom_getter: Callable[..., Any] | None = None,
+    constraint: Any = None,
+    synchronization: Any = None,
+    aggregation: Any = None,
+    reuse: Any = None,
+    experimental_autocast: bool = False,
+) -> Any:
+    full_name = f"{scope.name}/{name}" if scope.name else name
+    partitioner = scope.partitioner if partitioner is None else partitioner
+    if partitioner is not None and TensorShape(shape).rank == 0:
+        partitioner = None
+    keywords = {
+        "shape": shape,
+        "dtype": dtype if dtype is not None else scope.dtype,
+        "initializer": scope.initializer if initializer is None else initializer,
+        "regularizer": scope.regularizer if regularizer is None else regularizer,
+        "trainable": True if trainable is None else trainable,
+        "collections": collections,
+        "partitioner": None if partitioner is False else partitioner,
+        "constraint": scope.constraint if constraint is None else constraint,
+        "reuse": scope.reuse if reuse is None else reuse,
+        "experimental_autocast": experimental_autocast,
+    }
+    getter = _compose(custom_getter, scope.custom_getter) if custom_getter is not None else scope.custom_getter
+    if getter is not None:
+        return getter(_create_or_share, full_name, **keywords)
+    return _create_or_share(full_name, **keywords)
+
+
+def _create_or_share(name: str, **keywords: Any) -> Any:
+    """Share the variable of this full name, or make it, as `reuse` asks."""
+    state = _state()
+    reuse = keywords.pop("reuse", False)
+    regularizer = keywords.pop("regularizer", None)
+    found = state.variables.get(name)
+    if found is not None and not (reuse is False and not state.shares_silently):
+        if not reuse:
+            raise LayerError(
+                message(
+                    name,
+                    "Variable already exists, disallowed",
+                    do="Set reuse=True or reuse=AUTO_REUSE in the variable scope, or use another name.",
+                )
+            )
+        _check_shared(found, keywords["shape"], keywords["dtype"])
+        return found
+    if reuse is True:
+        raise LayerError(
+            message(name, "Variable does not exist, or was not made with get_variable", do="Set reuse=AUTO_REUSE or False.")
+        )
+    keywords["shape"], keywords["initializer"] = _settle_shape(name, keywords["shape"], keywords["initializer"])
+    made = _create(name, **keywords)
+    state.variables[name] = made
+    if regularizer is not None:
+        for part in made if isinstance(made, PartitionedVariable) else [made]:
+            loss = regularizer(part)
+            if loss is not None:
+                add_to_collection(GraphKeys.REGULARIZATION_LOSSES, loss)
+    return made
+
+
+def _check_shared(found: Any, shape: Any, dtype: Any) -> None:
+    if shape is not None and not TensorShape(shape).is_compatible_with(found.shape):
+        raise ShapeError(
+            f"Trying to share variable {found.name.partition(':')[0]}, but specified shape {TensorShape(shape)} "
+            f"and found shape {TensorShape(found.shape)}."
+        )
+    stored = found.static_dtype if isinstance(found, Variable) else found.dtype
+    if as_dtype(dtype) != stored:
+        raise LayerError(
+            f"Trying to share variable {found.name.partition(':')[0]}, but specified dtype {as_dtype(dtype).name} "
+            f"and found dtype {stored.name}."
+        )
+
+
+def _settle_shape(name: str, shape: Any, initializer: Any) -> tuple[tuple[int, ...], Any]:
+    is_value = initializer is not None and not callable(initializer) and not isinstance(initializer, str | dict)
+    if shape is None and is_value:
+        shape = getattr(initializer, "shape", None)
+    static = TensorShape(() if shape is None and not is_value else shape)
+    if not static.is_fully_defined() and not is_value:
+        raise ShapeError(message(name, "Shape of a new variable must be fully defined", got=static))
+    return tuple(static), initializer  # type: ignore[arg-type]
+
+
+def _create(
+    name: str,
+    *,
+    shape: tuple[int, ...],
+    dtype: Any,
+    initializer: Any,
+    trainable: bool,
+    partitioner: Any,
+    collections: Any,
+    constraint: Any,
+    experimental_autocast: bool,
+) -> Any:
+    dtype = as_dtype(dtype)
+    make = functools.partial(
+        Variable, trainable=trainable, dtype=dtype, constraint=constraint, collections=collections,
+        autocast=experimental_autocast, unique_name=False,
+    )  # fmt: skip
+    if partitioner is None:
+        return make(initial_value_maker(initializer, shape, dtype), name=name, shape=shape)
+    counts = partition_counts(partitioner, shape, dtype)
+    parts = []
+    for index, (part_shape, offset) in enumerate(part_extents(shape, counts)):
+        initial = initial_value_maker(initializer, tuple(part_shape), dtype, PartitionInfo(shape, offset))
+        parts.append(make(initial, name=f"{name}/part_{index}", shape=part_shape))
+    return PartitionedVariable(name, shape, dtype, parts, counts)
+
+
+def initial_value_maker(initializer: Any, shape: tuple[int, ...], dtype: Any, partition_info: Any = None) -> Any:
+    """Return what `Variable` takes as its initial value: a function that draws it, or the given array."""
+    if initializer is None:
+        if dtype.kind == "c":
+            raise LayerError(message("get_variable", f"no default initializer for {dtype.name}", do="Pass an initializer."))
+        initializer = "glorot_uniform" if is_floating(dtype) else "zeros"
+    if isinstance(initializer, str | dict | type):
+        initializer = initializers.get(initializer)
+    if not callable(initializer) or isinstance(initializer, Recordable):
+        return initializer
+    keywords = {"dtype": dtype}
+    if partition_info is not None and _accepts(initializer, "partition_info"):
+        keywords["partition_info"] = partition_info
+    return functools.partial(initializer, shape, **keywords)
+
+
+def _accepts(function: Any, parameter: str) -> bool:
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False
+    return parameter in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+# --- names and collections --------------------------------------------------------------------------------------------
+
+
+def name_scope(name: str | None, default_name: str | None = None, values: Any = None) -> Any:
+    """Prefix the names of nodes recorded inside the block; in eager mode it only yields the prefix.
+
+    Source: ``tf.name_scope``.
+    """
+    graph = active_graph()
+    chosen = name if name is not None else default_name
+    if graph is None:
+        return contextlib.nullcontext(f"{chosen}/" if chosen else "")
+    return graph.name_scope(chosen)
+
+
+def add_to_collection(name: str, value: Any) -> None:
+    """Add `value` to a collection of the graph; eager mode has no collections, so nothing happens there."""
+    graph = active_graph()
+    if graph is not None:
+        graph.add_to_collection(name, value)
+
+
+def get_collection(key: str, scope: str | None = None) -> list[Any]:
+    """Return a copy of a collection of the graph; an empty list in eager mode.
+
+    `scope`: only items whose name matches this regular expression. Source: ``tf.compat.v1.get_collection``.
+    """
+    graph = active_graph()
+    return [] if graph is None else graph.get_collection(key, scope)
+
+
+def get_collection_ref(key: str) -> list[Any]:
+    """Return a collection of the graph itself, to be changed in place; an empty list in eager mode."""
+    graph = active_graph()
+    return [] if graph is None else graph.get_collection_ref(key)
+
+
+def trainable_variables(scope: str | None = None) -> list[Variable]:
+    """Return the graph's variables that were made trainable."""
+    return get_collection(GraphKeys.TRAINABLE_VARIABLES, scope)
+
+
+def global_variables(scope: str | None = None) -> list[Variable]:
+    """Return all of the graph's variables."""
+    return get_collection(GraphKeys.GLOBAL_VARIABLES, scope)
