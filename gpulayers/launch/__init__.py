@@ -1,0 +1,33 @@
+"""The one boundary to CUDA: load kernel sources, specialise, check, compile, cache, launch.
+
+A kernel is declared once (`Kernel`), launched with checked arguments, and compiled lazily per device. Sources lie in
+``kernels/`` in a checkout and in ``gpulayers/_kernels/`` in an installed package.
+"""
+
+from gpulayers.launch.kernel import Kernel, Specialisation, is_aligned, kernel_list, vector_width
+from gpulayers.launch.launcher import (
+    CupyLauncher,
+    DeviceProperties,
+    Launcher,
+    device_properties,
+    has_kernels,
+    launcher_of,
+    register_launcher,
+    workspace,
+)
+
+__all__ = [
+    "CupyLauncher",
+    "DeviceProperties",
+    "Kernel",
+    "Launcher",
+    "Specialisation",
+    "device_properties",
+    "has_kernels",
+    "is_aligned",
+    "kernel_list",
+    "launcher_of",
+    "register_launcher",
+    "vector_width",
+    "workspace",
+]

@@ -1,0 +1,273 @@
+"""Kernels: declared once with their arguments and specialisations, checked before every launch."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+import pkgutil
+import re
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gpulayers.device import kind_of
+from gpulayers.errors import DeviceError, DTypeError, KernelError, message
+from gpulayers.launch import source as _source
+from gpulayers.launch.launcher import launcher_of
+
+__all__ = ["Kernel", "Specialisation", "is_aligned", "kernel_list", "vector_width"]
+
+_SCALARS = (int, float, np.integer, np.floating)
+_DEFINE_NAME = re.compile(r"[A-Z][A-Z0-9_]+")
+_GRID_LIMITS = (2**31 - 1, 65535, 65535)
+_kernels: dict[str, Kernel] = {}
+
+
+class Specialisation:
+    """One kernel with a value for each of its definitions: the unit that is compiled."""
+
+    def __init__(self, kernel: Kernel, defines: Mapping[str, Any]) -> None:
+        self.kernel = kernel
+        self.defines = dict(defines)
+        self.name = kernel.name
+        # What an array must have, by field: a dtype name, or None where any will do.
+        self.elements = tuple(
+            None if field.element == "void" else str(self.defines.get(field.element, field.element))
+            for field in kernel.fields
+        )
+
+    @functools.cached_property
+    def text(self) -> str:
+        """The whole text for the compiler."""
+        kernel = self.kernel
+        return _source.specialised_text(kernel.source, kernel.name, kernel.fields, self.defines, kernel.body)
+
+    @property
+    def cluster(self) -> int:
+        """Blocks per hardware cluster (the definition CLUSTER), 1 for none."""
+        return int(self.defines.get("CLUSTER", 1))
+
+    @property
+    def minimum_arch(self) -> int:
+        """The oldest compute capability it compiles for."""
+        return max(self.kernel.minimum_arch, 90 if self.cluster > 1 else 0)
+
+    def resident_blocks(self, like: Any, threads: int, shared: int = 0) -> int:
+        """Return how many blocks one multiprocessor of the device of `like` holds (for grids with a barrier)."""
+        return launcher_of(like).resident_blocks(self, threads, shared)
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name}={value}" for name, value in self.defines.items())
+        return f"{self.name}[{values}]"
+
+
+class Kernel:
+    """An entry point of a ``.cu`` file.
+
+    Parameters
+    ----------
+    source: file in ``kernels/``, such as ``"batch_norm.cu"``.
+    name: entry point; the file writes ``GL_KERNEL(name, largest_block) {...}`` and reads ``arguments.<field>``.
+    arguments: fields of the one struct argument, in order: (name, type). A type is a scalar (int32, int64, uint32,
+        uint64, float32, float64), ``"const STORAGE*"`` (a pointer to a dtype or to a definition that names one; without
+        const the kernel writes it), ``"pointer"`` (any dtype), or one of these with ``[n]`` behind it.
+    defines: name in capitals -> allowed values: dtype names (they become typedefs), numbers, booleans (they become
+        macros, 1 and 0) or other macro texts. Their product is what `kernel_list` compiles, less those that `where`
+        refuses. ``CLUSTER`` above 1 makes clusters of that many blocks.
+    where: function of a dictionary of values that says whether the combination exists.
+    minimum_arch: oldest compute capability, 75 if not given.
+    body: text instead of a file, for generated kernels.
+
+    Raises KernelError for an argument type that is not known and for a name that is taken.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        name: str,
+        arguments: Sequence[tuple[str, str]],
+        defines: Mapping[str, Sequence[Any]] | None = None,
+        where: Callable[[dict[str, Any]], bool] | None = None,
+        minimum_arch: int = 75,
+        body: str | None = None,
+    ) -> None:
+        self.source, self.name, self.minimum_arch, self.body = source, name, minimum_arch, body
+        self.fields = _source.parse_fields(name, arguments)
+        self.defines = {key: tuple(values) for key, values in (defines or {}).items()}
+        for key in self.defines:
+            if not _DEFINE_NAME.fullmatch(key):
+                raise KernelError(message(name, "a definition's name is not in capitals", "such as STORAGE", key))
+        self._where = where
+        self._packer = _source.struct_format(self.fields)
+        self._offsets = tuple(
+            struct.calcsize("@" + "".join(f.code for f in self.fields[:i]) + "0" + field.code[-1])
+            for i, field in enumerate(self.fields)
+        )
+        self.packed_dtype = np.dtype(f"V{self._packer.size}")
+        self._specialisations: dict[tuple[Any, ...], Specialisation] = {}
+        _kernels[name] = self
+
+    def __repr__(self) -> str:
+        return f"Kernel({self.source!r}, {self.name!r})"
+
+    def field_at(self, offset: int) -> _source.Field:
+        """Return the field that holds this offset of the struct."""
+        return next(f for f, start in zip(reversed(self.fields), reversed(self._offsets), strict=True) if start <= offset)
+
+    def specialisations(self) -> Iterator[Specialisation]:
+        """Yield every combination of the definitions that exists."""
+        for values in itertools.product(*self.defines.values()):
+            chosen = dict(zip(self.defines, values, strict=True))
+            if self._where is None or self._where(chosen):
+                yield self.specialise(chosen)
+
+    def specialise(self, defines: Mapping[str, Any] | None = None) -> Specialisation:
+        """Return the specialisation for these values. Raises KernelError for one that was not declared."""
+        given = defines or {}
+        try:
+            key = tuple([given[name] for name in self.defines])
+        except KeyError as error:
+            raise KernelError(
+                message(self.name, "a definition has no value", list(self.defines), list(given))
+            ) from error
+        found = self._specialisations.get(key)
+        if found is None:
+            chosen = dict(zip(self.defines, key, strict=True))
+            wrong = [name for name, value in chosen.items() if value not in self.defines[name]]
+            if wrong or len(given) != len(chosen) or (self._where is not None and not self._where(chosen)):
+                raise KernelError(message(self.name, "no such specialisation", self.defines, dict(given)))
+            found = self._specialisations[key] = Specialisation(self, chosen)
+        return found
+
+    def launch(
+        self,
+        values: Mapping[str, Any],
+        *,
+        grid: Sequence[int],
+        block: Sequence[int],
+        defines: Mapping[str, Any] | None = None,
+        shared: int = 0,
+        cooperative: bool = False,
+    ) -> None:
+        """Check the arguments and launch on the current stream.
+
+        Parameters
+        ----------
+        values: one entry per field: a C-contiguous array of the declared dtype for a pointer (None for a null pointer),
+            a host number for a scalar, a sequence for a field with ``[n]``.
+        grid, block: one to three sizes. A grid with a 0 returns at once.
+        defines: values of the specialisation.
+        shared: bytes of dynamic shared memory per block.
+        cooperative: all blocks must be resident at once (kernels that wait for each other).
+
+        Raises DTypeError for a wrong dtype or scalar, KernelError for what is missing, not contiguous or too large,
+        DeviceError for arrays of two kinds or of another GPU.
+        """
+        specialisation = self.specialise(defines)
+        grid3, block3 = (*grid, 1, 1)[:3], (*block, 1, 1)[:3]
+        if 0 in grid3:
+            return
+        if block3[0] * block3[1] * block3[2] > 1024 or min(block3) < 1:
+            raise KernelError(message(self.name, "the block cannot be launched", "1 to 1024 threads", block3))
+        if any(not 0 < size <= limit for size, limit in zip(grid3, _GRID_LIMITS, strict=True)):
+            raise KernelError(message(self.name, "the grid cannot be launched", f"at most {_GRID_LIMITS}", grid3))
+        launcher, packed, arrays = self._pack(specialisation, values)
+        launcher.launch(specialisation, packed, arrays, grid3, block3, shared, cooperative)
+
+    def _pack(self, specialisation: Specialisation, values: Mapping[str, Any]) -> tuple[Any, bytes, dict[int, Any]]:
+        """Return (launcher, the struct's bytes, arrays by their offset in it)."""
+        if len(values) != len(self.fields):
+            raise KernelError(
+                message(self.name, "wrong arguments", [f.name for f in self.fields], list(values))
+            )
+        flat: list[Any] = []
+        arrays: dict[int, Any] = {}
+        launcher: Any = None
+        kind = ""
+        for field, offset, element in zip(self.fields, self._offsets, specialisation.elements, strict=True):
+            try:
+                value = values[field.name]
+            except KeyError as error:
+                raise KernelError(message(self.name, f"argument {field.name!r} is missing")) from error
+            items = self._items(field, value) if field.count else (value,)
+            if not field.is_pointer:
+                flat.extend(self._scalar(field, item) for item in items)
+                continue
+            for index, item in enumerate(items):
+                if item is None:
+                    flat.append(0)
+                    continue
+                found = kind_of(item)
+                if launcher is None:
+                    launcher, kind = launcher_of(item), found
+                self._check_array(field, item, element, found, kind)
+                arrays[offset + 8 * index] = item
+                flat.append(launcher.pointer(item))
+        if launcher is None:
+            raise KernelError(message(self.name, "no array among the arguments", do="Pass at least one."))
+        try:
+            return launcher, self._packer.pack(*flat), arrays
+        except (struct.error, OverflowError) as error:
+            raise DTypeError(message(self.name, f"a scalar does not fit its C type ({error})", got=values)) from error
+
+    def _items(self, field: _source.Field, value: Any) -> Sequence[Any]:
+        items = list(value)
+        if len(items) > field.count:
+            raise KernelError(message(self.name, f"{field.name!r} is too long", f"at most {field.count}", len(items)))
+        return items + [None if field.is_pointer else 0] * (field.count - len(items))
+
+    def _scalar(self, field: _source.Field, value: Any) -> Any:
+        if not isinstance(value, _SCALARS) or (field.element[0] != "f" and not isinstance(value, int | np.integer)):
+            raise DTypeError(
+                message(self.name, f"{field.name!r} is not a host number", field.element, f"{type(value).__name__}")
+            )
+        return value
+
+    def _check_array(self, field: _source.Field, array: Any, element: str | None, found: str, kind: str) -> None:
+        if found != kind:
+            raise DeviceError(
+                message(self.name, f"{field.name!r} lives elsewhere than the other arrays", kind, found)
+            )
+        if element is not None and array.dtype.name != element:
+            raise DTypeError(message(self.name, f"{field.name!r} has the wrong dtype", element, array.dtype.name))
+        if not array.flags.c_contiguous:
+            raise KernelError(
+                message(
+                    self.name,
+                    f"{field.name!r} is not C-contiguous",
+                    got=f"shape {array.shape}, strides {array.strides}",
+                    do="Use ascontiguousarray before the launch.",
+                )
+            )
+
+
+def is_aligned(*arrays: Any) -> bool:
+    """Say whether the arrays start at multiples of 16 bytes, as 16-byte loads need."""
+    return all(launcher_of(array).pointer(array) % 16 == 0 for array in arrays)
+
+
+def vector_width(arrays: Sequence[Any], *lengths: int) -> int:
+    """Return how many elements a thread may move at once: those in 16 bytes, or 1.
+
+    16 bytes need every array at a multiple of 16 and every one of `lengths` (such as the row length) a multiple of the
+    width. Arrays of several dtypes get the width of the widest.
+    """
+    width = 16 // max(array.dtype.itemsize for array in arrays)
+    fits = all(length % width == 0 for length in lengths) and is_aligned(*arrays)
+    return width if fits else 1
+
+
+def kernel_list() -> list[Specialisation]:
+    """Return every specialisation of every kernel of the package, in a fixed order.
+
+    Kernels are declared in the modules ``gpulayers/ops/*_kernels.py``; they are imported here.
+    """
+    package = importlib.import_module("gpulayers.ops")
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.name.endswith("_kernels"):
+            importlib.import_module(f"gpulayers.ops.{module.name}")
+    own = [_kernels[name] for name in sorted(_kernels)]
+    return [specialisation for kernel in own for specialisation in kernel.specialisations()]

@@ -1,0 +1,242 @@
+"""Launchers: who compiles and runs a specialised kernel for one kind of array, and what its device can do.
+
+The launcher is a seam. `CupyLauncher` serves CuPy arrays; the tests register one that compiles the same text for the
+CPU. Planning code asks `device_properties` and never which launcher it talks to.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+
+from gpulayers import _cupy
+from gpulayers.device import kind_of
+from gpulayers.errors import DeviceError, KernelError, message
+
+if TYPE_CHECKING:
+    from gpulayers.launch.kernel import Specialisation
+
+__all__ = [
+    "CupyLauncher",
+    "DeviceProperties",
+    "Launcher",
+    "device_properties",
+    "has_kernels",
+    "launcher_of",
+    "register_launcher",
+    "workspace",
+]
+
+
+class DeviceProperties(NamedTuple):
+    """What planning code may ask about a device; sizes in bytes."""
+
+    name: str
+    compute_capability: int  # 90 for sm_90
+    multiprocessors: int
+    shared_per_block: int  # with the opt-in that large dynamic shared memory needs
+    shared_per_multiprocessor: int
+    registers_per_multiprocessor: int
+    threads_per_multiprocessor: int
+    threads_per_block: int
+    l2_bytes: int
+
+    @property
+    def has_clusters(self) -> bool:
+        """Whether blocks can form clusters that read each other's shared memory."""
+        return self.compute_capability >= 90
+
+
+class Launcher(Protocol):
+    """What the kernels need from a kind of device. `like` is an array of that kind."""
+
+    def properties(self, like: Any) -> DeviceProperties:
+        """Return the properties of the device of `like`."""
+
+    def pointer(self, array: Any) -> int:
+        """Return the address of an array's first element; raise DeviceError if it lies on another device."""
+
+    def workspace(self, like: Any, counters: int, scratch: int) -> tuple[Any, Any]:
+        """Return the cached (uint32 counters, uint8 scratch) of the device and stream."""
+
+    def resident_blocks(self, specialisation: Specialisation, threads: int, shared: int) -> int:
+        """Return how many blocks of this size one multiprocessor holds at a time."""
+
+    def launch(
+        self,
+        specialisation: Specialisation,
+        packed: bytes,
+        arrays: Mapping[int, Any],
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        shared: int,
+        cooperative: bool,
+    ) -> None:
+        """Run the kernel on the current stream. `arrays` maps offsets in `packed` to the arrays whose addresses stand
+        there."""
+
+
+class CupyLauncher:
+    """Compiles with NVRTC through CuPy and launches on CuPy's current stream."""
+
+    def __init__(self) -> None:
+        self._functions: dict[tuple[int, Specialisation], Any] = {}
+        self._shared_limits: dict[tuple[int, Specialisation], int] = {}
+        self._workspaces: dict[tuple[int, int], tuple[Any, Any]] = {}
+        self._properties: dict[int, DeviceProperties] = {}
+        self._lock = threading.Lock()
+
+    def _device(self) -> int:
+        return int(_cupy.cupy().cuda.runtime.getDevice())
+
+    def properties(self, like: Any) -> DeviceProperties:
+        """Return the properties of the current device."""
+        device = self._device()
+        if device not in self._properties:
+            found = _cupy.cupy().cuda.runtime.getDeviceProperties(device)
+            name = found["name"]
+            self._properties[device] = DeviceProperties(
+                name=name.decode() if isinstance(name, bytes) else str(name),
+                compute_capability=10 * found["major"] + found["minor"],
+                multiprocessors=found["multiProcessorCount"],
+                shared_per_block=found["sharedMemPerBlockOptin"],
+                shared_per_multiprocessor=found["sharedMemPerMultiprocessor"],
+                registers_per_multiprocessor=found["regsPerMultiprocessor"],
+                threads_per_multiprocessor=found["maxThreadsPerMultiProcessor"],
+                threads_per_block=found["maxThreadsPerBlock"],
+                l2_bytes=found["l2CacheSize"],
+            )
+        return self._properties[device]
+
+    def pointer(self, array: Any) -> int:
+        """Return the address of a CuPy array on the current device."""
+        if array.data.device_id != self._device():
+            raise DeviceError(
+                message(
+                    "launch",
+                    "an array lies on another GPU than the current one",
+                    f"gpu:{self._device()}",
+                    f"gpu:{array.data.device_id}",
+                    "Use gl.device(...) around the call, or copy the array.",
+                )
+            )
+        return int(array.data.ptr)
+
+    def workspace(self, like: Any, counters: int, scratch: int) -> tuple[Any, Any]:
+        """Return the workspace of the current device and stream, grown if it is too small.
+
+        Growing inside a captured CUDA graph would record the clearing of the counters: call once before capturing.
+        """
+        cupy = _cupy.cupy()
+        key = (self._device(), cupy.cuda.get_current_stream().ptr)
+        found = self._workspaces.get(key)
+        if found is None or found[0].size < counters or found[1].size < scratch:
+            old = (0, 0) if found is None else (found[0].size, found[1].size)
+            found = (
+                cupy.zeros(max(counters, old[0], 4096), dtype=np.uint32),
+                cupy.empty(max(scratch, old[1], 1 << 20), dtype=np.uint8),
+            )
+            self._workspaces[key] = found
+        return found
+
+    def _compile(self, device: int, specialisation: Specialisation) -> Any:
+        with self._lock:
+            function = self._functions.get((device, specialisation))
+            if function is None:
+                cupy = _cupy.cupy()
+                raw = cupy.RawKernel(specialisation.text, specialisation.name, options=("-std=c++17",))
+                try:
+                    function = raw.kernel
+                except Exception as error:  # NVRTC, missing headers and driver errors have no common type
+                    raise KernelError(self._compile_message(specialisation, error)) from error
+                self._functions[device, specialisation] = function
+                self._shared_limits[device, specialisation] = 48 * 1024 - int(raw.shared_size_bytes)
+        return function
+
+    def _compile_message(self, specialisation: Specialisation, error: Exception) -> str:
+        found = self.properties(None)
+        return message(
+            str(specialisation),
+            f"the kernel cannot be compiled for {found.name} (sm_{found.compute_capability}): "
+            f"{type(error).__name__}: {str(error).strip()[:2000]}",
+            do="Install gpulayers[cuda12] or gpulayers[cuda13], whichever matches the driver: "
+            "they bring NVRTC and the CUDA headers.",
+        )
+
+    def _function(self, specialisation: Specialisation, shared: int) -> Any:
+        device = self._device()
+        key = (device, specialisation)
+        function = self._functions.get(key)
+        if function is None:
+            function = self._compile(device, specialisation)
+        if shared > self._shared_limits[key]:
+            driver = _cupy.cupy().cuda.driver
+            driver.funcSetAttribute(function.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
+            self._shared_limits[key] = shared
+        return function
+
+    def resident_blocks(self, specialisation: Specialisation, threads: int, shared: int) -> int:
+        """Return the driver's answer for the current device."""
+        function = self._function(specialisation, shared)
+        occupancy = _cupy.cupy().cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor
+        return int(occupancy(function.ptr, threads, shared))
+
+    def launch(
+        self,
+        specialisation: Specialisation,
+        packed: bytes,
+        arrays: Mapping[int, Any],
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        shared: int,
+        cooperative: bool,
+    ) -> None:
+        """Launch on CuPy's current stream; the packed bytes are passed by value as the kernel's one argument."""
+        function = self._function(specialisation, shared)
+        argument = np.frombuffer(packed, dtype=specialisation.kernel.packed_dtype)
+        function(grid, block, (argument,), shared, None, cooperative)
+
+
+_launchers: dict[str, Launcher] = {"gpu": CupyLauncher()}
+
+
+def register_launcher(kind: str, launcher: Launcher) -> None:
+    """Make `launcher` serve the arrays of this kind of device (see `gpulayers.device.register_array_type`)."""
+    _launchers[kind] = launcher
+
+
+def has_kernels(array: Any) -> bool:
+    """Say whether kernels run on arrays of this kind: True for CuPy arrays, False for NumPy's.
+
+    >>> has_kernels(np.ones(3))
+    False
+    """
+    return type(array) is not np.ndarray and kind_of(array) in _launchers
+
+
+def launcher_of(array: Any) -> Launcher:
+    """Return the launcher for an array. Raises DeviceError for one that no kernel can use."""
+    kind = kind_of(array)
+    found = _launchers.get(kind)
+    if found is None:
+        raise DeviceError(
+            message("launch", "kernels cannot use this array", f"an array on {' or '.join(_launchers)}", kind)
+        )
+    return found
+
+
+def device_properties(like: Any) -> DeviceProperties:
+    """Return what the device of an array can do."""
+    return launcher_of(like).properties(like)
+
+
+def workspace(like: Any, counters: int = 0, scratch: int = 0) -> tuple[Any, Any]:
+    """Return (counters, scratch): arrays cached per device and stream, at least this long.
+
+    `counters` is uint32, zero at first; every launch must leave it zero (the top bit of a `grid_barrier` excepted).
+    `scratch` is uint8 with any contents, 256-byte aligned, valid until the next call that uses the stream.
+    """
+    return launcher_of(like).workspace(like, counters, scratch)

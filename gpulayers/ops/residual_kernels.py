@@ -1,0 +1,87 @@
+"""The residual add on device arrays: all leaves of a structure in one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from gpulayers.device import array_module
+from gpulayers.errors import DTypeError, ShapeError, message
+from gpulayers.launch import Kernel, is_aligned
+
+__all__ = ["residual_add"]
+
+LEAVES = 32  # per launch: the pointer tables stay far below the 4 KB that every driver takes
+_THREADS, _STEPS = 256, 4
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+_kernel = Kernel(
+    "residual.cu",
+    "gl_residual_add",
+    arguments=[
+        ("x", f"const STORAGE*[{LEAVES}]"),
+        ("y", f"const STORAGE*[{LEAVES}]"),
+        ("out", f"STORAGE*[{LEAVES}]"),
+        ("counts", f"int64[{LEAVES}]"),
+        ("first_block", f"int32[{LEAVES}]"),
+        ("vectors", "uint32"),
+        ("leaves", "int32"),
+    ],
+    defines={"STORAGE": _DTYPES},
+)
+
+
+def residual_add(inputs: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
+    """Return ``[x + y for x, y in zip(inputs, outputs)]``, one launch for up to 32 leaves of one dtype.
+
+    Parameters: two equally long sequences of device arrays; the arrays of a pair have one shape and one dtype among
+    float16, bfloat16, float32 and float64. Pairs of different dtypes are launched separately. Arrays that are not
+    C-contiguous are copied first.
+
+    Returns new C-contiguous arrays. 16-bit sums are formed in float32 and rounded once.
+
+    Raises ShapeError if the sequences or a pair's shapes differ, DTypeError if a pair's dtypes differ or are others.
+    """
+    if len(inputs) != len(outputs):
+        raise ShapeError(message("residual_add", "the structures differ", len(inputs), len(outputs)))
+    results: list[Any] = []
+    groups: dict[str, list[tuple[Any, Any, Any]]] = {}
+    for x, y in zip(inputs, outputs, strict=True):
+        if x.shape != y.shape:
+            raise ShapeError(message("residual_add", "shapes differ", x.shape, y.shape))
+        if x.dtype != y.dtype or x.dtype.name not in _DTYPES:
+            raise DTypeError(message("residual_add", "no kernel for these dtypes", _DTYPES, (x.dtype.name, y.dtype.name)))
+        module = array_module(x)
+        results.append(module.empty(x.shape, dtype=x.dtype))
+        if x.size:
+            leaf = (module.ascontiguousarray(x), module.ascontiguousarray(y), results[-1])
+            groups.setdefault(x.dtype.name, []).append(leaf)
+    for dtype, leaves in groups.items():
+        for start in range(0, len(leaves), LEAVES):
+            _launch(dtype, leaves[start : start + LEAVES])
+    return results
+
+
+def _launch(dtype: str, leaves: Sequence[tuple[Any, Any, Any]]) -> None:
+    first_block, vectors, blocks = [], 0, 0
+    for number, (x, y, out) in enumerate(leaves):
+        vector = is_aligned(x, y, out)
+        vectors |= vector << number
+        per_block = _THREADS * _STEPS * (16 // x.dtype.itemsize if vector else 1)
+        first_block.append(blocks)
+        blocks += -(-x.size // per_block)
+    xs, ys, results = zip(*leaves, strict=True)
+    _kernel.launch(
+        {
+            "x": xs,
+            "y": ys,
+            "out": results,
+            "counts": [x.size for x in xs],
+            "first_block": first_block,
+            "vectors": vectors,
+            "leaves": len(leaves),
+        },
+        grid=(blocks,),
+        block=(_THREADS,),
+        defines={"STORAGE": dtype},
+    )

@@ -1,0 +1,158 @@
+// What every kernel shares: integer names, storage types with their conversions, 16-byte vectors, reductions in a fixed
+// order, the grid barrier. The loader puts this file in front of every kernel; it includes no CUDA header, because a
+// header costs more compile time than the kernel.
+#pragma once
+#include "ptx.cuh"
+
+typedef int int32;
+typedef long long int64;
+typedef unsigned char uint8;
+typedef unsigned short uint16;
+typedef unsigned int uint32;
+typedef unsigned long long uint64;
+typedef float float32;
+typedef double float64;
+
+struct float16 {
+    uint16 bits;
+};
+struct bfloat16 {
+    uint16 bits;
+};
+
+// ---- storage types -------------------------------------------------------------------------------------------------
+// Arithmetic is in `accumulate_t<T>`: float for 16-bit and 32-bit storage, double for 64-bit storage.
+
+template <typename T> struct accumulate_of { typedef float type; };
+template <> struct accumulate_of<float64> { typedef double type; };
+template <typename T> using accumulate_t = typename accumulate_of<T>::type;
+
+__device__ __forceinline__ float widen(float16 x) { return half_bits_to_float(x.bits); }
+__device__ __forceinline__ float widen(bfloat16 x) { return __uint_as_float(static_cast<uint32>(x.bits) << 16); }
+__device__ __forceinline__ float widen(float32 x) { return x; }
+__device__ __forceinline__ double widen(float64 x) { return x; }
+
+// narrow<T>(value): nearest value of the storage type.
+template <typename T> struct narrow_to;
+template <> struct narrow_to<float16> {
+    static __device__ __forceinline__ float16 from(float x) { return float16{float_to_half_bits(x)}; }
+};
+template <> struct narrow_to<bfloat16> {
+    static __device__ __forceinline__ bfloat16 from(float x) { return bfloat16{float_to_bfloat_bits(x)}; }
+};
+template <> struct narrow_to<float32> {
+    static __device__ __forceinline__ float32 from(float x) { return x; }
+    static __device__ __forceinline__ float32 from(double x) { return static_cast<float>(x); }
+};
+template <> struct narrow_to<float64> {
+    static __device__ __forceinline__ float64 from(double x) { return x; }
+};
+template <typename T, typename A>
+__device__ __forceinline__ T narrow(A value) { return narrow_to<T>::from(value); }
+
+// ---- vectors -------------------------------------------------------------------------------------------------------
+
+// Elements of T in 16 bytes.
+template <typename T> constexpr int vector_width = 16 / static_cast<int>(sizeof(T));
+
+// N elements of T as they lie in memory: N is 1 or vector_width<T>.
+template <typename T, int N> union packet {
+    T values[N];
+    uint4 words;
+    __device__ __forceinline__ packet() {}
+};
+template <typename T> union packet<T, 1> {
+    T values[1];
+    __device__ __forceinline__ packet() {}
+};
+
+enum class cache { keep, streaming };  // streaming: last touch, first to be evicted
+
+// Reads N neighbours at `address` and widens them. N = 1 needs no alignment beyond the element's.
+template <int N, cache HINT = cache::keep, typename T>
+__device__ __forceinline__ void load(const T* address, accumulate_t<T> (&values)[N]) {
+    static_assert(N == 1 || N == vector_width<T>, "a vector is one element or 16 bytes");
+    packet<T, N> raw;
+    if constexpr (N == 1) {
+        raw.values[0] = *address;
+    } else if constexpr (HINT == cache::streaming) {
+        raw.words = load_16_streaming(address);
+    } else {
+        raw.words = load_16(address);
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[i] = widen(raw.values[i]);
+}
+
+// Narrows N values and writes them at `address`.
+template <int N, cache HINT = cache::keep, typename T>
+__device__ __forceinline__ void store(T* address, const accumulate_t<T> (&values)[N]) {
+    static_assert(N == 1 || N == vector_width<T>, "a vector is one element or 16 bytes");
+    packet<T, N> raw;
+#pragma unroll
+    for (int i = 0; i < N; ++i) raw.values[i] = narrow<T>(values[i]);
+    if constexpr (N == 1) {
+        *address = raw.values[0];
+    } else if constexpr (HINT == cache::streaming) {
+        store_16_streaming(address, raw.words);
+    } else {
+        store_16(address, raw.words);
+    }
+}
+
+// ---- reductions in a fixed order -----------------------------------------------------------------------------------
+
+constexpr uint32 all_lanes = 0xffffffffu;
+
+__device__ __forceinline__ int32 thread_number() {
+    return static_cast<int32>(threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z));
+}
+__device__ __forceinline__ int32 threads_in_block() { return static_cast<int32>(blockDim.x * blockDim.y * blockDim.z); }
+__device__ __forceinline__ int32 lane_number() { return thread_number() & 31; }
+__device__ __forceinline__ int32 warp_number() { return thread_number() >> 5; }
+
+// Sum over the 32 lanes of a full warp; every lane gets it.
+template <typename A>
+__device__ __forceinline__ A warp_sum(A value) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance >>= 1) value += __shfl_xor_sync(all_lanes, value, distance);
+    return value;
+}
+
+// Sum over the block (a multiple of 32 threads, at most 1024); every thread gets it. All threads call it.
+template <typename A>
+__device__ __forceinline__ A block_sum(A value) {
+    GL_SHARED(A, partial, [32]);
+    value = warp_sum(value);
+    __syncthreads();  // the previous call's readers are done
+    if (lane_number() == 0) partial[warp_number()] = value;
+    __syncthreads();
+    const int32 warps = threads_in_block() >> 5;
+    return warp_sum(lane_number() < warps ? partial[lane_number()] : A(0));
+}
+
+// ---- blocks that wait for each other -------------------------------------------------------------------------------
+
+// True in all threads of the block that comes last of `blocks`; what the others wrote before their call is visible to
+// it. The counter starts at zero and is zero again afterwards. All threads of every block call it.
+__device__ __forceinline__ bool last_block(uint32* counter, uint32 blocks) {
+    GL_SHARED(uint32, last, );
+    __syncthreads();
+    if (thread_number() == 0) {
+        last = atomic_add_acquire_release(counter, 1u) == blocks - 1u;
+        if (last) store_release(counter, 0u);
+    }
+    __syncthreads();
+    return last != 0u;
+}
+
+// Waits until `blocks` blocks, all resident at once, have arrived; `first` is true in exactly one of them. The counter
+// starts at zero; its top bit flips with every use and the rest returns to zero, so it is never cleared.
+__device__ __forceinline__ void grid_barrier(uint32* counter, uint32 blocks, bool first) {
+    __syncthreads();
+    if (thread_number() == 0) {
+        const uint32 old = atomic_add_acquire_release(counter, first ? 0x80000000u - (blocks - 1u) : 1u);
+        while (((load_acquire(counter) ^ old) & 0x80000000u) == 0u) pause_thread(20);
+    }
+    __syncthreads();
+}

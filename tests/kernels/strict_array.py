@@ -1,0 +1,271 @@
+"""A strict double of CuPy's ndarray on NumPy memory, and the device kind "emulated" that runs the kernel bodies on it.
+
+It refuses what CuPy refuses: implicit conversion to NumPy, mixing with host arrays, turning a 0-d result into a host
+number behind one's back. Its module `xp` has the functions that CuPy has; what CuPy lacks is missing here. Fresh memory
+holds poison, not zeros.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+import numpy as np
+
+from gpulayers.device import register_array_type
+from gpulayers.launch import register_launcher
+from tests.kernels.cupy_names import NAMES
+from tests.kernels.emulation import EmulatedLauncher
+
+
+class StrictArray:
+    """An array that behaves like `cupy.ndarray` but lives in NumPy memory."""
+
+    __array_priority__ = 100
+    __slots__ = ("__weakref__", "_memory")
+
+    def __init__(self, shape: Any, dtype: Any = float) -> None:
+        self._memory = _poisoned(np.empty(shape, dtype))
+
+    @classmethod
+    def _wrap(cls, memory: np.ndarray) -> StrictArray:
+        self = cls.__new__(cls)
+        self._memory = memory if isinstance(memory, np.ndarray) else np.asarray(memory)
+        return self
+
+    # what CuPy refuses
+    def __array__(self, *unused: Any, **also_unused: Any) -> Any:
+        raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`.")
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **keywords: Any) -> Any:
+        if method != "__call__":
+            return NotImplemented
+        return _call(getattr(np, ufunc.__name__), *inputs, **keywords)
+
+    def __array_function__(self, function: Any, kinds: Any, arguments: Any, keywords: Any) -> Any:
+        own = getattr(xp, function.__name__, None)
+        return NotImplemented if own is None else own(*arguments, **keywords)
+
+    # what it is
+    shape = property(lambda self: self._memory.shape)
+    dtype = property(lambda self: self._memory.dtype)
+    ndim = property(lambda self: self._memory.ndim)
+    size = property(lambda self: self._memory.size)
+    nbytes = property(lambda self: self._memory.nbytes)
+    itemsize = property(lambda self: self._memory.itemsize)
+    strides = property(lambda self: self._memory.strides)
+    flags = property(lambda self: self._memory.flags)
+    device = property(lambda self: "emulated")
+    T = property(lambda self: StrictArray._wrap(self._memory.T))
+    real = property(lambda self: StrictArray._wrap(self._memory.real))
+    imag = property(lambda self: StrictArray._wrap(self._memory.imag))
+
+    @property
+    def data(self) -> Any:
+        return types.SimpleNamespace(ptr=self._memory.ctypes.data, device_id=0)
+
+    @property
+    def base(self) -> Any:
+        return None if self._memory.base is None else StrictArray._wrap(self._memory.base)
+
+    def get(self) -> np.ndarray:
+        return self._memory.copy()
+
+    def item(self, *index: Any) -> Any:
+        return self._memory.item(*index)
+
+    def tolist(self) -> Any:
+        return self._memory.tolist()
+
+    def __len__(self) -> int:
+        return len(self._memory)
+
+    def __iter__(self) -> Any:
+        if not self.ndim:
+            raise TypeError("iteration over a 0-d array")
+        return (self[i] for i in range(len(self)))
+
+    def __bool__(self) -> bool:
+        return bool(self._memory)
+
+    def __int__(self) -> int:
+        return int(self._memory)
+
+    def __float__(self) -> float:
+        return float(self._memory)
+
+    def __index__(self) -> int:
+        return self._memory.__index__()
+
+    def __repr__(self) -> str:
+        return f"Strict{self._memory!r}"
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __getitem__(self, index: Any) -> StrictArray:
+        return StrictArray._wrap(self._memory[_unwrap_index(index)])
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if isinstance(value, np.ndarray):
+            raise TypeError("Unsupported type <class 'numpy.ndarray'>")
+        self._memory[_unwrap_index(index)] = _unwrap(value)
+
+
+def _poisoned(memory: np.ndarray) -> np.ndarray:
+    """Fill with bytes that are NaN as any float, and return the array."""
+    if memory.size:
+        memory.reshape(-1).view(np.uint8)[:] = 0xFF if memory.dtype.kind != "b" else 1
+    return memory
+
+
+def _unwrap(value: Any) -> Any:
+    """Return the NumPy memory behind strict arrays, also inside lists and tuples; refuse host arrays."""
+    if isinstance(value, StrictArray):
+        return value._memory
+    if isinstance(value, np.ndarray):
+        raise TypeError(f"Unsupported type {type(value)}")
+    if isinstance(value, list | tuple):
+        return type(value)(_unwrap(v) for v in value)
+    return value
+
+
+def _unwrap_index(index: Any) -> Any:
+    if isinstance(index, tuple):
+        return tuple(_unwrap_index(i) for i in index)
+    return index._memory if isinstance(index, StrictArray) else index
+
+
+def _wrap(value: Any) -> Any:
+    if isinstance(value, np.ndarray | np.generic):
+        return StrictArray._wrap(np.asarray(value))
+    if isinstance(value, tuple | list):
+        return type(value)(_wrap(v) for v in value)
+    return value
+
+
+def _call(function: Any, *arguments: Any, **keywords: Any) -> Any:
+    out = keywords.get("out")
+    result = function(*map(_unwrap, arguments), **{k: _unwrap(v) for k, v in keywords.items()})
+    if isinstance(out, StrictArray):
+        return out
+    return _wrap(result)
+
+
+def _method(name: str) -> Any:
+    def method(self: StrictArray, *arguments: Any, **keywords: Any) -> Any:
+        return _call(getattr(self._memory, name), *arguments, **keywords)
+
+    method.__name__ = name
+    return method
+
+
+_METHODS = (
+    "all any argmax argmin argsort astype choose clip compress conj conjugate copy cumprod cumsum diagonal dot fill "
+    "flatten max mean min nonzero partition prod ptp ravel repeat reshape round sort squeeze std sum swapaxes take "
+    "trace transpose var view"
+).split()
+_BINARY = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()
+_COMPARE = "lt le eq ne gt ge".split()
+
+
+def _operator(name: str) -> Any:
+    def operator(self: StrictArray, other: Any) -> Any:
+        if isinstance(other, np.ndarray):
+            raise TypeError(f"Unsupported type {type(other)}")
+        if not isinstance(other, StrictArray | int | float | complex | bool | np.generic):
+            return NotImplemented
+        result = getattr(self._memory, name)(_unwrap(other))
+        return result if result is NotImplemented else _wrap(result)
+
+    operator.__name__ = name
+    return operator
+
+
+def _in_place(name: str) -> Any:
+    def operator(self: StrictArray, other: Any) -> Any:
+        if isinstance(other, np.ndarray):
+            raise TypeError(f"Unsupported type {type(other)}")
+        if self.ndim:
+            getattr(self._memory, name)(_unwrap(other))
+        else:
+            plain = getattr(self._memory, name.replace("__i", "__", 1))(_unwrap(other))
+            self._memory[...] = plain
+        return self
+
+    operator.__name__ = name
+    return operator
+
+
+def _equip() -> None:
+    for name in _METHODS:
+        if hasattr(np.ndarray, name):
+            setattr(StrictArray, name, _method(name))
+    for name in _BINARY:
+        setattr(StrictArray, f"__{name}__", _operator(f"__{name}__"))
+        setattr(StrictArray, f"__r{name}__", _operator(f"__r{name}__"))
+        if name != "matmul":
+            setattr(StrictArray, f"__i{name}__", _in_place(f"__i{name}__"))
+    for name in _COMPARE:
+        setattr(StrictArray, f"__{name}__", _operator(f"__{name}__"))
+    for name in ("__neg__", "__pos__", "__abs__", "__invert__"):
+        setattr(StrictArray, name, _method(name))
+
+
+_equip()
+
+xp: Any = types.ModuleType("strict_xp")
+
+
+def asnumpy(a: Any, **unused: Any) -> np.ndarray:
+    return a.get() if isinstance(a, StrictArray) else np.asarray(a)
+
+
+def asarray(a: Any, dtype: Any = None, order: Any = None, **unused: Any) -> StrictArray:
+    """Copy a host value to the emulated device; return a strict array of the right dtype itself."""
+    if isinstance(a, StrictArray):
+        return a if dtype is None or a.dtype == dtype else a.astype(dtype)
+    return StrictArray._wrap(np.array(a, dtype=dtype, order="C"))
+
+
+def array(a: Any, dtype: Any = None, copy: bool = True, **unused: Any) -> StrictArray:
+    return asarray(a, dtype).copy() if isinstance(a, StrictArray) else asarray(a, dtype)
+
+
+def empty(shape: Any, dtype: Any = float, order: str = "C") -> StrictArray:
+    return StrictArray._wrap(_poisoned(np.empty(shape, dtype, order)))
+
+
+def empty_like(a: Any, dtype: Any = None, shape: Any = None, **unused: Any) -> StrictArray:
+    return empty(a.shape if shape is None else shape, a.dtype if dtype is None else dtype)
+
+
+def _creator(name: str) -> Any:
+    function = getattr(np, name)
+
+    @functools.wraps(function)
+    def create(*arguments: Any, **keywords: Any) -> Any:
+        return _call(function, *arguments, **keywords)
+
+    return create
+
+
+def _fill() -> None:
+    """Offer every NumPy function that CuPy has, by the recorded list of names."""
+    for name in NAMES:
+        found = getattr(np, name, None)
+        if found is None or isinstance(found, type) or not callable(found):
+            if found is not None:
+                setattr(xp, name, found)
+            continue
+        setattr(xp, name, _creator(name))
+    for function in (asnumpy, asarray, array, empty, empty_like):
+        setattr(xp, function.__name__, function)
+    xp.ndarray = StrictArray
+    xp.newaxis = None
+
+
+_fill()
+launcher = EmulatedLauncher()
+register_array_type(StrictArray, xp, "emulated")
+register_launcher("emulated", launcher)
