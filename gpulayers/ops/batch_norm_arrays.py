@@ -1,0 +1,313 @@
+"""Batch normalisation of plain arrays: forward, backward, inference, its backward, and statistics alone.
+
+No layers, no tapes, no variables: arrays in, arrays out, for the operations built on top and for people who want the
+fused kernels only. NumPy arrays are worked on by NumPy, device arrays by the kernels of ``kernels/batch_norm*.cu``.
+
+Shapes. `x` has any rank; `axis` names the axes that are *kept* (the channels, C in all), every other axis is averaged
+over. Per-channel arguments hold C values in any shape (they are read flat); with several axes the values are in the order
+of the axes in memory, whatever order `axis` has. Per-channel results are 1-D, of length C, except those that say
+(groups, C). With ``groups = G > 1`` row i of axis 0 belongs to sub-batch ``i mod G``, and every sub-batch is normalised by
+itself. An array whose kept axes do not lie side by side is copied once, transposed.
+
+Dtypes. float16, bfloat16, float32 or float64 `x`; outputs have x's dtype. Arithmetic, statistics and per-channel results
+are float32 for 16-bit x, else x's dtype. Sums are taken around a pivot, never as E[x^2] - E[x]^2. Deterministic: same
+bits on every run.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpulayers.device import array_module
+from gpulayers.dtypes import is_floating, parameter_dtype
+from gpulayers.errors import DTypeError, ShapeError, message
+from gpulayers.ops import batch_norm_numpy, batch_norm_weighted
+from gpulayers.ops.batch_norm_moving import MovingStatistics, Renorm
+from gpulayers.ops.batch_norm_plan import Layout, collapse
+
+__all__ = [
+    "Forward",
+    "Gradients",
+    "MovingStatistics",
+    "Renorm",
+    "backward",
+    "forward",
+    "inference",
+    "inference_backward",
+    "statistics",
+]
+
+
+class Forward(NamedTuple):
+    """What a training step returns.
+
+    `y`: shape and dtype of x. `mean`, `variance`: (C,), the batch moments, biased, averaged over sub-batches. `saved`: what
+    `backward` needs, shape (3, groups, C): pivot, mean - pivot, 1 / sqrt(variance + epsilon); with renorm (5, groups, C),
+    then also r and d.
+    """
+
+    y: Any
+    mean: Any
+    variance: Any
+    saved: Any
+
+
+class Gradients(NamedTuple):
+    """`dx`: shape and dtype of x. `dgamma`, `dbeta`: (C,). `dresidual`: shape and dtype of x, or None without residual."""
+
+    dx: Any
+    dgamma: Any
+    dbeta: Any
+    dresidual: Any
+
+
+def forward(
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    *,
+    axis: tuple[int, ...],
+    epsilon: float = 1e-3,
+    groups: int = 1,
+    weights: Any = None,
+    renorm: Renorm | None = None,
+    residual: Any = None,
+    activation: str | None = None,
+    moving: MovingStatistics | None = None,
+) -> Forward:
+    """Normalise `x` with its own statistics: ``y = activation((n r + d) gamma + beta + residual)``.
+
+    ``n = (x - mean) / sqrt(variance + epsilon)``, the variance biased (divided by the count), per channel and sub-batch.
+
+    Parameters: `x`, contiguous or not; `gamma`, `beta`, C values or None (1 and 0); `axis`, the kept axes; `epsilon` > 0 or
+    0; `groups`, see the module; `weights`, broadcastable to x, frequencies of the values in the moments (0 leaves one out,
+    NaN included; all are normalised still); `renorm`, the old renorm statistics and clips, from which r and d are made
+    (see `Renorm`); `residual`, like x; `activation`, None or ``"relu"``; `moving`, statistics to update in place in the same
+    kernel (see `MovingStatistics`).
+
+    Returns `Forward`. One value per channel has variance 0, so y = beta (plus residual). An empty x gives an empty y, zeros for the
+    moments, and leaves `moving` alone. A channel with an infinity or NaN becomes NaN; no other channel does.
+
+    Raises DTypeError for a dtype that is not floating or an unknown activation; ShapeError for a bad axis, groups that do not
+    divide the batch, or arguments of the wrong size.
+
+    Source: arXiv 1502.03167, algorithm 1; 1702.03275, algorithm 1 (renorm). Against float64 at mean / sigma = 1e4 a float32
+    variance is within 1e-5 relative, the output within 2e-6.
+
+    >>> x = np.array([[3.0], [5.0]], np.float32)
+    >>> forward(x, None, None, axis=(1,), epsilon=0.0).y
+    array([[-1.],
+           [ 1.]], dtype=float32)
+    """
+    xp, layout, dtype = _prepare(x, axis, groups)
+    relu = _is_relu(activation)
+    _check(x, layout, residual, gamma, beta)
+    x_c, residual_c = _collapsed(xp, x, layout), _collapsed(xp, residual, layout)
+    if weights is not None and x.size:
+        w = batch_norm_weighted.broadcast(xp, weights, x.shape, layout, dtype)
+        result = batch_norm_weighted.forward(
+            xp, x_c, w, layout, gamma, beta, epsilon, renorm, residual_c, relu, moving, dtype
+        )
+    else:
+        result = _body(xp).forward(x_c, layout, gamma, beta, epsilon, renorm, residual_c, relu, moving, dtype)
+    return Forward(_expanded(xp, result[0], x, layout), *result[1:])
+
+
+def backward(
+    dy: Any,
+    x: Any,
+    gamma: Any,
+    saved: Any,
+    *,
+    axis: tuple[int, ...],
+    groups: int = 1,
+    weights: Any = None,
+    y: Any = None,
+    activation: str | None = None,
+    residual: bool = False,
+) -> Gradients:
+    """Return the gradients of a training step, through the mean and the variance; renorm's r and d are constants.
+
+    With ``g = dy`` (where y > 0, with ReLU), ``n`` the normalised value, M the mean over a sub-batch and ``G = g gamma r``:
+    ``dx = (G - M(G) - n M(G n)) / sqrt(variance + epsilon)``, ``dgamma = sum g (n r + d)``, ``dbeta = sum g``.
+
+    Parameters: `dy`, like x; `x`, `gamma`, `axis`, `groups`, `weights`, `activation` as given to `forward`; `saved` from it; `y`, its
+    output, required with an activation; `residual`, whether there was one.
+
+    Returns `Gradients`. `dresidual` is `dy` itself (not a copy) where there was no activation. dgamma and dbeta come even
+    where gamma was None.
+
+    >>> x = np.array([[3.0], [5.0], [4.0]])
+    >>> f = forward(x, None, None, axis=(1,))
+    >>> backward(np.ones_like(x), x, None, f.saved, axis=(1,)).dbeta
+    array([3.])
+    """
+    xp, layout, dtype = _prepare(x, axis, groups)
+    _check(x, layout, dy, gamma, None)
+    y = _relu_output(activation, y, x)
+    x_c, dy_c, y_c = (_collapsed(xp, v, layout) for v in (x, dy, y))
+    if weights is not None and x.size:
+        w = batch_norm_weighted.broadcast(xp, weights, x.shape, layout, dtype)
+        result = batch_norm_weighted.backward(xp, dy_c, x_c, w, layout, gamma, saved, y_c, residual, dtype)
+    else:
+        result = _body(xp).backward(dy_c, x_c, layout, gamma, saved, y_c, residual, dtype)
+    return _gradients(xp, result, dy, dy_c, x, layout)
+
+
+def inference(
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    moving_mean: Any,
+    moving_variance: Any,
+    *,
+    axis: tuple[int, ...],
+    epsilon: float = 1e-3,
+    residual: Any = None,
+    activation: str | None = None,
+) -> Any:
+    """Normalise `x` with given statistics: ``activation((x - mean) / sqrt(variance + epsilon) gamma + beta + residual)``.
+
+    Arguments as for `forward`; `moving_mean`, `moving_variance`: C values each. Returns an array like x. Raises as `forward`.
+
+    >>> inference(np.array([[3.0]]), None, None, np.array([1.0]), np.array([4.0]), axis=(1,), epsilon=0.0)
+    array([[1.]])
+    """
+    xp, layout, dtype = _prepare(x, axis, 1)
+    relu = _is_relu(activation)
+    _check(x, layout, residual, gamma, beta, moving_mean, moving_variance)
+    y = _body(xp).inference(
+        _collapsed(xp, x, layout),
+        layout,
+        gamma,
+        beta,
+        moving_mean,
+        moving_variance,
+        epsilon,
+        _collapsed(xp, residual, layout),
+        relu,
+        dtype,
+    )
+    return _expanded(xp, y, x, layout)
+
+
+def inference_backward(
+    dy: Any,
+    x: Any,
+    gamma: Any,
+    moving_mean: Any,
+    moving_variance: Any,
+    *,
+    axis: tuple[int, ...],
+    epsilon: float = 1e-3,
+    y: Any = None,
+    activation: str | None = None,
+    residual: bool = False,
+) -> Gradients:
+    """Return the gradients of `inference`, the statistics being constants: ``dx = g gamma / sqrt(variance + epsilon)``.
+
+    Arguments and result as for `backward`.
+    """
+    xp, layout, dtype = _prepare(x, axis, 1)
+    _check(x, layout, dy, gamma, None, moving_mean, moving_variance)
+    y = _relu_output(activation, y, x)
+    x_c, dy_c, y_c = (_collapsed(xp, v, layout) for v in (x, dy, y))
+    result = _body(xp).inference_backward(
+        dy_c, x_c, layout, gamma, moving_mean, moving_variance, epsilon, y_c, residual, dtype
+    )
+    return _gradients(xp, result, dy, dy_c, x, layout)
+
+
+def statistics(x: Any, *, axis: tuple[int, ...], groups: int = 1, weights: Any = None) -> tuple[Any, Any]:
+    """Return the mean and the biased variance of every channel: (C,) each, or (groups, C) with several groups.
+
+    >>> statistics(np.array([[1.0, 2.0], [3.0, 6.0]]), axis=(1,))
+    (array([2., 4.]), array([1., 4.]))
+    """
+    xp, layout, dtype = _prepare(x, axis, groups)
+    x_c = _collapsed(xp, x, layout)
+    if weights is not None and x.size:
+        w = batch_norm_weighted.broadcast(xp, weights, x.shape, layout, dtype)
+        pivot, offset, variance = batch_norm_weighted.moments(xp, x_c.reshape(layout[:5]), w, dtype)
+        mean = pivot + offset
+    else:
+        mean, variance = _body(xp).statistics(x_c, layout, dtype)
+    return (mean[0], variance[0]) if groups == 1 else (mean, variance)
+
+
+def _body(xp: Any) -> Any:
+    """Return the module with the body for arrays of module `xp`."""
+    if xp is np:
+        return batch_norm_numpy
+    from gpulayers.ops import batch_norm_cuda  # imports the launcher: only where there is a device array
+
+    return batch_norm_cuda
+
+
+def _prepare(x: Any, axis: tuple[int, ...], groups: int) -> tuple[Any, Layout, Any]:
+    """Return the array module, the layout and the working dtype."""
+    dtype = _WORKING.get(x.dtype)
+    if dtype is None:
+        if not is_floating(x.dtype):
+            raise DTypeError(
+                message("batch_norm", "input is not floating", "float16, bfloat16, float32 or float64", x.dtype)
+            )
+        dtype = _WORKING[x.dtype] = parameter_dtype(x.dtype)
+    return array_module(x), collapse(x.shape, tuple(axis), groups), dtype
+
+
+_WORKING: dict[Any, Any] = {}  # dtype of x -> dtype of the arithmetic, filled as dtypes are met
+
+
+def _is_relu(activation: str | None) -> bool:
+    if activation not in (None, "relu"):
+        raise DTypeError(message("batch_norm", "unknown activation", "None or 'relu'", repr(activation)))
+    return activation is not None
+
+
+def _relu_output(activation: str | None, y: Any, x: Any) -> Any:
+    """Return `y` if there is an activation (its shape checked), else None."""
+    if not _is_relu(activation):
+        return None
+    if y is None or y.shape != x.shape:
+        got = None if y is None else y.shape
+        raise ShapeError(message("batch_norm", "the gradient of relu needs the output y", x.shape, got))
+    return y
+
+
+def _check(x: Any, layout: Layout, like_x: Any, *per_channel: Any) -> None:
+    if like_x is not None and like_x.shape != x.shape:
+        raise ShapeError(message("batch_norm", "residual or gradient has another shape", x.shape, like_x.shape))
+    for values in per_channel:
+        if values is not None and values.size != layout.channels:
+            raise ShapeError(
+                message("batch_norm", "wrong number of values", f"{layout.channels} channels", values.shape)
+            )
+
+
+def _collapsed(xp: Any, array: Any, layout: Layout) -> Any:
+    """Return `array` contiguous, its kept axes side by side."""
+    if array is None:
+        return None
+    if layout.order is not None:
+        array = array.transpose(layout.order)
+    return array if array.flags.c_contiguous else xp.ascontiguousarray(array)
+
+
+def _expanded(xp: Any, array: Any, x: Any, layout: Layout) -> Any:
+    """Undo `_collapsed`: return a contiguous array of x's shape."""
+    if layout.order is None:
+        return array
+    inverse = tuple(layout.order.index(a) for a in range(x.ndim))
+    return xp.ascontiguousarray(array.reshape([x.shape[a] for a in layout.order]).transpose(inverse))
+
+
+def _gradients(xp: Any, result: tuple[Any, ...], dy: Any, dy_c: Any, x: Any, layout: Layout) -> Gradients:
+    dx, dgamma, dbeta, dresidual = result
+    if dresidual is dy_c:
+        dresidual = dy
+    elif dresidual is not None:
+        dresidual = _expanded(xp, dresidual, x, layout)
+    return Gradients(_expanded(xp, dx, x, layout), dgamma, dbeta, dresidual)

@@ -1,0 +1,142 @@
+"""Cutting an array into blocks that stay in a core's cache, and running them on a small thread pool.
+
+A block is 256 KB: its input, its scratch copy and its output fit the second-level cache together, so a chain of NumPy
+calls on it costs one trip to memory. Which blocks there are, and which of them are summed together, depends on the shape
+alone, never on the number of threads: results are the same bits on any machine with the same NumPy.
+
+No call made inside a task may start threads of its own: sums use ufuncs and ``vecdot`` on rows too short for a
+threaded BLAS.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from gpulayers.ops.batch_norm_plan import Layout
+
+__all__ = ["BLOCK_BYTES", "Block", "View", "run_tasks", "view_of"]
+
+BLOCK_BYTES = 256 * 1024
+WIDE = 2048  # elements of a wide row: enough that a ufunc's inner loop hides its start
+NARROW_INNER = 64  # below this, channels-first rows are too short for a loop of their own
+THREADED_BYTES = 1 << 20  # below this, waking a thread costs more than it saves
+TASKS = 4
+
+Result = TypeVar("Result")
+
+
+class Block(NamedTuple):
+    """Rows `first` to `last` of one segment, statistics `left` to `right`."""
+
+    segment: int
+    first: int
+    last: int
+    left: int
+    right: int
+
+
+class View(NamedTuple):
+    """An input as ``[segments, length, slots, inner]``; segment q uses row ``q % tables`` of the tables of statistics.
+
+    `columns`: the blocks are treated as rows of ``slots * inner`` columns, `tile` of them laid side by side.
+    """
+
+    segments: int
+    length: int
+    tables: int
+    slots: int
+    inner: int
+    columns: bool
+    tile: int
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """The shape to view arrays in."""
+        return self.segments, self.length, self.slots, self.inner
+
+
+@functools.lru_cache(maxsize=4096)
+def view_of(layout: Layout) -> View:
+    """Choose the view for a layout: sub-batches are extra channels where the memory allows, else many segments."""
+    rows, groups, spread, channels, inner = layout[:5]
+    if spread == 1:
+        segments, length, tables, slots = 1, rows, 1, groups * channels
+    else:
+        segments, length, tables, slots = rows * groups, spread, groups, channels
+    columns = inner == 1 or (inner < NARROW_INNER and slots * inner <= 8 * WIDE)
+    tile = 1
+    if columns:
+        while tile * 2 * slots * inner <= WIDE and tile * 2 <= length:
+            tile *= 2
+    return View(segments, length, tables, slots, inner, columns, tile)
+
+
+@functools.lru_cache(maxsize=256)
+def tasks_of(view: View) -> tuple[tuple[Block, ...], ...]:
+    """Return the blocks, dealt in order to at most `TASKS` tasks."""
+    blocks = tuple(_blocks(view))
+    count = min(TASKS, len(blocks))
+    return tuple(blocks[len(blocks) * i // count : len(blocks) * (i + 1) // count] for i in range(count))
+
+
+def _blocks(view: View) -> Iterator[Block]:
+    elements = BLOCK_BYTES // 4
+    row = view.slots * view.inner
+    slots_at_once = view.slots
+    if not view.columns and row > elements:
+        slots_at_once = max(1, elements // view.inner)
+    rows_at_once = max(1, elements // (slots_at_once * view.inner) // view.tile) * view.tile
+    even = view.length - view.length % view.tile  # the rest cannot be laid side by side
+    for segment in range(view.segments):
+        for stop, start in ((even, 0), (view.length, even)):
+            for first in range(start, stop, rows_at_once):
+                for left in range(0, view.slots, slots_at_once):
+                    yield Block(
+                        segment,
+                        first,
+                        min(first + rows_at_once, stop),
+                        left,
+                        min(left + slots_at_once, view.slots),
+                    )
+
+
+@functools.cache
+def _pool() -> tuple[ThreadPoolExecutor, int] | None:
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if available < 2:
+        return None
+    workers = min(available, TASKS) - 1
+    return ThreadPoolExecutor(workers, thread_name_prefix="gpulayers"), workers
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked child has no threads
+
+
+def run_tasks(work: Callable[[tuple[Block, ...]], Result], view: View, itemsize: int) -> list[Result]:
+    """Call `work` on every task's blocks and return the results in order; on threads where the array is large."""
+
+    def guarded(blocks: tuple[Block, ...]) -> Result:
+        with np.errstate(all="ignore"):  # NumPy keeps this per thread; infinities and NaN pass through silently
+            return work(blocks)
+
+    tasks = tasks_of(view)
+    size = view.segments * view.length * view.slots * view.inner * itemsize
+    pool = _pool() if size >= THREADED_BYTES and len(tasks) > 1 else None
+    if pool is None:
+        return [guarded(task) for task in tasks]
+    half = len(tasks) // (pool[1] + 1) or 1
+    futures = [pool[0].submit(guarded, task) for task in tasks[half:]]
+    results = [guarded(task) for task in tasks[:half]]
+    return results + [future.result() for future in futures]
+
+
+def scratch(dtype: np.dtype, count: int, elements: int) -> list[Any]:
+    """Return `count` flat arrays of `elements` values."""
+    return [np.empty(elements, dtype) for _ in range(count)]

@@ -1,0 +1,311 @@
+"""Batch normalisation of large NumPy arrays in blocks: sums, and one affine sweep each way.
+
+Sums are taken of ``x - pivot``, in the working dtype inside a block and in float64 across blocks. The pivot is 0, which
+costs no subtraction, where a sample of the array and then the sums themselves show every channel's mean within a few
+standard deviations of 0; else it is the sample's mean, and the sums are taken again if even that lies too far away. The
+pivot stays in the normalise step, ``y = (x - pivot) * a + b``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpulayers.ops.batch_norm_blocks import Block, View, run_tasks, view_of
+from gpulayers.ops.batch_norm_plan import Layout
+
+__all__ = ["Affine", "backward_apply", "backward_sums", "moments", "near_zero", "normalise"]
+
+FAR_PIVOT = 16.0  # (mean - pivot)^2 / variance above which float32 sums and factors lose digits: take a nearer pivot
+SAMPLE = 4096  # elements of the sample, at least one row of it
+SHORT_ROW = 8192  # BLAS dot products start threads above 10000 elements
+
+
+class Affine(NamedTuple):
+    """``y = (x - pivot) * a + b``; every member has shape (groups, channels)."""
+
+    pivot: Any
+    a: Any
+    b: Any
+
+
+class _Tables:
+    """Per-channel rows for the blocks of a view, laid out to broadcast against them; one set per task's tables."""
+
+    def __init__(self, view: View, values: Any) -> None:
+        self.view = view
+        shaped = values.reshape(view.tables, view.slots)
+        if view.columns:
+            if view.inner > 1:
+                shaped = np.repeat(shaped, view.inner, axis=1)
+            self.wide = np.tile(shaped, (1, view.tile)) if view.tile > 1 else shaped
+            self.plain = shaped
+        else:
+            self.plain = self.wide = shaped[:, :, None]
+
+    def row(self, block: Block) -> Any:
+        table = block.segment % self.view.tables
+        if not self.view.columns:
+            return self.plain[table, block.left : block.right]
+        return (self.wide if _tiled(self.view, block) else self.plain)[table]
+
+
+def _tiled(view: View, block: Block) -> bool:
+    return view.tile > 1 and (block.last - block.first) % view.tile == 0
+
+
+def _cut(view: View, array: Any, block: Block) -> Any:
+    """Return the part of `array` (in the view's shape) that is this block, in the shape the sweeps work on."""
+    part = array[block.segment, block.first : block.last, block.left : block.right]
+    if not view.columns:
+        return part
+    rows, width = block.last - block.first, view.slots * view.inner
+    if _tiled(view, block):
+        rows, width = rows // view.tile, width * view.tile
+    return part.reshape(rows, width)
+
+
+class _Scratch:
+    """Working copies of blocks, one buffer per use, kept for a whole task."""
+
+    def __init__(self, dtype: Any) -> None:
+        self.dtype = dtype
+        self.buffers: list[Any] = []
+
+    def like(self, part: Any, index: int) -> Any:
+        while len(self.buffers) <= index:
+            self.buffers.append(np.empty(part.size, self.dtype))
+        if self.buffers[index].size < part.size:
+            self.buffers[index] = np.empty(part.size, self.dtype)
+        return self.buffers[index][: part.size].reshape(part.shape)
+
+
+def _fold(view: View, block: Block, sums: Any) -> Any:
+    """Return the sums of a block's columns (or rows) as one float64 value per slot of the block."""
+    sums = sums.astype(np.float64)
+    if view.columns:
+        width = view.slots * view.inner
+        if sums.size != width:
+            sums = sums.reshape(-1, width).sum(axis=0)
+        return sums.reshape(view.slots, view.inner).sum(axis=1) if view.inner > 1 else sums
+    return sums.sum(axis=0)
+
+
+def _dot(view: View, left: Any, right: Any) -> Any:
+    """Sum ``left * right`` over columns or rows, without threads and without a temporary."""
+    if view.columns:
+        return np.einsum("rc,rc->c", left, right)
+    return np.vecdot(left, right) if view.inner <= SHORT_ROW else np.einsum("rci,rci->rc", left, right)
+
+
+def _sum(view: View, values: Any, ones: Any) -> Any:
+    if view.columns:
+        return np.add.reduce(values, axis=0)
+    return np.vecdot(values, ones) if view.inner <= SHORT_ROW else np.add.reduce(values, axis=-1)
+
+
+def _two_sums(view: View, task: Any, itemsize: int) -> Any:
+    """Run `task(block) -> (sums, sums)` over all blocks and return both totals, shape (2, tables, slots), float64."""
+
+    def work(blocks: tuple[Block, ...]) -> Any:
+        total = np.zeros((2, view.tables, view.slots))
+        one = task()
+        for block in blocks:
+            first, second = one(block)
+            rows = total[:, block.segment % view.tables, block.left : block.right]
+            rows[0] += _fold(view, block, first)
+            rows[1] += _fold(view, block, second)
+        return total
+
+    parts = run_tasks(work, view, itemsize)
+    result = parts[0]
+    for part in parts[1:]:
+        result += part
+    return result
+
+
+def _shifted(view: View, x: Any, block: Block, table: _Tables | None, scratch: _Scratch, dtype: Any) -> Any:
+    """Return the block of ``x - pivot`` in the working dtype; a view of x where that is x itself."""
+    part = _cut(view, x, block)
+    if table is None and part.dtype == dtype:
+        return part
+    shifted = scratch.like(part, 0)
+    np.copyto(shifted, part)
+    if table is not None:
+        np.subtract(shifted, table.row(block), out=shifted)
+    return shifted
+
+
+def _pivot_table(view: View, pivot: Any, dtype: Any) -> _Tables | None:
+    return _Tables(view, pivot.astype(dtype, copy=False)) if pivot.any() else None
+
+
+def _power_sums(x: Any, view: View, pivot: Any, dtype: Any) -> Any:
+    table = _pivot_table(view, pivot, dtype)
+    ones = np.ones(view.inner, dtype)
+
+    def task() -> Any:
+        scratch = _Scratch(dtype)
+
+        def one(block: Block) -> Any:
+            shifted = _shifted(view, x, block, table, scratch, dtype)
+            return _sum(view, shifted, ones), _dot(view, shifted, shifted)
+
+        return one
+
+    return _two_sums(view, task, x.itemsize)
+
+
+def _first_pivot(x: Any, layout: Layout, dtype: Any) -> Any:
+    """Return 0 where a sample's means are near it, beside its standard deviations; else the sample's means."""
+    rows, groups, spread, channels, inner, _ = layout
+    step = max(1, -(-inner * spread // max(1, SAMPLE // (groups * channels))))
+    many = max(1, min(rows, SAMPLE // (groups * channels)))
+    five = x.reshape(layout[:5])[:many].astype(dtype)
+    sample = five.reshape(many, groups, spread, channels, inner)[:, :, :, :, ::step]
+    mean = sample.mean(axis=(0, 2, 4))
+    deviation = sample.std(axis=(0, 2, 4))
+    near = (mean * mean <= FAR_PIVOT / 4 * deviation * deviation).all()
+    return np.zeros_like(mean) if near else np.where(np.isfinite(mean), mean, 0)
+
+
+def moments(x: Any, layout: Layout, dtype: Any) -> tuple[Any, Any, Any]:
+    """Return (pivot, mean - pivot, biased variance), each of shape (groups, channels).
+
+    `x` is contiguous. `pivot` has `dtype`, which the arithmetic is done in (float32 or float64); the others are float64.
+    """
+    view = view_of(layout)
+    pivot = _first_pivot(x, layout, dtype)
+    shaped = x.reshape(view.shape)
+    offset, variance = _from_sums(_power_sums(shaped, view, pivot, dtype), layout)
+    if (offset * offset > FAR_PIVOT * variance).any():
+        better = (pivot + offset).astype(dtype)
+        pivot = np.where(np.isfinite(better), better, pivot)
+        offset, variance = _from_sums(_power_sums(shaped, view, pivot, dtype), layout)
+    return pivot, offset, variance
+
+
+def _from_sums(sums: Any, layout: Layout) -> tuple[Any, Any]:
+    offset, square = sums.reshape(2, layout.groups, layout.channels) / layout.count
+    return offset, np.maximum(square - offset * offset, 0)
+
+
+def near_zero(pivot: Any, a: Any, b: Any, inverse: Any) -> Affine:
+    """Return the factors with the pivot folded into b where every channel's is near 0 beside its deviation."""
+    b = np.zeros_like(a) if b is None else b
+    if (pivot * pivot * inverse * inverse <= FAR_PIVOT).all():
+        return Affine(np.zeros_like(a), a, b - pivot.astype(np.float64) * a)
+    return Affine(pivot, a, b)
+
+
+def normalise(x: Any, y: Any, layout: Layout, factors: Affine, residual: Any, relu: bool, dtype: Any) -> None:
+    """Write ``(x - pivot) * a + b`` (+ `residual`, then ReLU) to `y`, in one sweep, backwards through memory.
+
+    Backwards, because the end of x is what the statistics sweep left in the cache.
+    """
+    view = view_of(layout)
+    shift = _pivot_table(view, factors.pivot, dtype)
+    scale, bias = (_Tables(view, table.astype(dtype, copy=False)) for table in (factors.a, factors.b))
+    x, y = x.reshape(view.shape), y.reshape(view.shape)
+    residual = None if residual is None else residual.reshape(view.shape)
+    direct = y.dtype == dtype
+
+    def work(blocks: tuple[Block, ...]) -> None:
+        scratch = _Scratch(dtype)
+        for block in reversed(blocks):
+            target = _cut(view, y, block)
+            result = target if direct else scratch.like(target, 0)
+            np.copyto(result, _cut(view, x, block))
+            if shift is not None:
+                np.subtract(result, shift.row(block), out=result)
+            np.multiply(result, scale.row(block), out=result)
+            np.add(result, bias.row(block), out=result)
+            if residual is not None:
+                np.add(result, _cut(view, residual, block), out=result, dtype=dtype)
+            if relu:
+                np.maximum(result, 0, out=result)
+            if not direct:
+                np.copyto(target, result, casting="unsafe")
+
+    run_tasks(work, view, x.itemsize)
+
+
+def backward_sums(dy: Any, x: Any, layout: Layout, pivot: Any, y: Any, dtype: Any) -> tuple[Any, Any]:
+    """Return the sums of g and of ``g * (x - pivot)``, shape (groups, channels), float64; g is dy where y > 0.
+
+    `y` None means that there was no ReLU: g is dy.
+    """
+    view = view_of(layout)
+    table = _pivot_table(view, pivot, dtype)
+    ones = np.ones(view.inner, dtype)
+    x, dy = x.reshape(view.shape), dy.reshape(view.shape)
+    y = None if y is None else y.reshape(view.shape)
+
+    def task() -> Any:
+        scratch = _Scratch(dtype)
+
+        def one(block: Block) -> Any:
+            shifted = _shifted(view, x, block, table, scratch, dtype)
+            g = _gradient(view, dy, y, block, scratch, dtype)
+            return _sum(view, g, ones), _dot(view, g, shifted)
+
+        return one
+
+    sums = _two_sums(view, task, x.itemsize)
+    first, second = sums.reshape(2, layout.groups, layout.channels)
+    return first, second
+
+
+def _gradient(view: View, dy: Any, y: Any, block: Block, scratch: _Scratch, dtype: Any) -> Any:
+    """Return the block of dy in the working dtype, masked by the ReLU; a view of dy where nothing changes."""
+    part = _cut(view, dy, block)
+    if y is None and part.dtype == dtype:
+        return part
+    g = scratch.like(part, 1)
+    if y is None:
+        np.copyto(g, part)
+    else:
+        g.fill(0)
+        np.copyto(g, part, where=_cut(view, y, block) > 0)
+    return g
+
+
+def backward_apply(
+    dy: Any, x: Any, dx: Any, dresidual: Any, layout: Layout, factors: Affine, slope: Any, y: Any, dtype: Any
+) -> None:
+    """Write ``dx = g * a + (x - pivot) * slope + b``, and g itself to `dresidual` unless that is None.
+
+    `slope` None leaves the middle term out (inference).
+    """
+    view = view_of(layout)
+    shift = _pivot_table(view, factors.pivot, dtype)
+    scale, bias = (_Tables(view, table.astype(dtype, copy=False)) for table in (factors.a, factors.b))
+    slopes = None if slope is None else _Tables(view, slope.astype(dtype))
+    x, dy, dx = x.reshape(view.shape), dy.reshape(view.shape), dx.reshape(view.shape)
+    y = None if y is None else y.reshape(view.shape)
+    dresidual = None if dresidual is None else dresidual.reshape(view.shape)
+    direct = dx.dtype == dtype
+
+    def work(blocks: tuple[Block, ...]) -> None:
+        scratch = _Scratch(dtype)
+        for block in reversed(blocks):
+            g = _gradient(view, dy, y, block, scratch, dtype)
+            target = _cut(view, dx, block)
+            result = target if direct else scratch.like(target, 2)
+            if dresidual is not None:
+                np.copyto(_cut(view, dresidual, block), g, casting="unsafe")
+            np.copyto(result, g)
+            np.multiply(result, scale.row(block), out=result)
+            if slopes is not None:
+                shifted = scratch.like(target, 0)
+                np.copyto(shifted, _cut(view, x, block))
+                if shift is not None:
+                    np.subtract(shifted, shift.row(block), out=shifted)
+                np.multiply(shifted, slopes.row(block), out=shifted)
+                np.add(result, shifted, out=result)
+                np.add(result, bias.row(block), out=result)
+            if not direct:
+                np.copyto(target, result, casting="unsafe")
+
+    run_tasks(work, view, x.itemsize)
