@@ -25,6 +25,7 @@ __all__ = [
     "AUTO_REUSE",
     "VariableScope",
     "add_to_collection",
+    "find_variable",
     "get_collection",
     "get_collection_ref",
     "get_variable",
@@ -377,6 +378,11 @@ def _accepts(function: Any, parameter: str) -> bool:
     except (TypeError, ValueError):
         return False
     return parameter in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def find_variable(full_name: str) -> Any:
+    """Return the variable of this full name, or None."""
+    return _state().variables.get(full_name)
 
 
 # --- names and collections --------------------------------------------------------------------------------------------

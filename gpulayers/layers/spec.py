@@ -118,7 +118,7 @@ def _mismatch(spec: InputSpec, shape: list[int | None], dtype: Any) -> str:
         return f"expected dtype={spec.dtype}, found dtype={dtype_name(dtype)}"
     for axis, size in spec.axes.items():
         if size is not None and shape[axis] not in (size, None):
-            return f"expected axis {axis} of input shape to have value {size}, but received input with shape {shape}"
+            return f"expected axis {axis} of input shape to have value {size}, but received input with shape {tuple(shape)}"
     if spec.shape is not None:
         expected, found = list(spec.shape), list(shape)
         if spec.allow_last_axis_squeeze:

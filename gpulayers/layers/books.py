@@ -1,0 +1,85 @@
+"""What a layer keeps of its weights, and of its losses and updates with the condition of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from gpulayers.trace import GraphTensor, Node, StoredValue, ancestors
+from gpulayers.trace.stored import read_stored
+
+__all__ = ["Entry", "LossBook", "WeightBook", "reachable", "unique"]
+
+
+def unique(values: Iterable[Any]) -> list[Any]:
+    """Return each object once, in order."""
+    return list({id(value): value for value in values}.values())
+
+
+class WeightBook:
+    """The variables of one layer, in order of creation, as they were made trainable or not."""
+
+    def __init__(self) -> None:
+        self.trainable: list[Any] = []
+        self.non_trainable: list[Any] = []
+
+    def add(self, variable: Any) -> None:
+        """Note a new (or shared) variable."""
+        (self.trainable if variable.trainable else self.non_trainable).append(variable)
+
+    def lists(self, layer_trainable: bool) -> tuple[list[Any], list[Any]]:
+        """Return (trainable, non-trainable) for a layer that is trainable or not now."""
+        if layer_trainable:
+            return self.trainable, self.non_trainable
+        return [], self.trainable + self.non_trainable
+
+
+class Entry(NamedTuple):
+    """A loss or update, and whether it depends on the inputs of a call."""
+
+    value: Any
+    conditional: bool
+
+
+class LossBook:
+    """Losses of one layer: tensors and functions, each with its condition; and its updates."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Entry] = []
+        self.functions: list[tuple[Callable[[], Any], Entry | None]] = []
+        self.updates: list[Entry] = []
+
+    def add_function(self, function: Callable[[], Any], conditional: bool, value: Any = None) -> None:
+        """Note a function; `value` is what it gave when it was added, in a graph."""
+        self.functions.append((function, None if value is None else Entry(value, conditional)))
+
+    def entries(self, evaluate: Callable[[Callable[[], Any]], Any]) -> list[Entry]:
+        """Return all losses: first tensors, then functions, each in the order added; a None value is left out."""
+        found = list(self.tensors)
+        for function, at_add in self.functions:
+            entry = at_add if at_add is not None else Entry(evaluate(function), False)
+            if entry.value is not None:
+                found.append(entry)
+        return found
+
+    def clear_tensors(self) -> None:
+        """Forget the tensor losses of the last call."""
+        self.tensors.clear()
+
+
+def reachable(entries: Iterable[Entry], inputs: list[Any]) -> list[Any]:
+    """Return the conditional entries that are computed from any of `inputs` (tensors or variables)."""
+    tensors = {id(value) for value in inputs if isinstance(value, GraphTensor)}
+    stored = {id(value) for value in inputs if isinstance(value, StoredValue)}
+
+    def depends(value: Any) -> bool:
+        if not isinstance(value, GraphTensor | Node):
+            return False
+        return any(
+            any(id(output) in tensors for output in node.outputs)
+            or any(id(v) in tensors for v in node.inputs)
+            or (node.operation is read_stored and id(node.attributes["stored"]) in stored)
+            for node in ancestors([value])
+        )
+
+    return [entry.value for entry in entries if entry.conditional and depends(entry.value)]

@@ -1,0 +1,67 @@
+"""What a layer call needs to know: the signature of `call`, and the calls that enclose this one."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from typing import Any, NamedTuple
+
+__all__ = ["CallContext", "Signature", "call_context", "learning_phase", "set_learning_phase", "signature_of"]
+
+
+class Signature(NamedTuple):
+    """Which keywords a `call` takes, and the position of `training` and `mask` behind the inputs."""
+
+    training: bool
+    mask: bool
+    scope: bool
+    keywords: bool
+    names: tuple[str, ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def _signature(function: Any) -> Signature:
+    parameters = list(inspect.signature(function).parameters.values())
+    keywords = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    names = {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    return Signature(
+        "training" in names, "mask" in names, "scope" in names, keywords, tuple(n for n in positional if n != "self")
+    )
+
+
+def signature_of(call: Any) -> Signature:
+    """Return the signature of a bound or plain `call`."""
+    return _signature(getattr(call, "__func__", call))
+
+
+class CallContext(threading.local):
+    """The layer call in progress in this thread: its depth, its `training`, the outermost layer, the name prefix."""
+
+    depth = 0
+    training: Any = None
+    root: Any = None
+    name_prefix = ""
+
+
+call_context = CallContext()
+
+
+class _LearningPhase(threading.local):
+    value: Any = None
+
+
+_phase = _LearningPhase()
+
+
+def learning_phase() -> Any:
+    """Return the globally set training mode: 0, 1, or None if it was never set."""
+    return _phase.value
+
+
+def set_learning_phase(value: Any) -> None:
+    """Set what `training` is in calls that are not told: 0 or 1 (None: each layer's own default)."""
+    if value not in (0, 1, None):
+        raise ValueError(f"set_learning_phase: not a phase. Expected 0, 1 or None; got {value!r}.")
+    _phase.value = value
