@@ -15,7 +15,7 @@ PACKAGE = ROOT / "gpulayers"
 # Each line may import the lines above it, and names on its own line. A name stands for the module or the folder.
 ORDER = [
     ["errors", "data"],
-    ["nest"],
+    ["nest", "serialization"],
     ["_cupy"],
     ["device"],
     ["dtypes"],
