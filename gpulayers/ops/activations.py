@@ -284,7 +284,7 @@ def get(identifier: Any) -> Callable[..., Any]:
             raise ValueError(message("activation", "unknown name", ", ".join(_BY_NAME), repr(identifier)))
         return _BY_NAME[identifier]
     if callable(identifier):
-        return identifier  # type: ignore[no-any-return]
+        return identifier
     raise TypeError(message("activation", "not an activation", "a name or a function", repr(identifier)))
 
 

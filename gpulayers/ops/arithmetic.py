@@ -95,7 +95,7 @@ remainder = _ufunc(
     type="FloorMod",
     doc="Return `x - floor(x / y) * y`, which has the sign of `y`.",
 )
-power = _ufunc(
+power: Operation = _ufunc(
     "power",
     lambda c, g: g * c.inputs[1] * power(c.inputs[0], c.inputs[1] - 1),
     # 0 ** y is 0 for every y > 0, so its slope in y is 0 there; the logarithm alone would give 0 * -inf.
@@ -103,10 +103,10 @@ power = _ufunc(
     type="Pow",
     doc="Return `x ** y`. The gradient with respect to `y` is taken as 0 where `x <= 0`.",
 )
-negative = _ufunc("negative", lambda c, g: -g, type="Neg", doc="Return `-x`.")
+negative: Operation = _ufunc("negative", lambda c, g: -g, type="Neg", doc="Return `-x`.")
 reciprocal = _ufunc("reciprocal", lambda c, g: -g * c.y * c.y, doc="Return `1 / x`.")
 absolute = _ufunc("absolute", lambda c, g: g * sign(c.x), type="Abs", doc="Return `|x|`; the gradient at 0 is 0.")
-sign = _ufunc("sign", lambda c, g: g * 0, doc="Return -1, 0 or 1; the gradient is 0.")
+sign: Operation = _ufunc("sign", lambda c, g: g * 0, doc="Return -1, 0 or 1; the gradient is 0.")
 floor = _ufunc("floor", lambda c, g: g * 0, doc="Return the largest whole number not above `x`; the gradient is 0.")
 ceil = _ufunc("ceil", lambda c, g: g * 0, doc="Return the smallest whole number not below `x`; the gradient is 0.")
 rint = _ufunc("rint", lambda c, g: g * 0, doc="Round to the nearest whole number, halves to even; the gradient is 0.")
@@ -120,10 +120,10 @@ rsqrt = _elementwise(
 )
 exp = _ufunc("exp", lambda c, g: g * c.y, doc="Return `e ** x`.")
 expm1 = _ufunc("expm1", lambda c, g: g * (c.y + 1), doc="Return `e ** x - 1`, exact for small `x`.")
-log = _ufunc("log", lambda c, g: g / c.x, doc="Return the natural logarithm of `x`.")
+log: Operation = _ufunc("log", lambda c, g: g / c.x, doc="Return the natural logarithm of `x`.")
 log1p = _ufunc("log1p", lambda c, g: g / (c.x + 1), doc="Return `log(1 + x)`, exact for small `x`.")
 sin = _ufunc("sin", lambda c, g: g * cos(c.x), doc="Return the sine of `x` (radians).")
-cos = _ufunc("cos", lambda c, g: -g * sin(c.x), doc="Return the cosine of `x` (radians).")
+cos: Operation = _ufunc("cos", lambda c, g: -g * sin(c.x), doc="Return the cosine of `x` (radians).")
 tanh = _ufunc("tanh", lambda c, g: g * (1 - c.y * c.y), doc="Return the hyperbolic tangent of `x`.")
 
 
@@ -150,9 +150,9 @@ minimum = _ufunc(
 
 equal = _ufunc("equal", doc="Return `x == y`.")
 not_equal = _ufunc("not_equal", doc="Return `x != y`.")
-less = _ufunc("less", doc="Return `x < y`.")
+less: Operation = _ufunc("less", doc="Return `x < y`.")
 less_equal = _ufunc("less_equal", doc="Return `x <= y`.")
-greater = _ufunc("greater", doc="Return `x > y`.")
+greater: Operation = _ufunc("greater", doc="Return `x > y`.")
 greater_equal = _ufunc("greater_equal", doc="Return `x >= y`.")
 logical_and = _ufunc("logical_and", doc="Return `x and y` for each element.")
 logical_or = _ufunc("logical_or", doc="Return `x or y` for each element.")
@@ -162,7 +162,7 @@ isnan = _ufunc("isnan", type="IsNan", doc="Return whether `x` is not a number.")
 isinf = _ufunc("isinf", type="IsInf", doc="Return whether `x` is infinite.")
 isfinite = _ufunc("isfinite", type="IsFinite", doc="Return whether `x` is neither infinite nor not a number.")
 
-where = _elementwise(
+where: Operation = _elementwise(
     "where",
     lambda xp, condition, x, y: xp.where(condition, x, y),
     None,

@@ -111,9 +111,11 @@ def _convolve_back(xp: Any, g: Any, kernel: Any, x: Any, window: Window) -> Any:
             part = slice(start, start + step)
             rows = xp.ascontiguousarray(g[part]).reshape(-1, g.shape[-1])
             for tap, seen in taps(window, places):
-                view = padded[(part, *seen)]
+                index = (part, *seen)
+                view = padded[index]
                 view += (rows @ kernel[tap].T).reshape(view.shape)
-    return padded[(slice(None), *(slice(a, a + n) for n, (a, _) in zip(x.shape[1:-1], widths, strict=True)))]
+    inner = (slice(None), *(slice(a, a + n) for n, (a, _) in zip(x.shape[1:-1], widths, strict=True)))
+    return padded[inner]
 
 
 def _correlate(xp: Any, x: Any, g: Any, kernel_shape: tuple[int, ...], window: Window) -> Any:

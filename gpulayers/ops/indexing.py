@@ -165,7 +165,7 @@ _getitem_gradient = Operation(
     spec=lambda g, x, *arrays, key: Spec(x.shape, g.dtype),
     gradient=(_pass_index, None),
 )
-_getitem = Operation(
+_getitem: Operation = Operation(
     "getitem",
     _getitem_forward,
     spec=_getitem_spec,
@@ -246,7 +246,7 @@ _take_gradient = Operation(
     spec=lambda g, x, indices, axis: Spec(x.shape, g.dtype),
     gradient=(lambda c, g: _take(g, c.inputs[2], axis=c["axis"]), None, None),
 )
-_take = Operation(
+_take: Operation = Operation(
     "take",
     lambda xp, x, indices, *, axis: xp.take(x, indices, axis=axis),
     spec=_take_spec,
@@ -294,7 +294,7 @@ _along_gradient = Operation(
     spec=lambda g, x, indices, axis: Spec(x.shape, g.dtype),
     gradient=(lambda c, g: _along(g, c.inputs[2], axis=c["axis"]), None, None),
 )
-_along = Operation(
+_along: Operation = Operation(
     "take_along_axis",
     lambda xp, x, indices, *, axis: xp.take_along_axis(x, indices, axis=axis),
     spec=_along_spec,

@@ -143,14 +143,14 @@ _max_pool = Operation(
     gradient=(lambda c, g: _max_gradient(g, c.x, c.y, **c.attributes),),
     type="MaxPool",
 )
-_max_gradient = Operation(
+_max_gradient: Operation = Operation(
     "max_pool_gradient",
     _max_gradient_forward,
     spec=lambda g, x, y, **_: Spec(x.shape, g.dtype),
     gradient=(lambda c, v: _max_pick(v, *c.inputs[1:], **c.attributes), None, None),
     type="MaxPoolGrad",
 )
-_max_pick = Operation(
+_max_pick: Operation = Operation(
     "max_pool_pick",
     _max_pick_forward,
     spec=lambda v, x, y, **_: Spec(y.shape, v.dtype),
@@ -166,7 +166,7 @@ _avg_pool = Operation(
     gradient=(lambda c, g: _avg_gradient(g, c.x, **c.attributes),),
     type="AvgPool",
 )
-_avg_gradient = Operation(
+_avg_gradient: Operation = Operation(
     "avg_pool_gradient",
     _avg_gradient_forward,
     spec=lambda g, x, **_: Spec(x.shape, g.dtype),

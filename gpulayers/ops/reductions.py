@@ -190,7 +190,7 @@ _argmin = _reduction("argmin", _plain("argmin"), type="ArgMin")
 _logsumexp = _reduction(
     "logsumexp", _logsumexp_forward, lambda c, g: _kept(g, c) * exp(c.x - _kept(c.y, c)), type="LogSumExp"
 )
-_cumsum = Operation(
+_cumsum: Operation = Operation(
     "cumsum",
     _cumsum_forward,
     spec=lambda x, axis: Spec(x.shape, result_dtype(_cumsum_forward, [Spec((1,), x.dtype)], axis=0)),

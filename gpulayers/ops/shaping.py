@@ -55,7 +55,7 @@ __all__ = [
 
 # --- the same elements in another shape -------------------------------------------------------------------------------
 
-reshape_like = Operation(
+reshape_like: Operation = Operation(
     "reshape_like",
     lambda xp, x, like: x.reshape(like.shape),
     spec=lambda x, like: Spec(like.shape, x.dtype),
@@ -72,7 +72,7 @@ def _reshaped(name: str, shape: Shape, wanted: tuple[int | None, ...]) -> Shape:
     rest = [size for size in wanted if size != -1]
     if None in rest:
         return tuple(None if size == -1 else size for size in wanted)
-    product = int(np.prod(rest, dtype=np.int64))
+    product = int(np.prod([size or 0 for size in rest], dtype=np.int64))
     if total is not None and (product != total if -1 not in wanted else product == 0 or total % product):
         raise ShapeError(message(name, "the number of elements differs", f"a shape for {shape}", wanted))
     inferred = None if total is None else (total // product if product else 0)
@@ -235,7 +235,7 @@ def _concatenated(name: str, specs: Sequence[Spec], axis: int) -> Spec:
     sizes: list[int | None] = []
     for index, column in enumerate(zip(*known, strict=True)):
         if index == place:
-            sizes.append(None if None in column or len(known) < len(specs) else sum(column))  # type: ignore[arg-type]
+            sizes.append(None if None in column or len(known) < len(specs) else sum(column))
             continue
         fixed = set(column) - {None}
         if len(fixed) > 1:
@@ -417,7 +417,7 @@ _tile_gradient = Operation(
     spec=lambda g, x, reps: Spec(x.shape, g.dtype),
     gradient=(lambda c, g: _tile(g, reps=c["reps"]), None),
 )
-_tile = Operation(
+_tile: Operation = Operation(
     "tile",
     lambda xp, x, *, reps: xp.tile(x, reps),
     spec=_tile_spec,
@@ -458,7 +458,7 @@ _repeat_gradient = Operation(
     spec=lambda g, x, repeats, axis: Spec(x.shape, g.dtype),
     gradient=(lambda c, g: _repeat(g, repeats=c["repeats"], axis=c["axis"]), None),
 )
-_repeat = Operation(
+_repeat: Operation = Operation(
     "repeat",
     lambda xp, x, *, repeats, axis: xp.repeat(x, repeats, axis=axis),
     spec=_repeat_spec,
@@ -512,14 +512,14 @@ def broadcast_to(x: Any, shape: Any) -> Any:
     return _broadcast_to(x, shape=known) if vector is None else _dynamic_broadcast_to(x, vector, known=known)
 
 
-_flip = Operation(
+_flip: Operation = Operation(
     "flip",
     lambda xp, x, *, axis: xp.flip(x, axis),
     spec=lambda x, axis: like_first(x, axis=x.shape is None or axes_of("flip", axis, len(x.shape))),
     gradient=(lambda c, g: _flip(g, axis=c["axis"]),),
     type="ReverseV2",
 )
-_roll = Operation(
+_roll: Operation = Operation(
     "roll",
     lambda xp, x, *, shift, axis: xp.roll(x, shift, axis),
     spec=lambda x, shift, axis: like_first(x, axis=x.shape is None or axes_of("roll", axis, len(x.shape))),
@@ -569,7 +569,7 @@ _crop = Operation(
     spec=lambda g, widths: _pad_spec(g, tuple((-before, -after) for before, after in widths), 0),
     gradient=(lambda c, g: _pad(g, widths=c["widths"], value=0),),
 )
-_pad = Operation(
+_pad: Operation = Operation(
     "pad",
     lambda xp, x, *, widths, value: xp.pad(x, widths, mode="constant", constant_values=value),
     spec=_pad_spec,
