@@ -50,7 +50,9 @@ def residual_add(inputs: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
         if x.shape != y.shape:
             raise ShapeError(message("residual_add", "shapes differ", x.shape, y.shape))
         if x.dtype != y.dtype or x.dtype.name not in _DTYPES:
-            raise DTypeError(message("residual_add", "no kernel for these dtypes", _DTYPES, (x.dtype.name, y.dtype.name)))
+            raise DTypeError(
+                message("residual_add", "no kernel for these dtypes", _DTYPES, (x.dtype.name, y.dtype.name))
+            )
         module = array_module(x)
         results.append(module.empty(x.shape, dtype=x.dtype))
         if x.size:
