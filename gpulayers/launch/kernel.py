@@ -80,8 +80,9 @@ class Kernel:
     where: function of a dictionary of values that says whether the combination exists.
     minimum_arch: oldest compute capability, 75 if not given.
     body: text instead of a file, for generated kernels.
+    listed: whether `kernel_list` names it; tests leave their own kernels out.
 
-    Raises KernelError for an argument type that is not known and for a name that is taken.
+    Raises KernelError for an argument type that is not known or a definition's name that is not in capitals.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Kernel:
         where: Callable[[dict[str, Any]], bool] | None = None,
         minimum_arch: int = 75,
         body: str | None = None,
+        listed: bool = True,
     ) -> None:
         self.source, self.name, self.minimum_arch, self.body = source, name, minimum_arch, body
         self.fields = _source.parse_fields(name, arguments)
@@ -108,7 +110,8 @@ class Kernel:
         )
         self.packed_dtype = np.dtype(f"V{self._packer.size}")
         self._specialisations: dict[tuple[Any, ...], Specialisation] = {}
-        _kernels[name] = self
+        if listed:
+            _kernels[name] = self
 
     def __repr__(self) -> str:
         return f"Kernel({self.source!r}, {self.name!r})"

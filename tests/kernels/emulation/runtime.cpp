@@ -41,7 +41,11 @@ extern "C" GL_EMULATION_LOCAL const emulation_position* emulation_here;
 
 namespace {
 
+#ifdef GL_FIBER_ANNOTATIONS
+constexpr size_t stack_size = 1024 * 1024;  // AddressSanitizer writes its reports on the stack of the culprit
+#else
 constexpr size_t stack_size = 96 * 1024;
+#endif
 constexpr int largest_static_count = 64;
 
 // A place where a known set of threads meets: __syncthreads, a warp operation, a cluster barrier.
@@ -96,10 +100,17 @@ struct block_state {
     size_t shared_used = 0;
     bool ended = false;
 #ifdef GL_EMULATION_THREADS
+    // ThreadSanitizer takes malloc for a write, so the memory is there before the threads are.
     std::mutex mutex;
+    unsigned char* arena = nullptr;
+    size_t arena_used = 0;
 #endif
     ~block_state() {
+#ifdef GL_EMULATION_THREADS
+        free(arena);
+#else
         for (auto& variable : statics) free(variable.memory);
+#endif
         free(dynamic);
     }
 };
@@ -212,8 +223,8 @@ void fiber_main() {
 void prepare(cuda_thread& thread) {
     memset(thread.stack, 0x5c, 16);  // overwritten: the stack was too small
 #if defined(__x86_64__)
-    void** top = reinterpret_cast<void**>(thread.stack + stack_size) - 2;
-    top[0] = nullptr;  // fiber_main never returns; this keeps the stack aligned as after a call
+    void** top = reinterpret_cast<void**>(thread.stack + stack_size) - 1;
+    top[0] = nullptr;  // the return address of a function that never returns, 8 below a multiple of 16
     *--top = reinterpret_cast<void*>(fiber_main);
     for (int i = 0; i < 6; ++i) *--top = nullptr;
     thread.stack_pointer = top;
@@ -366,7 +377,12 @@ void* emulation_static_shared(const void* tag, size_t size) {
         block.shared_used += size;
         if (block.shared_used > request->shared_limit)
             fail("the block needs %zu bytes of shared memory, more than %zu", block.shared_used, request->shared_limit);
+#ifdef GL_EMULATION_THREADS
+        void* memory = block.arena + block.arena_used;
+        block.arena_used += (size + 15) / 16 * 16;
+#else
         void* memory = malloc(size);
+#endif
         poison(memory, size);
         variable.size = size;
         __atomic_store_n(&variable.memory, memory, __ATOMIC_RELAXED);
@@ -430,6 +446,9 @@ void start_block(block_state& block, cluster_state& cluster, uint64_t number, un
     block.shared_used = request->shared;
     block.dynamic = static_cast<unsigned char*>(malloc(request->shared));  // exact: a sanitizer sees the first byte beyond
     poison(block.dynamic, request->shared);
+#ifdef GL_EMULATION_THREADS
+    block.arena = static_cast<unsigned char*>(malloc(request->shared_limit + 16 * largest_static_count));
+#endif
 }
 
 cuda_thread make_thread(block_state& block, unsigned number) {
