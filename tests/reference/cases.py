@@ -94,6 +94,18 @@ def kinds() -> dict[str, str]:
     return found
 
 
+def residual_function(
+    text: str | None, concatenate: Callable[[list[Any], int], Any]
+) -> Callable[[Any, Any], Any] | None:
+    """Return the function that a recurrent case's `config["residual_fn"]` describes, None for the default one."""
+    return {
+        None: None,
+        "0.5*inputs - outputs": lambda inputs, outputs: 0.5 * inputs - outputs,
+        "inputs * outputs": lambda inputs, outputs: inputs * outputs,
+        "concat([inputs, 2*outputs], -1)": lambda inputs, outputs: concatenate([inputs, 2 * outputs], -1),
+    }[text]
+
+
 def case(name: str) -> Case:
     """Return one case by its name, an excluded one too."""
     return _load()[name]
