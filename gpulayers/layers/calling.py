@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import threading
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-__all__ = ["CallContext", "Signature", "call_context", "learning_phase", "set_learning_phase", "signature_of"]
+__all__ = [
+    "CallContext",
+    "Signature",
+    "call_context",
+    "learning_phase",
+    "no_state_updates",
+    "set_learning_phase",
+    "signature_of",
+    "state_updates_allowed",
+]
 
 
 class Signature(NamedTuple):
@@ -65,3 +76,33 @@ def set_learning_phase(value: Any) -> None:
     if value not in (0, 1, None):
         raise ValueError(f"set_learning_phase: not a phase. Expected 0, 1 or None; got {value!r}.")
     _phase.value = value
+
+
+class _StateUpdates(threading.local):
+    allowed = True
+
+
+_state_updates = _StateUpdates()
+
+
+@contextlib.contextmanager
+def no_state_updates() -> Iterator[None]:
+    """Keep moving statistics as they are inside the block: for recomputing a forward pass that was counted already.
+
+    >>> import numpy as np, gpulayers as gl
+    >>> layer = gl.layers.BatchNormalization()
+    >>> with gl.no_state_updates():
+    ...     _ = layer(np.array([[1.0], [3.0]], "float32"), training=True)
+    >>> layer.moving_mean.numpy()
+    array([0.], dtype=float32)
+    """
+    before, _state_updates.allowed = _state_updates.allowed, False
+    try:
+        yield
+    finally:
+        _state_updates.allowed = before
+
+
+def state_updates_allowed() -> bool:
+    """Say whether a training call may change moving statistics now."""
+    return _state_updates.allowed

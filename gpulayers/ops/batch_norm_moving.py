@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["MovingStatistics", "Renorm", "corrections", "update"]
+__all__ = ["MovingStatistics", "Renorm", "corrections", "update", "update_mean", "update_variance"]
 
 
 class Renorm(NamedTuple):
@@ -68,23 +68,40 @@ def _step(xp: Any, variable: Any, value: Any, decay: float, keep: Any) -> None:
     flat -= change if change.dtype == flat.dtype else change.astype(flat.dtype)
 
 
-def update(moving: MovingStatistics, mean: Any, variance: Any, epsilon: float, count: int, xp: Any = np) -> None:
-    """Take one step of `moving` with moments averaged over sub-batches, shape (C,)."""
-    keep = None
-    if moving.skip_nonfinite:
-        keep = ~(xp.isfinite(mean) & xp.isfinite(variance))
-        if moving.skipped is not None:
-            moving.skipped[...] += keep.sum().astype(moving.skipped.dtype)
+def _kept(moving: MovingStatistics, mean: Any, variance: Any, xp: Any) -> Any:
+    """Return which channels keep their statistics, or None for none."""
+    return ~(xp.isfinite(mean) & xp.isfinite(variance)) if moving.skip_nonfinite else None
+
+
+def update_mean(moving: MovingStatistics, mean: Any, variance: Any, epsilon: float, count: int, xp: Any = np) -> None:
+    """Take the mean's half of a step: renorm's mean where there is one, then the moving mean; counts skipped channels."""
+    keep = _kept(moving, mean, variance, xp)
+    if keep is not None and moving.skipped is not None:
+        moving.skipped[...] += keep.sum().astype(moving.skipped.dtype)
+    if moving.renorm_mean is not None:
+        _step(xp, moving.renorm_mean, mean, moving.renorm_decay, keep)
     _step(xp, moving.mean, mean, moving.decay, keep)
+
+
+def update_variance(
+    moving: MovingStatistics, mean: Any, variance: Any, epsilon: float, count: int, xp: Any = np
+) -> None:
+    """Take the variance's half of a step: with renorm its stddev, the moving stddev, and the variance they imply."""
+    keep = _kept(moving, mean, variance, xp)
     if moving.stddev is None:
         if moving.unbiased:
             variance = variance * (count / max(count - 1, 1))
         _step(xp, moving.variance, variance, moving.decay, keep)
         return
     s = xp.sqrt(variance + epsilon)
-    _step(xp, moving.renorm_mean, mean, moving.renorm_decay, keep)
     _step(xp, moving.renorm_stddev, s, moving.renorm_decay, keep)
     _step(xp, moving.stddev, s, moving.decay, keep)
     stddev, moving_variance = moving.stddev.reshape(-1), moving.variance.reshape(-1)
     derived = xp.maximum(stddev * stddev - epsilon, 0)
     moving_variance[...] = derived if keep is None else xp.where(keep, moving_variance, derived)
+
+
+def update(moving: MovingStatistics, mean: Any, variance: Any, epsilon: float, count: int, xp: Any = np) -> None:
+    """Take one step of `moving` with moments averaged over sub-batches, shape (C,)."""
+    update_mean(moving, mean, variance, epsilon, count, xp)
+    update_variance(moving, mean, variance, epsilon, count, xp)

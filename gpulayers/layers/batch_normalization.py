@@ -1,0 +1,575 @@
+"""Batch normalisation layers, legacy and modern."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from gpulayers import constraints, initializers, nest, ops, regularizers
+from gpulayers.dtypes import TensorShape, as_dtype, is_floating, parameter_dtype
+from gpulayers.errors import LayerError, ShapeError, message
+from gpulayers.layers.calling import state_updates_allowed
+from gpulayers.layers.core import CoreLayer, as_shape_structure
+from gpulayers.layers.legacy import LegacyLayer
+from gpulayers.layers.modern import Layer
+from gpulayers.layers.spec import InputSpec
+from gpulayers.ops.batch_norm import (
+    MovingVariables,
+    batch_norm_inference,
+    batch_norm_training,
+    sub_batches,
+    update_moving,
+)
+from gpulayers.trace import GraphTensor, active_graph, cond, control_dependencies, symbolic_graph
+from gpulayers.variables import PartitionedVariable
+
+__all__ = ["BatchNormalization", "LegacyBatchNormalization"]
+
+_CLIPS = ("rmax", "rmin", "dmax")
+
+
+class BatchNormalizationMixin(CoreLayer):
+    """The maths and the variables of batch normalisation, for both families."""
+
+    _trainable_false_means_inference = False
+    _fused_must_be_possible = False
+
+    def __init__(
+        self,
+        axis: Any = -1,
+        momentum: float = 0.99,
+        epsilon: float = 1e-3,
+        center: bool = True,
+        scale: bool = True,
+        beta_initializer: Any = "zeros",
+        gamma_initializer: Any = "ones",
+        moving_mean_initializer: Any = "zeros",
+        moving_variance_initializer: Any = "ones",
+        beta_regularizer: Any = None,
+        gamma_regularizer: Any = None,
+        beta_constraint: Any = None,
+        gamma_constraint: Any = None,
+        renorm: bool = False,
+        renorm_clipping: dict[str, Any] | None = None,
+        renorm_momentum: float = 0.99,
+        fused: bool | None = None,
+        trainable: bool = True,
+        virtual_batch_size: int | None = None,
+        adjustment: Callable[[Any], tuple[Any, Any]] | None = None,
+        name: Any = None,
+        activation: Any = None,
+        skip_nonfinite_updates: bool = False,
+        synchronized: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(trainable=trainable, name=name, **kwargs)
+        self.axis = _checked_axis(self._name, axis)
+        self.momentum, self.epsilon, self.center, self.scale = momentum, epsilon, center, scale
+        self.beta_initializer = initializers.get(beta_initializer)
+        self.gamma_initializer = initializers.get(gamma_initializer)
+        self.moving_mean_initializer = initializers.get(moving_mean_initializer)
+        self.moving_variance_initializer = initializers.get(moving_variance_initializer)
+        self.beta_regularizer = regularizers.get(beta_regularizer)
+        self.gamma_regularizer = regularizers.get(gamma_regularizer)
+        self.beta_constraint = constraints.get(beta_constraint)
+        self.gamma_constraint = constraints.get(gamma_constraint)
+        self.renorm, self.virtual_batch_size, self.adjustment = renorm, virtual_batch_size, adjustment
+        self.activation = ops.activations.get(activation)
+        self.skip_nonfinite_updates = skip_nonfinite_updates
+        self.fused = fused
+        self.supports_masking = True
+        if renorm:
+            clipping = dict(renorm_clipping or {})
+            if set(clipping) - set(_CLIPS):
+                raise ValueError(
+                    message(self._name, "Received invalid keys for `renorm_clipping`", list(_CLIPS), list(clipping))
+                )
+            self.renorm_clipping, self.renorm_momentum = clipping, renorm_momentum
+        self._warned_single = False
+
+    # --- build --------------------------------------------------------------------------------------------------------
+
+    def build(self, input_shape: Any) -> None:
+        """Make the variables for inputs of this shape; settles `axis` and `fused`.
+
+        Raises ValueError for an axis that is out of range or given twice, unknown rank or size of a normalised axis, and
+        for a `virtual_batch_size` that is not positive or does not go with the other arguments.
+        """
+        shape = TensorShape(input_shape)
+        if not shape.rank:
+            raise ShapeError(message(self._name, "Input has undefined rank", "rank 1 or more", shape))
+        axes = self._resolved_axes(shape)
+        self._check_virtual_batch(axes)
+        self.fused = self._can_fuse(shape, axes)
+        sizes = {axis: shape[axis] for axis in axes}
+        if None in sizes.values():
+            raise ShapeError(message(self._name, "Input has undefined `axis` dimension", axes, shape))
+        self.input_spec = InputSpec(ndim=shape.rank, axes=sizes)
+        self._kept_axes = tuple(sorted(axes))
+        self._rank = shape.rank
+        if len(axes) == 1 and self.virtual_batch_size is None:
+            parameter_shape = [sizes[axes[0]]]
+        else:
+            parameter_shape = [sizes.get(axis, 1) for axis in range(shape.rank)]
+        if self.virtual_batch_size is not None:
+            parameter_shape.insert(1, 1)
+            axes = [axis + 1 for axis in axes]
+        self.axis = axes
+        self._make_variables(parameter_shape, parameter_dtype(self.dtype or "float32"))
+        self.built = True
+
+    def _resolved_axes(self, shape: TensorShape) -> list[int]:
+        rank = shape.rank or 0
+        given = [self.axis] if isinstance(self.axis, int) else list(self.axis)
+        if not given:
+            raise IndexError(message(self._name, "axis is empty", "at least one axis", given))
+        axes = [axis + rank if axis < 0 else axis for axis in given]
+        if any(axis < 0 or axis >= rank for axis in axes):
+            raise ShapeError(message(self._name, "Expected 0 <= axis < inputs.rank", f"axis in [-{rank}, {rank})", given))
+        if len(set(axes)) != len(axes):
+            raise ShapeError(f"{self._name}: Duplicate axis: {tuple(axes)}. Expected different axes; got {given}.")
+        return axes
+
+    def _check_virtual_batch(self, axes: list[int]) -> None:
+        size = self.virtual_batch_size
+        if size is None:
+            return
+        if size <= 0:
+            raise ValueError(
+                message(
+                    self._name, "virtual_batch_size must be a positive integer that divides the true batch size", got=size
+                )
+            )
+        if 0 in axes:
+            raise ValueError(message(self._name, "When using virtual_batch_size, axis cannot include 0", got=axes))
+        if self.adjustment is not None:
+            raise ValueError(message(self._name, "When using virtual_batch_size, adjustment cannot be specified"))
+
+    def _can_fuse(self, shape: TensorShape, axes: list[int]) -> bool:
+        """Say whether TensorFlow would take its fused path: that decides the estimator of the moving variance."""
+        plain_options = not self.renorm and self.virtual_batch_size is None and self.adjustment is None
+        allowed = {4: ([1], [3]), 5: ([1], [4])}.get(shape.rank or 0, ())
+        possible = plain_options and axes in allowed and as_dtype(self.dtype or "float32").itemsize <= 4
+        if self.fused and not possible and self._fused_must_be_possible:
+            raise ValueError(
+                message(
+                    self._name,
+                    "fused=True is not possible here",
+                    "rank 4 or 5, one axis (1 or the last), no renorm, virtual_batch_size or adjustment, not float64",
+                    f"rank {shape.rank}, axis {axes}, dtype {self.dtype}",
+                )
+            )
+        return possible and self.fused in (None, True)
+
+    def _make_variables(self, shape: list[Any], dtype: np.dtype) -> None:
+        def add(name: str, initializer: Any, trainable: bool = False, **keywords: Any) -> Any:
+            if not trainable:  # statistics are never partitioned, whatever the scope says
+                keywords["partitioner"] = False
+            return self.add_weight(
+                name,
+                shape,
+                dtype,
+                initializer=initializer,
+                trainable=trainable,
+                experimental_autocast=False,
+                **keywords,
+            )
+
+        self.gamma = self.beta = None
+        if self.scale:
+            options = {"regularizer": self.gamma_regularizer, "constraint": self.gamma_constraint}
+            self.gamma = add("gamma", self.gamma_initializer, trainable=True, **options)
+        if self.center:
+            options = {"regularizer": self.beta_regularizer, "constraint": self.beta_constraint}
+            self.beta = add("beta", self.beta_initializer, trainable=True, **options)
+        self.moving_mean = add("moving_mean", self.moving_mean_initializer)
+        self.moving_variance = add("moving_variance", self.moving_variance_initializer)
+        if self.renorm:
+            root = _SquareRoot(self.moving_variance_initializer)
+            self.moving_stddev = add("moving_stddev", root)
+            self.renorm_mean = add("renorm_mean", self.moving_mean_initializer)
+            self.renorm_stddev = add("renorm_stddev", root)
+        if self.skip_nonfinite_updates:
+            self.skipped_updates = self.add_weight(
+                "skipped_updates", (), "int64", initializer="zeros", trainable=False, partitioner=False
+            )
+
+    # --- call ---------------------------------------------------------------------------------------------------------
+
+    def _normalise(self, inputs: Any, training: Any, mask: Any, residual: Any) -> Any:
+        """Compute the output for `training` of any kind, and update the moving statistics."""
+        if not is_floating(inputs.dtype):
+            raise TypeError(message(self._name, "input is not floating", "a floating dtype", inputs.dtype))
+        if self.virtual_batch_size is not None and not isinstance(self.virtual_batch_size, int | np.integer):
+            raise TypeError(message(self._name, "virtual_batch_size is not an integer", got=self.virtual_batch_size))
+        if inputs.dtype != self.compute_dtype:
+            inputs = ops.cast(inputs, self.compute_dtype)
+        training = self._checked_training(training)
+        if self.fused and mask is not None:
+            warnings.warn(f"{self._name}: masking is not supported by the fused path, the mask is ignored", stacklevel=4)
+            mask = None
+        if training is False:
+            return self._inference(inputs, residual, self._adjustment(inputs, training))
+        adjustment = self._adjustment(inputs, training)
+        if training is True:
+            self._warn_about_single_values(inputs)
+            y, mean, variance = self._training(inputs, mask, residual, adjustment, in_place=active_graph() is None)
+            self._record_updates(inputs, mean, variance, True)
+            return y
+        y, mean, variance = cond(
+            training,
+            lambda: self._training(inputs, mask, residual, adjustment, in_place=False),
+            lambda: self._without_statistics(inputs, residual),
+        )
+        self._record_updates(inputs, mean, variance, training)
+        return y
+
+    def _checked_training(self, training: Any) -> Any:
+        """Return True, False, or a graph tensor."""
+        if training is None:
+            return False
+        if isinstance(training, GraphTensor):
+            return training if training.dtype == np.bool_ else ops.cast(training, np.bool_)
+        if isinstance(training, str | bytes) or nest.is_nested(training):
+            raise TypeError(message(self._name, "training is not a bool", "True, False, 0, 1 or a scalar", repr(training)))
+        flag = bool(training)
+        return flag and (self._trainable or not self._trainable_false_means_inference)
+
+    def _training(self, x: Any, mask: Any, residual: Any, adjustment: Any, in_place: bool) -> list[Any]:
+        """Normalise by batch statistics; return the output, and mean and variance for the moving statistics."""
+        named: dict[str, Any] = {}
+        relu = self._fused_relu and adjustment is None
+        if adjustment is None:
+            named = {"gamma": self.gamma, "beta": self.beta, "residual": residual}
+        if mask is not None:
+            named["weights"] = _mask_weights(mask, x)
+        if self.renorm:
+            named["renorm_mean"], named["renorm_stddev"] = self.renorm_mean, self.renorm_stddev
+            for key in _CLIPS:
+                clip = self.renorm_clipping.get(key)
+                named[key] = clip() if callable(clip) else clip
+        named = {key: value for key, value in named.items() if value is not None}
+        y, mean, variance, _ = batch_norm_training(
+            _raised(x) if adjustment is not None else x,
+            *[_whole(value) for value in named.values()],
+            given=tuple(named),
+            axis=self._kept_axes,
+            epsilon=self.epsilon,
+            virtual_batch_size=self.virtual_batch_size,
+            activation="relu" if relu else None,
+            moving=self._moving() if in_place and self._updates_statistics() else None,
+        )
+        if adjustment is not None:
+            y = self._adjusted(y, adjustment, x.dtype)
+            if residual is not None:
+                y = y + residual
+        return [y if relu or self.activation is ops.activations.linear else self.activation(y), mean, variance]
+
+    def _inference(self, x: Any, residual: Any, adjustment: Any = None) -> Any:
+        named = {"gamma": self.gamma, "beta": self.beta, "residual": residual}
+        named = {key: value for key, value in named.items() if value is not None}
+        y = batch_norm_inference(
+            x,
+            self.moving_mean,
+            self.moving_variance,
+            *[_whole(value) for value in named.values()],
+            given=tuple(named),
+            axis=self._kept_axes,
+            epsilon=self.epsilon,
+            activation="relu" if self._fused_relu else None,
+        )
+        return y if self._fused_relu or self.activation is ops.activations.linear else self.activation(y)
+
+    def _without_statistics(self, x: Any, residual: Any) -> list[Any]:
+        """Return what `_training` returns, by inference: the statistics are placeholders that no update uses."""
+        flat = ops.reshape(self.moving_mean, (-1,))
+        return [self._inference(x, residual), flat, ops.reshape(self.moving_variance, (-1,))]
+
+    @property
+    def _fused_relu(self) -> bool:
+        return self.activation is ops.activations.relu
+
+    def _adjustment(self, x: Any, training: Any) -> Any:
+        """Ask for (scale, bias), unless the call is known not to train."""
+        if self.adjustment is None or training is False:
+            return None
+        return self.adjustment(ops.shape_of(x))
+
+    def _adjusted(self, n: Any, adjustment: Any, dtype: Any) -> Any:
+        """Return ``(n scale + bias) gamma + beta``, computed in the dtype of the parameters."""
+        scale, bias = adjustment
+        y = n * scale + bias
+        for variable, combine in ((self.gamma, ops.multiply), (self.beta, ops.add)):
+            if variable is not None:
+                shape = [size if axis in self._kept_axes else 1 for axis, size in enumerate(tuple(n.shape))]
+                y = combine(y, ops.reshape(_whole(variable), shape))
+        return ops.cast(y, dtype) if y.dtype != dtype else y
+
+    def _warn_about_single_values(self, x: Any) -> None:
+        shape = tuple(x.shape)
+        if self._warned_single or None in shape or 0 in shape or self.virtual_batch_size == 0:
+            return
+        groups = sub_batches(shape[0], self.virtual_batch_size)
+        if math.prod(size for axis, size in enumerate(shape) if axis not in self._kept_axes) == groups:
+            self._warned_single = True
+            warnings.warn(
+                f"{self._name}: training with one value per channel (input shape {shape}): the variance is 0 and the "
+                "output is beta. The usual cause is a last batch of one row; drop it, or use larger batches.",
+                stacklevel=5,
+            )
+
+    # --- moving statistics --------------------------------------------------------------------------------------------
+
+    def _updates_statistics(self) -> bool:
+        return self._trainable and state_updates_allowed()
+
+    def _moving(self) -> MovingVariables:
+        more = (self.moving_stddev, self.renorm_mean, self.renorm_stddev, 1 - self.renorm_momentum) if self.renorm else ()
+        moving = MovingVariables(self.moving_mean, self.moving_variance, 1 - self.momentum, *more)
+        if self.fused or self.skip_nonfinite_updates:
+            counter = self.skipped_updates if self.skip_nonfinite_updates else None
+            moving = moving._replace(
+                unbiased=bool(self.fused), skip_nonfinite=self.skip_nonfinite_updates, skipped=counter
+            )
+        return moving
+
+    def _record_updates(self, x: Any, mean: Any, variance: Any, training: Any) -> None:
+        """Add the two updates of a graph; nothing in eager mode, where they have happened, and for `Input` tensors."""
+        graph = active_graph()
+        if graph is None or graph is symbolic_graph() or not self._updates_statistics():
+            return
+        size = ops.size(x)
+        moving = self._moving()
+        for part in ("mean", "variance"):
+            with control_dependencies([mean]):
+                update = update_moving(mean, variance, training, size, moving=moving, epsilon=self.epsilon, part=part)
+            self.add_update(update, inputs=x)
+
+    # --- the rest -----------------------------------------------------------------------------------------------------
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """Return `input_shape` as a `TensorShape`. Raises TypeError for something that is no shape."""
+        shape = as_shape_structure(input_shape, self._name)
+        if self.built and shape.rank is not None:
+            shape.with_rank(self._rank)
+        return shape
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the constructor's arguments; `fused` and `adjustment` are left out, the latter with a warning."""
+        if self.adjustment is not None:
+            warnings.warn(f"{self._name}: `adjustment` is a function and is not part of the config", stacklevel=2)
+        config: dict[str, Any] = {
+            "axis": self.axis,
+            "momentum": self.momentum,
+            "epsilon": self.epsilon,
+            "center": self.center,
+            "scale": self.scale,
+        }
+        for name in ("beta", "gamma", "moving_mean", "moving_variance"):
+            config[f"{name}_initializer"] = initializers.serialize(getattr(self, f"{name}_initializer"))
+        for name in ("beta", "gamma"):
+            config[f"{name}_regularizer"] = regularizers.serialize(getattr(self, f"{name}_regularizer"))
+        for name in ("beta", "gamma"):
+            config[f"{name}_constraint"] = constraints.serialize(getattr(self, f"{name}_constraint"))
+        if self.renorm:
+            config.update(
+                renorm=True, renorm_clipping=self.renorm_clipping, renorm_momentum=self.renorm_momentum
+            )
+        if self.virtual_batch_size is not None:
+            config["virtual_batch_size"] = self.virtual_batch_size
+        if self.activation is not ops.activations.linear:
+            config["activation"] = ops.activations.serialize(self.activation)
+        if self.skip_nonfinite_updates:
+            config["skip_nonfinite_updates"] = True
+        return {**super().get_config(), **config}
+
+
+class _SquareRoot:
+    """The square root of what an initializer gives."""
+
+    def __init__(self, initializer: Any) -> None:
+        self.initializer = initializer
+
+    def __call__(self, shape: Any, dtype: Any = None, **keywords: Any) -> Any:
+        return ops.sqrt(self.initializer(shape, dtype=dtype, **keywords))
+
+
+def _checked_axis(name: str, axis: Any) -> Any:
+    """Return a copy of `axis`. Raises TypeError unless it is an int or a list or tuple of ints."""
+    if isinstance(axis, list | tuple) and all(type(a) is int for a in axis):
+        return list(axis)
+    if type(axis) is int:
+        return axis
+    raise TypeError(message(name, "axis is of a wrong type", "an int, or a list or tuple of ints", repr(axis)))
+
+
+def _mask_weights(mask: Any, x: Any) -> Any:
+    """Return a mask of all axes but the last as weights of all axes."""
+    return ops.expand_dims(ops.cast(mask, parameter_dtype(x.dtype)), -1)
+
+
+def _whole(value: Any) -> Any:
+    return value.as_tensor() if isinstance(value, PartitionedVariable) else value
+
+
+def _raised(x: Any) -> Any:
+    """Return 16-bit data as float32: what follows is computed there."""
+    dtype = parameter_dtype(x.dtype)
+    return x if x.dtype == dtype else ops.cast(x, dtype)
+
+
+class LegacyBatchNormalization(BatchNormalizationMixin, LegacyLayer):
+    """Batch normalisation with TensorFlow 1's rules: ``gl.layers.BatchNormalization``.
+
+    `momentum` is the weight kept of the past (PyTorch's is the weight of the new value: ``momentum = 1 - torch's``).
+
+    Training: ``y = (x - mean) / sqrt(var + epsilon) * gamma + beta``, with mean and biased variance (divided by N) over all
+    axes but `axis`. Inference: the same with `moving_mean` and `moving_variance`. Each training call makes
+    ``v <- v - (v - batch value) * (1 - momentum)``; where TensorFlow would take its fused path (see `fused`) the moving
+    variance takes the unbiased one, ``var * N / max(N - 1, 1)``.
+
+    Parameters
+
+    - `axis`: the axis, or list of axes, that has statistics of its own; -1 for channels last, 1 for channels first.
+    - `momentum`, `epsilon`: see above; epsilon is used as given.
+    - `center`, `scale`: whether there are `beta` and `gamma`.
+    - `beta_initializer`, `gamma_initializer`, `moving_mean_initializer`, `moving_variance_initializer`;
+      `beta_regularizer`, `gamma_regularizer`; `beta_constraint`, `gamma_constraint`: names, configurations or callables.
+    - `renorm`, `renorm_clipping` (dictionary with any of ``rmax``, ``rmin``, ``dmax``: numbers, scalars, or functions
+      without arguments for a schedule), `renorm_momentum`: batch renormalisation; y becomes ``(n * r + d) * gamma + beta``.
+    - `fused`: None, True or False. Which kernel runs is our affair; this decides the estimator of the moving variance, as in
+      TensorFlow: fused for rank 4 or 5, axis 1 or last, no renorm, sub-batches or adjustment, not float64.
+    - `trainable`: False leaves the moving statistics alone and makes gamma and beta non-trainable; training calls still
+      use batch statistics (the modern layer does not).
+    - `virtual_batch_size` V: each sub-batch of V rows is normalised by itself; row i belongs to sub-batch ``i mod (B / V)``.
+    - `adjustment`: function of the input's dynamic shape giving (scale, bias), ``y = (n * scale + bias) * gamma + beta``.
+    - `activation` (extension): applied to the output, ReLU in the same kernel.
+    - `skip_nonfinite_updates` (extension): channels whose batch moments are not finite keep their moving statistics, and
+      the variable `skipped_updates` counts them.
+    - `name`, `dtype` and the other keywords of `Layer`.
+
+    Calling: ``layer(x, training=False, mask=None, residual=None)``. `x` of any rank, floating. `training`: bool, 0, 1, or a
+    boolean scalar, of a graph too. `mask`, shaped like x without its last axis, weighs the values in the moments; all are
+    normalised still. `residual` (extension) is added before the activation. Returns an array of x's shape, in the layer's
+    dtype.
+
+    State written: moving statistics, at once in eager mode and under a tape, by `updates` in a graph (run them with the
+    step: they are in UPDATE_OPS). Variables are float32 for 16-bit layers. Shapes: (C,) for one axis; for several axes x's
+    rank with 1 elsewhere; with `virtual_batch_size` a further 1 at index 1.
+
+    Raises TypeError and ValueError as TensorFlow does: `axis` of a wrong type (constructor) or out of range (build),
+    unknown keys in `renorm_clipping` (constructor), integer input (call), a batch that `virtual_batch_size` does not divide
+    (training call), and so on. An empty batch returns an empty array and changes nothing (TensorFlow: NaN). One value per
+    channel gives y = beta and warns once.
+
+    Numerics: 16-bit data is accumulated in float32, sums are taken around a pivot; same bits on every run.
+    Source: arXiv 1502.03167 algorithm 1; arXiv 1702.03275 algorithm 1 (renorm); ``tf.layers.BatchNormalization``.
+
+    >>> import numpy as np, gpulayers as gl
+    >>> layer = gl.layers.BatchNormalization(momentum=0.9)
+    >>> y = layer(np.array([[1.0], [3.0]], np.float32), training=True)
+    >>> y.round(3).tolist(), layer.moving_mean.numpy().round(3).tolist()
+    ([[-1.0], [1.0]], [0.20000000298023224])
+    """
+
+    def call(self, inputs: Any, training: Any = False, mask: Any = None, residual: Any = None) -> Any:
+        """Normalise `inputs`; see the class."""
+        return self._normalise(inputs, training, mask, residual)
+
+
+# Layers are named after their class, and a legacy program's is called BatchNormalization.
+LegacyBatchNormalization.__name__ = LegacyBatchNormalization.__qualname__ = "BatchNormalization"
+
+
+class BatchNormalization(BatchNormalizationMixin, Layer):
+    """Batch normalisation with the modern rules: ``gl.keras.layers.BatchNormalization``.
+
+    Arguments and maths are those of `gl.layers.BatchNormalization`; all of renorm, sub-batches, adjustment and several
+    axes are here too. It differs in three rules: with ``trainable=False`` a training call uses the moving statistics, as
+    inference does; ``fused=True`` where that is impossible raises ValueError; and inputs are cast to the compute dtype of
+    the layer's policy, variables staying float32 under a mixed policy. `training` defaults to the enclosing call's.
+
+    Source: ``tf.keras.layers.BatchNormalization``.
+
+    >>> import numpy as np, gpulayers as gl
+    >>> layer = gl.keras.layers.BatchNormalization(trainable=False, epsilon=0.0)
+    >>> layer(np.array([[3.0], [5.0]], np.float32), training=True)
+    array([[3.],
+           [5.]], dtype=float32)
+    """
+
+    _trainable_false_means_inference = True
+    _fused_must_be_possible = True
+
+    def call(self, inputs: Any, training: Any = None, mask: Any = None, residual: Any = None) -> Any:
+        """Normalise `inputs`; see the class."""
+        return self._normalise(inputs, training, mask, residual)
+
+
+def batch_normalization(
+    inputs: Any,
+    axis: Any = -1,
+    momentum: float = 0.99,
+    epsilon: float = 1e-3,
+    center: bool = True,
+    scale: bool = True,
+    beta_initializer: Any = "zeros",
+    gamma_initializer: Any = "ones",
+    moving_mean_initializer: Any = "zeros",
+    moving_variance_initializer: Any = "ones",
+    beta_regularizer: Any = None,
+    gamma_regularizer: Any = None,
+    beta_constraint: Any = None,
+    gamma_constraint: Any = None,
+    training: Any = False,
+    trainable: bool = True,
+    name: str | None = None,
+    reuse: Any = None,
+    renorm: bool = False,
+    renorm_clipping: dict[str, Any] | None = None,
+    renorm_momentum: float = 0.99,
+    fused: bool | None = None,
+    virtual_batch_size: int | None = None,
+    adjustment: Callable[[Any], tuple[Any, Any]] | None = None,
+) -> Any:
+    """Make a `gl.layers.BatchNormalization` with its variables at ``name/...``, call it on `inputs`, return the output.
+
+    `reuse`: share the variables of that name (True), or make new ones (None; ValueError in a graph if they exist). The other
+    arguments are the layer's. Deprecated in TensorFlow, as is every function of ``tf.layers``; not here.
+    Source: ``tf.layers.batch_normalization``; works in eager mode too, with new variables at each call.
+
+    >>> import numpy as np, gpulayers as gl
+    >>> gl.layers.batch_normalization(np.array([[1.0], [3.0]], np.float32), epsilon=0.0, training=True)
+    array([[-1.],
+           [ 1.]], dtype=float32)
+    """
+    layer = LegacyBatchNormalization(
+        axis=axis,
+        momentum=momentum,
+        epsilon=epsilon,
+        center=center,
+        scale=scale,
+        beta_initializer=beta_initializer,
+        gamma_initializer=gamma_initializer,
+        moving_mean_initializer=moving_mean_initializer,
+        moving_variance_initializer=moving_variance_initializer,
+        beta_regularizer=beta_regularizer,
+        gamma_regularizer=gamma_regularizer,
+        beta_constraint=beta_constraint,
+        gamma_constraint=gamma_constraint,
+        renorm=renorm,
+        renorm_clipping=renorm_clipping,
+        renorm_momentum=renorm_momentum,
+        fused=fused,
+        trainable=trainable,
+        virtual_batch_size=virtual_batch_size,
+        adjustment=adjustment,
+        name=name,
+        _reuse=reuse,
+        _scope=name,
+    )
+    return layer(inputs, training=training)
