@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gpulayers import regularizers
-from gpulayers.regularizers import L1, L2, L1L2, OrthogonalRegularizer
+from gpulayers.regularizers import L1, L1L2, L2, OrthogonalRegularizer
 from gpulayers.trace import GradientTape, Graph, Session, placeholder
 from gpulayers.variables import Variable
 from tests.reference.cases import case
