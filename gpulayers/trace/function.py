@@ -15,7 +15,7 @@ from gpulayers.trace.dispatch import as_value
 from gpulayers.trace.execute import Plan, execute
 from gpulayers.trace.graph import FunctionGraph, Node, active_graph, eager_mode, executing_eagerly, new_placeholder
 from gpulayers.trace.session import gradients
-from gpulayers.trace.stored import StoredValue, read_stored
+from gpulayers.trace.stored import StoredValue, assign_stored, read_stored
 from gpulayers.trace.tape import stop_recording
 from gpulayers.trace.tensor import GraphTensor, RecordedTensor
 
@@ -150,12 +150,18 @@ class _BranchGraph(FunctionGraph):
         self.initializes_variables_in_session = outer.initializes_variables_in_session  # type: ignore[misc]
 
     def as_input(self, name: str, value: Any) -> Any:
+        if isinstance(value, StoredValue) and not self._writes(value):
+            value = self.outer.as_input(name, value)  # read outside, so that gradients reach it through the capture
         if isinstance(value, GraphTensor) and value.graph is not self:
             value = self.outer.as_input(name, value)  # a branch in a branch captures through its parent
             if value not in self.captures:
                 self.captures[value] = new_placeholder(self, value.dtype, value.shape, "capture")
             return self.captures[value]
         return super().as_input(name, value)
+
+    def _writes(self, stored: StoredValue) -> bool:
+        """Say whether this branch assigns the variable: then later reads must see that."""
+        return any(n.operation is assign_stored and n.attributes["stored"] is stored for n in self.nodes)
 
 
 class _Branch:
