@@ -91,9 +91,10 @@ def _by_group(groups: int, function: Callable[..., Any], joins: Callable[[list[A
 def _convolve(xp: Any, x: Any, kernel: Any, window: Window) -> Any:
     padded, places = _padded(xp, x, window), _places(x.shape, window)
     matrix = kernel.reshape(-1, kernel.shape[-1])
-    result = xp.empty((x.shape[0], *places, kernel.shape[-1]), dtype=np.result_type(x.dtype, kernel.dtype))
-    if not result.size:
-        return result
+    shape, dtype = (x.shape[0], *places, kernel.shape[-1]), np.result_type(x.dtype, kernel.dtype)
+    if not (x.size and kernel.size):
+        return xp.zeros(shape, dtype=dtype)
+    result = xp.empty(shape, dtype=dtype)
     for part, rows in _blocks(x.shape[0], places, matrix.shape[0]):
         block = _unroll(xp, padded, window, places, part, rows) @ matrix
         result[part, rows] = block.reshape(result[part, rows].shape)
@@ -105,7 +106,7 @@ def _convolve_back(xp: Any, g: Any, kernel: Any, x: Any, window: Window) -> Any:
     widths, places = pads(x.shape[1:-1], window), _places(x.shape, window)
     shape = (x.shape[0], *(n + a + b for n, (a, b) in zip(x.shape[1:-1], widths, strict=True)), x.shape[-1])
     padded = xp.zeros(shape, dtype=np.result_type(g.dtype, kernel.dtype))
-    if g.size:
+    if g.size and x.size:
         step = max(BLOCK_ELEMENTS // max(int(np.prod(places)) * x.shape[-1], 1), 1)
         for start in range(0, x.shape[0], step):
             part = slice(start, start + step)
@@ -123,7 +124,7 @@ def _correlate(xp: Any, x: Any, g: Any, kernel_shape: tuple[int, ...], window: W
     padded, places = _padded(xp, x, window), _places(x.shape, window)
     width = int(np.prod(window.size)) * x.shape[-1]
     result = xp.zeros((width, g.shape[-1]), dtype=np.result_type(x.dtype, g.dtype))
-    if g.size:
+    if g.size and x.size:
         for part, rows in _blocks(x.shape[0], places, width):
             block = _unroll(xp, padded, window, places, part, rows)
             result += block.T @ xp.ascontiguousarray(g[part, rows]).reshape(-1, g.shape[-1])

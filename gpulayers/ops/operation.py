@@ -318,4 +318,5 @@ def match(gradient: Any, like: Any) -> Any:
 def _same_known_shape(a: Any, b: Any) -> bool:
     if isinstance(a, tuple) and isinstance(b, tuple):
         return a == b
-    return bool(a == b) and None not in tuple(a)
+    rank = len(a) if isinstance(a, tuple) else a.rank
+    return rank is not None and bool(a == b) and None not in tuple(a)

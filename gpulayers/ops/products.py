@@ -10,8 +10,8 @@ import numpy as np
 
 from gpulayers.dtypes import broadcast_static_shape
 from gpulayers.errors import ShapeError, message
-from gpulayers.ops.creation import eye
-from gpulayers.ops.operation import GradientContext, Operation, Shape, Spec, broadcast_like, match, result_dtype
+from gpulayers.ops.creation import eye, zeros_like
+from gpulayers.ops.operation import GradientContext, Operation, Shape, Spec, match, result_dtype
 from gpulayers.ops.shaping import expand_dims, ravel, squeeze, swapaxes
 from gpulayers.ops.static import axes_of, static_shape, widened
 
@@ -160,8 +160,9 @@ def _operand_gradient(c: GradientContext, g: Any, index: int, terms: list[str], 
         gradient = expand_dims(gradient, tuple(missing))
     if len(unique) < len(term):
         gradient = gradient * _diagonal_mask(term, static_shape(operand), gradient.dtype)
-    gradient = match(gradient, operand)  # sums what broadcast
-    return broadcast_like(gradient, operand) if missing else gradient
+    if missing:
+        gradient = gradient + zeros_like(operand)
+    return match(gradient, operand)  # sums what broadcast
 
 
 def _diagonal_mask(term: str, shape: Shape, dtype: np.dtype) -> Any:

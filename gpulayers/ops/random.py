@@ -95,8 +95,8 @@ def _uniform_create(xp: Any, shape: Any, *, dtype: np.dtype, low: Any, high: Any
         return xp.asarray(stream.on(xp).integers(low, high, size=shape)).astype(dtype, copy=False)
     if (low, high) == (0, 1):
         return _unit(xp, shape, dtype, stream)
-    result = _unit(xp, shape, dtype, stream) * (high - low) + low
-    return xp.where(result < high, result, xp.asarray(low, dtype=dtype))  # rounding may reach the open end
+    result = (_unit(xp, shape, dtype, stream) * (high - low) + low).astype(dtype, copy=False)
+    return xp.where(result < xp.asarray(high, dtype=dtype), result, xp.asarray(low, dtype=dtype))  # rounding went up
 
 
 def _normal_create(xp: Any, shape: Any, *, dtype: np.dtype, mean: float, stddev: float, stream: _Stream) -> Any:

@@ -60,8 +60,8 @@ def _shape_rule(name: str, forward: Callable[..., Any]) -> Callable[..., Spec]:
 
     def spec(x: Spec, *, axis: Any, keepdims: bool, **options: Any) -> Spec:
         shape = reduced_shape(name, x.shape, axis, keepdims)
-        probe = Spec((), x.dtype)
-        return Spec(shape, result_dtype(forward, [probe], axis=None, keepdims=False, **options))
+        options |= {"ddof": 0} if "ddof" in options else {}  # the probe is one element
+        return Spec(shape, result_dtype(forward, [Spec((), x.dtype)], axis=None, keepdims=False, **options))
 
     return spec
 

@@ -363,12 +363,14 @@ def split_sizes(x: Any, sizes: Any, axis: int = 0) -> list[Any]:
     lengths = [int(one) for one in sizes]
     shape = static_shape(x)
     total = None if shape is None else shape[axis_of("split", axis, len(shape))]
-    given = sum(length for length in lengths if length != -1)
-    if lengths.count(-1) == 1 and total is not None:
-        lengths[lengths.index(-1)] = total - given
-    if min(lengths, default=-1) < 0 or (total is not None and sum(lengths) != total):
+    rest = lengths.index(-1) if -1 in lengths else len(lengths)
+    given = sum(lengths) + (rest < len(lengths))
+    fits = total is None or (given == total if rest == len(lengths) else given <= total)
+    if not lengths or lengths.count(-1) > 1 or min(lengths) < -1 or not fits:
         raise ShapeError(message("split", "sizes do not add up to the axis", total, list(sizes)))
-    return split(x, np.cumsum(lengths)[:-1], axis)
+    front = np.cumsum(lengths[:rest])
+    back = -np.cumsum(lengths[:rest:-1])[::-1]  # behind the unknown piece cuts are counted from the end
+    return split(x, [*front[: len(lengths) - 1], *back], axis)
 
 
 def unstack(x: Any, axis: int = 0, num: int | None = None) -> list[Any]:
