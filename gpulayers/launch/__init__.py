@@ -4,6 +4,7 @@ A kernel is declared once (`Kernel`), launched with checked arguments, and compi
 ``kernels/`` in a checkout and in ``gpulayers/_kernels/`` in an installed package.
 """
 
+from gpulayers.launch.elementwise import Elementwise
 from gpulayers.launch.kernel import Kernel, Specialisation, is_aligned, kernel_list, vector_width
 from gpulayers.launch.launcher import (
     CupyLauncher,
@@ -19,6 +20,7 @@ from gpulayers.launch.launcher import (
 __all__ = [
     "CupyLauncher",
     "DeviceProperties",
+    "Elementwise",
     "Kernel",
     "Launcher",
     "Specialisation",

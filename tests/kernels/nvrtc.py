@@ -1,0 +1,66 @@
+"""Compiles kernels for a GPU that is not there, and reads what ptxas says about registers, spills and shared memory."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+from typing import Any, NamedTuple
+
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+
+
+class Resources(NamedTuple):
+    """What one entry point needs: registers per thread, bytes per thread that fell out of them, bytes shared."""
+
+    registers: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    shared: int
+
+
+@functools.cache
+def unusable_reason() -> str:
+    """Return why nothing can be compiled here, or an empty string. Does not touch a driver."""
+    try:
+        module = importlib.import_module("cupy_backends.cuda.libs.nvrtc")
+        module.getVersion()
+    except Exception as error:  # CuPy raises several types for a library that is not found
+        return f"needs CuPy's NVRTC: {type(error).__name__}: {error}"
+    return ""
+
+
+def supported(architecture: int) -> bool:
+    """Say whether this NVRTC knows the architecture."""
+    return architecture in _nvrtc().getSupportedArchs()
+
+
+def _nvrtc() -> Any:
+    return importlib.import_module("cupy_backends.cuda.libs.nvrtc")
+
+
+def compile_for(text: str, name: str, architecture: int) -> Resources:
+    """Compile with the options that CuPy adds and return the resources of entry `name`; AssertionError with the log."""
+    nvrtc = _nvrtc()
+    options = ("-std=c++17", f"-arch=sm_{architecture}", "--ptxas-options=-v", "-ftz=true")
+    program = nvrtc.createProgram(text, f"{name}.cu", (), ())
+    try:
+        try:
+            nvrtc.compileProgram(program, options)
+        except nvrtc.NVRTCError:
+            raise AssertionError(nvrtc.getProgramLog(program)) from None
+        return parse(nvrtc.getProgramLog(program), name)
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def parse(log: str, name: str) -> Resources:
+    """Read ptxas's report on entry `name`."""
+    part = log[log.index(f"Compiling entry function '{name}'") :]
+    stack, stores, loads = re.search(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part
+    ).groups()
+    registers = re.search(r"Used (\d+) registers", part)[1]
+    shared = re.search(r"(\d+) bytes smem", part)
+    return Resources(int(registers), int(stack), int(stores), int(loads), int(shared[1]) if shared else 0)

@@ -1,0 +1,70 @@
+"""Every specialisation compiles for every architecture, and keeps its values in registers."""
+
+from __future__ import annotations
+
+import pytest
+
+from gpulayers.launch import kernel_list
+from tests.kernels.nvrtc import ARCHITECTURES, compile_for, parse, supported, unusable_reason
+
+pytestmark = pytest.mark.skipif(bool(unusable_reason()), reason=unusable_reason() or "NVRTC is there")
+
+SPECIALISATIONS = kernel_list()
+
+
+def check(specialisation, architecture):
+    if architecture < specialisation.minimum_arch:
+        pytest.skip(f"needs sm_{specialisation.minimum_arch}")
+    if not supported(architecture):
+        pytest.skip(f"this NVRTC does not know sm_{architecture}")
+    found = compile_for(specialisation.text, specialisation.name, architecture)
+    assert (found.stack, found.spill_stores, found.spill_loads) == (0, 0, 0), found
+    assert found.shared <= 48 * 1024, found  # what a launch without the opt-in gets
+
+
+@pytest.mark.parametrize("specialisation", SPECIALISATIONS, ids=repr)
+def test_compiles_without_spills(specialisation):
+    check(specialisation, 90)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a != 90])
+@pytest.mark.parametrize("specialisation", SPECIALISATIONS, ids=repr)
+def test_compiles_without_spills_elsewhere(specialisation, architecture):
+    check(specialisation, architecture)
+
+
+def test_a_spill_is_seen():
+    text = """
+    extern "C" __global__ void __launch_bounds__(1024) gl_spilling(const float* x, float* out) {
+        float kept[128];
+        #pragma unroll
+        for (int i = 0; i < 128; ++i) kept[i] = x[i * 1024 + threadIdx.x];
+        __syncthreads();
+        #pragma unroll
+        for (int i = 0; i < 128; ++i) out[i * 1024 + threadIdx.x] = kept[127 - i] * kept[i];
+    }
+    """
+    found = compile_for(text, "gl_spilling", 90)
+    assert found.spill_stores > 0
+    assert found.registers <= 64
+
+
+def test_a_text_that_does_not_compile_is_reported():
+    with pytest.raises(AssertionError, match="undefined_name"):
+        compile_for('extern "C" __global__ void gl_wrong() { undefined_name; }', "gl_wrong", 90)
+
+
+def test_the_report_of_the_named_entry_is_read():
+    log = (
+        "ptxas info    : Compiling entry function 'a' for 'sm_90'\n"
+        "    8 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\nptxas info : Used 7 registers\n"
+        "ptxas info    : Compiling entry function 'b' for 'sm_90'\n"
+        "    0 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads\nptxas info : Used 30 registers, 2048 bytes smem\n"
+    )
+    assert parse(log, "b") == (30, 0, 4, 12, 2048)
+
+
+def test_the_list_has_every_dtype_of_the_residual_add():
+    names = {s.defines["STORAGE"] for s in SPECIALISATIONS if s.name == "gl_residual_add"}
+    assert names == {"float16", "bfloat16", "float32", "float64"}

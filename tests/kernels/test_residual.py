@@ -1,0 +1,102 @@
+"""The residual add, through the whole chain: checks, packing, geometry and kernel text."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gpulayers.errors import DTypeError, ShapeError
+from gpulayers.launch import is_aligned, register_launcher
+from gpulayers.ops.residual_kernels import LEAVES, residual_add
+from tests.kernels.emulation import EmulatedLauncher
+from tests.kernels.emulation.build import compiler
+from tests.kernels.strict_array import launcher, xp
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++")
+ml_dtypes = pytest.importorskip("ml_dtypes")
+DTYPES = ["float16", ml_dtypes.bfloat16, "float32", "float64"]
+SHAPES = [(1,), (3, 5), (7,), (0, 4), (64, 129), (), (2, 3, 1000)]
+
+
+def drawn(shape, dtype, seed=0):
+    return np.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def rounded_sum(x, y):
+    """The sum in float64, rounded once."""
+    return (x.astype("d") + y.astype("d")).astype(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_structure_is_added_in_one_launch(dtype):
+    xs = [drawn(shape, dtype, 1) for shape in SHAPES]
+    ys = [drawn(shape, dtype, 2) for shape in SHAPES]
+    launcher.record.clear()
+    results = residual_add([xp.asarray(x) for x in xs], [xp.asarray(y) for y in ys])
+    assert len(launcher.record) == 1
+    for x, y, result in zip(xs, ys, results, strict=True):
+        assert (result.shape, result.dtype) == (x.shape, x.dtype)
+        np.testing.assert_array_equal(result.get().view("u1") if x.ndim else result.get(), rounded_sum(x, y).view("u1") if x.ndim else rounded_sum(x, y))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [1, 3])
+def test_unaligned_addresses(dtype, offset):
+    base = drawn(5000, dtype)
+    x = xp.asarray(base)[offset:]
+    aligned = xp.asarray(base[offset:])
+    assert not is_aligned(x)
+    (result,) = residual_add([x], [aligned])
+    np.testing.assert_array_equal(result.get(), rounded_sum(base[offset:], base[offset:]))
+
+
+def test_views_that_are_not_contiguous_are_copied():
+    x = drawn((20, 30), "f")
+    (result,) = residual_add([xp.asarray(x).T], [xp.asarray(x.T.copy())])
+    np.testing.assert_array_equal(result.get(), 2 * x.T)
+
+
+def test_many_leaves_and_several_dtypes():
+    xs = [drawn((3, i % 5), "f" if i % 2 else "e", i) for i in range(2 * LEAVES + 11)]
+    launcher.record.clear()
+    results = residual_add([xp.asarray(x) for x in xs], [xp.asarray(x) for x in xs])
+    assert len(launcher.record) == 2
+    for x, result in zip(xs, results, strict=True):
+        np.testing.assert_array_equal(result.get(), 2 * x)
+
+
+def test_nothing_to_add_launches_nothing():
+    launcher.record.clear()
+    assert residual_add([], []) == []
+    assert residual_add([xp.empty((0, 3), "f")], [xp.empty((0, 3), "f")])[0].shape == (0, 3)
+    assert not launcher.record
+
+
+def test_infinities_and_nan_stay_where_they_are():
+    x = np.array([np.inf, -np.inf, np.nan, 1, 3e38, -0.0], "f")
+    y = np.array([-np.inf, 1, 1, np.nan, 3e38, -0.0], "f")
+    (result,) = residual_add([xp.asarray(x)], [xp.asarray(y)])
+    with np.errstate(all="ignore"):
+        np.testing.assert_array_equal(result.get(), x + y)
+
+
+def test_wrong_input_is_refused():
+    x = xp.asarray(drawn((3, 2), "f"))
+    with pytest.raises(ShapeError, match=r"shapes differ. Expected \(3, 2\); got \(2, 3\)"):
+        residual_add([x], [x.reshape(2, 3)])
+    with pytest.raises(ShapeError, match="structures differ"):
+        residual_add([x], [])
+    with pytest.raises(DTypeError, match="int32"):
+        residual_add([x.astype("i4")], [x.astype("i4")])
+
+
+@pytest.mark.parametrize("build", ["address", "threads"])
+def test_under_sanitizers(build):
+    register_launcher("emulated", EmulatedLauncher(build=build, runs=((0, 0xFF, 1),)))
+    try:
+        xs = [drawn(shape, "e", 1) for shape in [(7,), (3, 129)]]
+        given = [xp.asarray(xs[0])[1:], xp.asarray(xs[1])]
+        for x, result in zip(given, residual_add(given, given), strict=True):
+            np.testing.assert_array_equal(result.get(), 2 * x.get())
+    finally:
+        register_launcher("emulated", launcher)
