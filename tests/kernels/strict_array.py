@@ -241,13 +241,37 @@ def empty_like(a: Any, dtype: Any = None, shape: Any = None, **unused: Any) -> S
 
 
 def _creator(name: str) -> Any:
-    function = getattr(np, name)
+    return _creator_of(getattr(np, name))
 
+
+def _creator_of(function: Any) -> Any:
     @functools.wraps(function)
     def create(*arguments: Any, **keywords: Any) -> Any:
         return _call(function, *arguments, **keywords)
 
     return create
+
+
+def _as_strided(x: StrictArray, shape: Any = None, strides: Any = None) -> StrictArray:
+    return StrictArray._wrap(np.lib.stride_tricks.as_strided(x._memory, shape, strides))
+
+
+class _Generator:
+    """The methods of `cupy.random.Generator` that are used, on the emulated device."""
+
+    def __init__(self, seed: Any = None) -> None:
+        self._host = np.random.default_rng(seed)
+
+    def random(self, size: Any = None, dtype: Any = np.float64, out: None = None) -> StrictArray:
+        return _wrap(np.asarray(self._host.random(size, dtype)))
+
+    def standard_normal(self, size: Any = None, dtype: Any = np.float64, out: None = None) -> StrictArray:
+        return _wrap(np.asarray(self._host.standard_normal(size, dtype)))
+
+    def integers(
+        self, low: int, high: Any = None, size: Any = None, dtype: Any = np.int64, endpoint: bool = False
+    ) -> StrictArray:
+        return _wrap(np.asarray(self._host.integers(low, high, size, dtype, endpoint)))
 
 
 def _fill() -> None:
@@ -263,6 +287,9 @@ def _fill() -> None:
         setattr(xp, function.__name__, function)
     xp.ndarray = StrictArray
     xp.newaxis = None
+    xp.add.reduceat = _creator_of(np.add.reduceat)
+    xp.lib = types.SimpleNamespace(stride_tricks=types.SimpleNamespace(as_strided=_as_strided))
+    xp.random = types.SimpleNamespace(default_rng=_Generator)
 
 
 _fill()

@@ -1,0 +1,96 @@
+"""Every operation on the strict double of CuPy's arrays: nothing may slip to the host or mix with host arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gpulayers import ops
+from gpulayers.device import asnumpy, device
+from gpulayers.trace import GradientTape
+from tests.kernels.strict_array import StrictArray, xp
+from tests.ops.network_cases import CASES
+from tests.ops.test_operations import Case, floating, listed, parametrize, tape_gradients, weights
+
+ON_THE_HOST = ("shape", "size", "rank")
+"""Results that stay on the host on purpose."""
+
+
+@pytest.fixture(autouse=True)
+def emulated() -> Iterator[None]:
+    with device("emulated"):
+        yield
+
+
+def strict(arrays: Any) -> list[StrictArray]:
+    return [xp.asarray(a) for a in arrays]
+
+
+@parametrize(CASES)
+def test_forward(case: Case) -> None:
+    for result, truth in zip(
+        listed(case.call(*strict(case.arrays))), listed(case.reference(*case.arrays)), strict=True
+    ):
+        assert isinstance(result, StrictArray) or case.name in ON_THE_HOST
+        assert (result.shape, result.dtype) == (np.shape(truth), np.asarray(truth).dtype)
+        np.testing.assert_allclose(asnumpy(result), truth, rtol=1e-12, atol=1e-12)
+
+
+@parametrize([c for c in CASES if c.first])
+def test_gradient(case: Case) -> None:
+    with device("cpu"):
+        cotangents = weights(case)
+        wanted = tape_gradients(case, case.arrays, cotangents)
+    grads = tape_gradients(case, strict(case.arrays), strict(cotangents))
+    for gradient, truth in zip(grads, wanted, strict=True):
+        assert isinstance(gradient, StrictArray)
+        assert (gradient.shape, gradient.dtype) == (truth.shape, truth.dtype)
+        np.testing.assert_allclose(asnumpy(gradient), truth, rtol=1e-12, atol=1e-12)
+
+
+@parametrize([c for c in CASES if c.first and c.second])
+def test_gradient_of_gradient_runs(case: Case) -> None:
+    with device("cpu"):
+        cotangents = weights(case)
+    arrays = strict(case.arrays)
+    with GradientTape() as tape:
+        values: list[Any] = list(arrays)
+        for index in floating(case):
+            values[index] = tape.watch(arrays[index])
+        grads = tape_gradients(case, values, strict(cotangents))
+        total = sum(ops.sum(g * g) for g in grads)
+    if not isinstance(total, StrictArray):
+        for second in tape.gradient(total, [arrays[i] for i in floating(case)], unconnected_gradients="zero"):
+            assert isinstance(second, StrictArray)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [ops.random_uniform, ops.random_normal, ops.truncated_normal, ops.bernoulli],
+    ids=lambda f: f.__name__,
+)
+def test_random(draw: Any) -> None:
+    x = draw((3, 4), seed=1)
+    assert isinstance(x, StrictArray)
+    assert (x.shape, x.dtype) == ((3, 4), np.float32)
+    np.testing.assert_array_equal(asnumpy(x), asnumpy(draw(ops.shape_of(x), seed=1)))
+    assert isinstance(draw((2,)), StrictArray)
+
+
+def test_random_integers_and_dropout() -> None:
+    assert isinstance(ops.random_integers((3,), 0, 4), StrictArray)
+    y = ops.dropout(xp.ones((50, 4), np.float16), 0.5, seed=0)
+    assert isinstance(y, StrictArray)
+    assert set(np.unique(asnumpy(y)).tolist()) == {0.0, 2.0}
+
+
+@pytest.mark.parametrize("name", ["sum", "mean", "softmax", "matmul", "convolution", "avg_pool", "sigmoid"])
+def test_half_precision(name: str) -> None:
+    x = xp.asarray(np.linspace(-2, 2, 64, dtype=np.float16).reshape(1, 8, 8))
+    arguments = {"matmul": (x,), "convolution": (xp.ones((3, 8, 2), np.float16),), "avg_pool": (2,)}.get(name, ())
+    result = getattr(ops, name)(x, *arguments)
+    assert isinstance(result, StrictArray)
+    assert result.dtype == np.float16
