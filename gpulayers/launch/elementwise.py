@@ -20,8 +20,8 @@ _THREADS, _BLOCKS_PER_MULTIPROCESSOR = 256, 8
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 _LOOP = """
-// Generated: one pass, every input read once and every output written once; a grid-stride loop over packets of one element
-// or 16 bytes, the elements behind the last whole packet one by one.
+// Generated: one pass, every input read once and every output written once; a grid-stride loop over packets of one
+// element or 16 bytes, the elements behind the last whole packet one by one.
 template <int N>
 __device__ __forceinline__ void {name}_packet(const {name}_arguments& arguments, int64 first) {{
     typedef accumulate_t<STORAGE> A;

@@ -118,7 +118,9 @@ class Kernel:
 
     def field_at(self, offset: int) -> _source.Field:
         """Return the field that holds this offset of the struct."""
-        return next(f for f, start in zip(reversed(self.fields), reversed(self._offsets), strict=True) if start <= offset)
+        return next(
+            f for f, start in zip(reversed(self.fields), reversed(self._offsets), strict=True) if start <= offset
+        )
 
     def specialisations(self) -> Iterator[Specialisation]:
         """Yield every combination of the definitions that exists."""
@@ -183,9 +185,7 @@ class Kernel:
     def _pack(self, specialisation: Specialisation, values: Mapping[str, Any]) -> tuple[Any, bytes, dict[int, Any]]:
         """Return (launcher, the struct's bytes, arrays by their offset in it)."""
         if len(values) != len(self.fields):
-            raise KernelError(
-                message(self.name, "wrong arguments", [f.name for f in self.fields], list(values))
-            )
+            raise KernelError(message(self.name, "wrong arguments", [f.name for f in self.fields], list(values)))
         flat: list[Any] = []
         arrays: dict[int, Any] = {}
         launcher: Any = None
@@ -195,7 +195,7 @@ class Kernel:
                 value = values[field.name]
             except KeyError as error:
                 raise KernelError(message(self.name, f"argument {field.name!r} is missing")) from error
-            items = self._items(field, value) if field.count else (value,)
+            items = self._items(field, value) if field.length else (value,)
             if not field.is_pointer:
                 flat.extend(self._scalar(field, item) for item in items)
                 continue
@@ -218,9 +218,9 @@ class Kernel:
 
     def _items(self, field: _source.Field, value: Any) -> Sequence[Any]:
         items = list(value)
-        if len(items) > field.count:
-            raise KernelError(message(self.name, f"{field.name!r} is too long", f"at most {field.count}", len(items)))
-        return items + [None if field.is_pointer else 0] * (field.count - len(items))
+        if len(items) > field.length:
+            raise KernelError(message(self.name, f"{field.name!r} is too long", f"at most {field.length}", len(items)))
+        return items + [None if field.is_pointer else 0] * (field.length - len(items))
 
     def _scalar(self, field: _source.Field, value: Any) -> Any:
         if not isinstance(value, _SCALARS) or (field.element[0] != "f" and not isinstance(value, int | np.integer)):
@@ -231,9 +231,7 @@ class Kernel:
 
     def _check_array(self, field: _source.Field, array: Any, element: str | None, found: str, kind: str) -> None:
         if found != kind:
-            raise DeviceError(
-                message(self.name, f"{field.name!r} lives elsewhere than the other arrays", kind, found)
-            )
+            raise DeviceError(message(self.name, f"{field.name!r} lives elsewhere than the other arrays", kind, found))
         if element is not None and array.dtype.name != element:
             raise DTypeError(message(self.name, f"{field.name!r} has the wrong dtype", element, array.dtype.name))
         if not array.flags.c_contiguous:

@@ -75,8 +75,7 @@ class Launcher(Protocol):
         shared: int,
         cooperative: bool,
     ) -> None:
-        """Run the kernel on the current stream. `arrays` maps offsets in `packed` to the arrays whose addresses stand
-        there."""
+        """Run the kernel on the current stream; `arrays` maps offsets in `packed` to the arrays that stand there."""
 
 
 class CupyLauncher:

@@ -1,8 +1,8 @@
 """Kernel sources: where they lie, how headers are inlined, and the C struct of a kernel's arguments.
 
 One text goes to the compiler: the shared headers, the definitions of one specialisation, the struct of the arguments,
-and the kernel file, with our own ``#include "..."`` lines replaced by the files. CuPy's disk cache knows only that text,
-so an included file that changes would otherwise be missed.
+and the kernel file, with our own ``#include "..."`` lines replaced by the files. CuPy's disk cache knows only that
+text, so an included file that changes would otherwise be missed.
 """
 
 from __future__ import annotations
@@ -28,19 +28,23 @@ _PRAGMA_ONCE = re.compile(r"^#pragma once\b.*\n", re.MULTILINE)
 
 
 class Field(NamedTuple):
-    """One member of the argument struct: `element` names the dtype, or a specialisation's name for one, or ``"void"``."""
+    """One member of the argument struct.
+
+    `element` names the dtype, or the definition that stands for one, or is ``"void"``; `length` is 0 for a single
+    value, else the length of the array.
+    """
 
     name: str
     element: str
     is_pointer: bool
     is_const: bool
-    count: int  # 0 for a single value, else the length of the array
+    length: int
 
     @property
     def code(self) -> str:
         """Format code of Python's struct module."""
         code = "Q" if self.is_pointer else _SCALAR_CODES[self.element]
-        return f"{self.count}{code}" if self.count else code
+        return f"{self.length}{code}" if self.length else code
 
     @property
     def declaration(self) -> str:
@@ -48,7 +52,7 @@ class Field(NamedTuple):
         const = "const " if self.is_const else ""
         return (
             f"{const}{self.element}{'* ' if self.is_pointer else ' '}{self.name}"
-            f"{f'[{self.count}]' if self.count else ''};"
+            f"{f'[{self.length}]' if self.length else ''};"
         )
 
 

@@ -152,8 +152,14 @@ def _call(function: Any, *arguments: Any, **keywords: Any) -> Any:
     return _wrap(result)
 
 
+# Keywords that NumPy's methods have and CuPy's have not.
+_ONLY_NUMPY = frozenset({"where", "initial", "mean", "correction"})
+
+
 def _method(name: str) -> Any:
     def method(self: StrictArray, *arguments: Any, **keywords: Any) -> Any:
+        if not _ONLY_NUMPY.isdisjoint(keywords):
+            raise TypeError(f"CuPy's ndarray.{name} has no keyword {sorted(_ONLY_NUMPY.intersection(keywords))}")
         return _call(getattr(self._memory, name), *arguments, **keywords)
 
     method.__name__ = name
@@ -241,12 +247,14 @@ def empty_like(a: Any, dtype: Any = None, shape: Any = None, **unused: Any) -> S
 
 
 def _creator(name: str) -> Any:
-    return _creator_of(getattr(np, name))
+    return _creator_of(getattr(np, name), NAMES[name])
 
 
-def _creator_of(function: Any) -> Any:
+def _creator_of(function: Any, known: frozenset[str] | None = None) -> Any:
     @functools.wraps(function)
     def create(*arguments: Any, **keywords: Any) -> Any:
+        if known is not None and not known.issuperset(keywords):
+            raise TypeError(f"CuPy's {function.__name__} has no keyword {sorted(set(keywords) - known)}")
         return _call(function, *arguments, **keywords)
 
     return create

@@ -65,7 +65,9 @@ def test_sums_of_warps_and_blocks():
     x = np.random.default_rng(0).integers(0, 100, (4, 1024)).astype("f")
     for threads in (32, 64, 1024):
         out = xp.empty(4, "f")
-        kernel("gl_sums", body, XY).launch({"x": xp.asarray(x[:, :threads].copy()), "out": out}, grid=(4,), block=(threads,))
+        kernel("gl_sums", body, XY).launch(
+            {"x": xp.asarray(x[:, :threads].copy()), "out": out}, grid=(4,), block=(threads,)
+        )
         np.testing.assert_array_equal(out.get(), x[:, :threads].sum(1) + 1000)
 
 
@@ -205,7 +207,13 @@ def test_half_and_bfloat_conversions_round_like_numpy():
         if (i < 65536) arguments.back[i] = widen(arguments.all[i]);
     }
     """
-    arguments = [("x", "const float32*"), ("out", "STORAGE*"), ("all", "const STORAGE*"), ("back", "float32*"), ("count", "int64")]
+    arguments = [
+        ("x", "const float32*"),
+        ("out", "STORAGE*"),
+        ("all", "const STORAGE*"),
+        ("back", "float32*"),
+        ("count", "int64"),
+    ]
     convert = kernel("gl_convert", body, arguments, defines={"STORAGE": ["float16", "bfloat16"]})
     rng = np.random.default_rng(3)
     every = np.arange(65536, dtype="u2")
@@ -261,7 +269,11 @@ def test_a_counter_left_behind_is_caught():
 
 def test_a_last_block_that_is_counted_wrongly_is_caught():
     with pytest.raises((EmulationError, AssertionError)):
-        run_last_block(LAST_BLOCK.replace("last_block(arguments.counters, gridDim.x)", "last_block(arguments.counters, gridDim.x - 1u)"))
+        run_last_block(
+            LAST_BLOCK.replace(
+                "last_block(arguments.counters, gridDim.x)", "last_block(arguments.counters, gridDim.x - 1u)"
+            )
+        )
     workspace(xp.empty(1), 1)[0]._memory[:] = 0
 
 
@@ -309,12 +321,19 @@ def test_limits_of_the_device_are_kept(using):
         kernel("gl_wrong", body, XY).launch(values, grid=(1,), block=(32,), shared=228 * 1024)
     using(device=SMALL)
     with pytest.raises(EmulationError, match="needs sm_90"):
-        kernel("gl_wrong", body, XY, defines={"CLUSTER": [2]}).launch(values, grid=(2,), block=(32,), defines={"CLUSTER": 2})
+        kernel("gl_wrong", body, XY, defines={"CLUSTER": [2]}).launch(
+            values, grid=(2,), block=(32,), defines={"CLUSTER": 2}
+        )
 
 
 # ---- sanitizers ------------------------------------------------------------------------------------------------------
 
-COPY = "GL_KERNEL(gl_copy, 64) { const int32 i = threadIdx.x; if (i BOUND arguments.count) arguments.out[i] = arguments.x[i]; }"
+COPY = """
+GL_KERNEL(gl_copy, 64) {
+    const int32 i = threadIdx.x;
+    if (i BOUND arguments.count) arguments.out[i] = arguments.x[i];
+}
+"""
 COPY_ARGUMENTS = [*XY, ("count", "int32")]
 
 
@@ -341,7 +360,7 @@ def test_address_sanitizer_runs_barriers_and_clusters(using):
 
 def test_undefined_behaviour_is_caught(using):
     using(build="address")
-    body = "GL_KERNEL(gl_wrong, 64) { int32 n = 0x7fffffff; n += static_cast<int32>(arguments.x[0]); arguments.out[0] = n; }"
+    body = "GL_KERNEL(gl_wrong, 64) { int32 n = 0x7fffffff; n += int32(arguments.x[0]); arguments.out[0] = n; }"
     with pytest.raises(EmulationError, match="signed integer overflow"):
         kernel("gl_wrong", body, XY).launch({"x": xp.ones(1, "f"), "out": xp.empty(1, "f")}, grid=(1,), block=(1,))
 

@@ -60,7 +60,8 @@ def test_the_report_of_the_named_entry_is_read():
         "ptxas info    : Compiling entry function 'a' for 'sm_90'\n"
         "    8 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\nptxas info : Used 7 registers\n"
         "ptxas info    : Compiling entry function 'b' for 'sm_90'\n"
-        "    0 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads\nptxas info : Used 30 registers, 2048 bytes smem\n"
+        "    0 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads\n"
+        "ptxas info    : Used 30 registers, 2048 bytes smem\n"
     )
     assert parse(log, "b") == (30, 0, 4, 12, 2048)
 

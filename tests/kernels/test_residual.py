@@ -36,7 +36,10 @@ def test_a_structure_is_added_in_one_launch(dtype):
     assert len(launcher.record) == 1
     for x, y, result in zip(xs, ys, results, strict=True):
         assert (result.shape, result.dtype) == (x.shape, x.dtype)
-        np.testing.assert_array_equal(result.get().view("u1") if x.ndim else result.get(), rounded_sum(x, y).view("u1") if x.ndim else rounded_sum(x, y))
+        np.testing.assert_array_equal(
+            result.get().view("u1") if x.ndim else result.get(),
+            rounded_sum(x, y).view("u1") if x.ndim else rounded_sum(x, y),
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

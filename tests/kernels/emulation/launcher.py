@@ -1,4 +1,4 @@
-"""The launcher under test: runs kernels on NumPy memory, each launch twice, and refuses what a GPU would not forgive."""
+"""The launcher under test: runs kernels on NumPy memory, each several times, and refuses what no GPU forgives."""
 
 from __future__ import annotations
 
@@ -138,7 +138,16 @@ class EmulatedLauncher:
                 _bytes(target)[:] = saved
             alive = grid[0] * grid[1] * grid[2] if cooperative else max(resident, specialisation.cluster)
             request = _Request(
-                None, shared, self.device.shared_per_block, grid, block, specialisation.cluster, alive, order, number, poison
+                None,
+                shared,
+                self.device.shared_per_block,
+                grid,
+                block,
+                specialisation.cluster,
+                alive,
+                order,
+                number,
+                poison,
             )
             self._run(specialisation, packed, memory, request)
             results = [_bytes(m).copy() for m in written]
@@ -153,7 +162,12 @@ class EmulatedLauncher:
             raise EmulationError(f"{specialisation}: the counters of the workspace are not zero after the launch")
 
     def _check_limits(
-        self, specialisation: Specialisation, grid: tuple[int, ...], block: tuple[int, ...], shared: int, cooperative: bool
+        self,
+        specialisation: Specialisation,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        shared: int,
+        cooperative: bool,
     ) -> None:
         threads = block[0] * block[1] * block[2]
         if specialisation.minimum_arch > self.device.compute_capability:
@@ -164,7 +178,9 @@ class EmulatedLauncher:
             raise EmulationError(f"{specialisation}: clusters and the cooperative flag exclude each other")
         holds = self.resident_blocks(specialisation, threads, shared) * self.device.multiprocessors
         if cooperative and grid[0] * grid[1] * grid[2] > holds:
-            raise EmulationError(f"{specialisation}: {grid} blocks wait for each other, but only {holds} fit the device")
+            raise EmulationError(
+                f"{specialisation}: {grid} blocks wait for each other, but only {holds} fit the device"
+            )
 
     @staticmethod
     def _split(
@@ -237,6 +253,8 @@ def _recorded(
     parts.append(struct.pack("Q", len(memory)))
     for offset, array in memory.items():
         address = array.ctypes.data
-        number = next(i for i, (start, size) in enumerate(buffers) if start <= address and address + array.nbytes <= start + size)
+        number = next(
+            i for i, (start, size) in enumerate(buffers) if start <= address and address + array.nbytes <= start + size
+        )
         parts.append(struct.pack("QQQ", offset, number, address - buffers[number][0]))
     return b"".join(parts)

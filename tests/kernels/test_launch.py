@@ -1,0 +1,449 @@
+"""The launch boundary: sources, argument structs, checks before a launch, and what a failing compile says."""
+
+from __future__ import annotations
+
+import ctypes
+import types
+
+import numpy as np
+import pytest
+
+from gpulayers import _cupy
+from gpulayers.errors import DeviceError, DTypeError, KernelError, ShapeError
+from gpulayers.launch import (
+    CupyLauncher,
+    Elementwise,
+    Kernel,
+    device_properties,
+    has_kernels,
+    kernel_list,
+    launcher_of,
+    source,
+    vector_width,
+    workspace,
+)
+from tests.kernels.emulation import H200_LIKE
+from tests.kernels.emulation.build import compiler
+from tests.kernels.nvrtc import compile_for, unusable_reason
+from tests.kernels.strict_array import launcher, xp
+
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="needs g++")
+
+MIXED = [
+    ("small", "int32"),
+    ("x", "const STORAGE*"),
+    ("ratio", "float32"),
+    ("exact", "float64"),
+    ("flags", "uint32[3]"),
+    ("table", "STORAGE*[2]"),
+    ("long_one", "int64"),
+    ("anything", "pointer"),
+    ("last", "uint32"),
+]
+ECHO = """
+GL_KERNEL(gl_echo, 1) {
+    double* out = static_cast<double*>(arguments.anything);
+    out[0] = arguments.small;
+    out[1] = arguments.ratio;
+    out[2] = arguments.exact;
+    out[3] = arguments.flags[0] + 10.0 * arguments.flags[1] + 100.0 * arguments.flags[2];
+    out[4] = static_cast<double>(arguments.long_one);
+    out[5] = arguments.last;
+    out[6] = arguments.x == nullptr;
+    out[7] = arguments.table[1] == nullptr;
+    out[8] = widen(arguments.table[0][0]);
+}
+"""
+
+
+def echo_kernel():
+    return Kernel("", "gl_echo", MIXED, defines={"STORAGE": ["float16", "float32"]}, body=ECHO, listed=False)
+
+
+def values(**changes):
+    given = {
+        "small": -5,
+        "x": None,
+        "ratio": np.float32(0.1),
+        "exact": 0.1,
+        "flags": [1, 2, 3],
+        "table": [xp.asarray(np.array([1.5], "f"))],
+        "long_one": 2**40,
+        "anything": xp.empty(9, "d"),
+        "last": 2**32 - 1,
+    }
+    return {**given, **changes}
+
+
+def launch(given, **keywords):
+    echo_kernel().launch(given, **{"grid": (1,), "block": (1,), "defines": {"STORAGE": "float32"}, **keywords})
+
+
+# ---- the struct ------------------------------------------------------------------------------------------------------
+
+
+def test_layout_is_that_of_c():
+    class Expected(ctypes.Structure):
+        _fields_ = (
+            ("small", ctypes.c_int),
+            ("x", ctypes.c_void_p),
+            ("ratio", ctypes.c_float),
+            ("exact", ctypes.c_double),
+            ("flags", ctypes.c_uint * 3),
+            ("table", ctypes.c_void_p * 2),
+            ("long_one", ctypes.c_longlong),
+            ("anything", ctypes.c_void_p),
+            ("last", ctypes.c_uint),
+        )
+
+    kernel = echo_kernel()
+    assert kernel.packed_dtype.itemsize == ctypes.sizeof(Expected)
+    text = source.argument_struct("gl_echo", kernel.fields)
+    for name, _ in MIXED:
+        assert f"__builtin_offsetof(gl_echo_arguments, {name}) == {getattr(Expected, name).offset}," in text
+        assert kernel.field_at(getattr(Expected, name).offset).name == name
+
+
+@needs_compiler
+def test_values_arrive_as_they_were_packed():
+    out = xp.empty(9, "d")
+    launch(values(anything=out))
+    expected = [-5, np.float32(0.1), 0.1, 321, 2**40, 2**32 - 1, 1, 1, 1.5]
+    np.testing.assert_array_equal(out.get(), expected)
+
+
+@pytest.mark.skipif(bool(unusable_reason()), reason=unusable_reason() or "NVRTC is there")
+@pytest.mark.parametrize(
+    "arguments", [MIXED, [("only", "int32")], [("a", "float32"), ("b", "float64")]], ids=["mixed", "one", "two"]
+)
+def test_nvrtc_accepts_the_asserted_layout(arguments):
+    kernel = Kernel(
+        "", "gl_x", arguments, defines={"STORAGE": ["float16"]}, body="GL_KERNEL(gl_x, 32) {}", listed=False
+    )
+    compile_for(kernel.specialise({"STORAGE": "float16"}).text, "gl_x", 75)
+
+
+@pytest.mark.parametrize("wrong", ["int", "float16", "const STORAGE", "STORAGE**", "float32[n]", ""])
+def test_unknown_argument_types_are_refused(wrong):
+    with pytest.raises(KernelError, match="gl_x: argument 'a' has no known type"):
+        Kernel("", "gl_x", [("a", wrong)], listed=False)
+
+
+# ---- specialisations -------------------------------------------------------------------------------------------------
+
+
+def test_specialisations_are_the_product_that_exists():
+    kernel = Kernel(
+        "residual.cu",
+        "gl_x",
+        [("x", "STORAGE*")],
+        defines={"STORAGE": ["float16", "float32"], "WIDE": [True, False]},
+        where=lambda d: d["STORAGE"] == "float16" or not d["WIDE"],
+        listed=False,
+    )
+    assert [s.defines for s in kernel.specialisations()] == [
+        {"STORAGE": "float16", "WIDE": True},
+        {"STORAGE": "float16", "WIDE": False},
+        {"STORAGE": "float32", "WIDE": False},
+    ]
+    first = kernel.specialise({"WIDE": True, "STORAGE": "float16"})
+    assert first is kernel.specialise({"STORAGE": "float16", "WIDE": True})
+    assert "typedef float16 STORAGE;" in first.text and "#define WIDE 1\n" in first.text
+    for wrong in ({"STORAGE": "float32", "WIDE": True}, {"STORAGE": "int8", "WIDE": True}, {"STORAGE": "float16"}, {}):
+        with pytest.raises(KernelError):
+            kernel.specialise(wrong)
+    with pytest.raises(KernelError, match="capitals"):
+        Kernel("", "gl_x", [], defines={"wide": [1]}, listed=False)
+
+
+def test_clusters_need_a_recent_gpu():
+    kernel = Kernel("", "gl_x", [("x", "pointer")], defines={"CLUSTER": [1, 8]}, listed=False, body="")
+    assert [s.minimum_arch for s in kernel.specialisations()] == [75, 90]
+
+
+def test_every_listed_kernel_is_unique_and_has_a_text():
+    names = [repr(s) for s in kernel_list()]
+    assert len(set(names)) == len(names) > 0
+    for specialisation in kernel_list():
+        assert f"GL_KERNEL({specialisation.name}," in specialisation.text
+
+
+# ---- sources ---------------------------------------------------------------------------------------------------------
+
+
+def test_headers_are_inlined_once(tmp_path, monkeypatch):
+    (tmp_path / "common.cuh").write_text('#pragma once\n#include "ptx.cuh"\nint common;\n')
+    (tmp_path / "ptx.cuh").write_text("#pragma once\nint ptx;\n")
+    (tmp_path / "own.cuh").write_text('#include "ptx.cuh"\nint own;\n')
+    (tmp_path / "op.cu").write_text('// op\n#include "common.cuh"\n#include "own.cuh"  // why\nint op;\n')
+    monkeypatch.setattr(source, "kernel_folder", lambda: tmp_path)
+    source.read_source.cache_clear()
+    try:
+        headers, text = source.read_source("op.cu")
+    finally:
+        source.read_source.cache_clear()
+    assert "#include" not in headers + text
+    assert [line for line in (headers + text).splitlines() if line.startswith("int")] == [
+        "int ptx;",
+        "int common;",
+        "int own;",
+        "int op;",
+    ]
+    lines = text.splitlines()
+    assert lines[lines.index("int op;") - 1] == '#line 4 "op.cu"'
+
+
+def test_a_missing_kernel_file_is_named():
+    with pytest.raises(KernelError, match=r"no_such\.cu cannot be read"):
+        _ = Kernel("no_such.cu", "gl_x", [("x", "pointer")], listed=False).specialise().text
+
+
+def test_the_wheels_folder_comes_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(source, "__file__", str(tmp_path / "gpulayers" / "launch" / "source.py"))
+    find = source.kernel_folder.__wrapped__
+    with pytest.raises(KernelError, match="the CUDA sources are missing"):
+        find()
+    for folder in ("kernels", "gpulayers/_kernels"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "common.cuh").write_text("")
+        assert find() == (tmp_path / folder).resolve()
+
+
+def test_no_inline_assembly_outside_its_header():
+    for path in source.kernel_folder().glob("*.cu*"):
+        text = path.read_text()
+        assert path.name == "ptx.cuh" or "asm" not in text.replace("__nv_", ""), path.name
+        assert path.name == "ptx.cuh" or "__shared__" not in text, path.name
+
+
+# ---- checks before a launch ------------------------------------------------------------------------------------------
+
+
+def test_arrays_are_checked():
+    f = np.array([1, 2, 3], "f")
+    with pytest.raises(DTypeError, match="gl_echo: 'x' has the wrong dtype. Expected float32; got float64"):
+        launch(values(x=xp.zeros(2, "d")))
+    with pytest.raises(DTypeError, match="Expected float16; got float32"):
+        launch(values(), defines={"STORAGE": "float16"})
+    with pytest.raises(KernelError, match="'x' is not C-contiguous. Got shape \\(3, 2\\)"):
+        launch(values(x=xp.zeros((2, 3), "f").T))
+    with pytest.raises(DeviceError, match="kernels cannot use this array"):
+        launch(values(x=f))
+    with pytest.raises(DeviceError, match="'table' lives elsewhere than the other arrays. Expected emulated; got cpu"):
+        launch(values(x=xp.asarray(f), table=[f]))
+    with pytest.raises(DeviceError, match="not an array"):
+        launch(values(x=[1.0]))
+    with pytest.raises(KernelError, match="'table' is too long"):
+        launch(values(table=[None] * 3))
+    with pytest.raises(KernelError, match="no array among the arguments"):
+        launch(values(table=[], anything=None))
+
+
+def test_scalars_are_checked():
+    with pytest.raises(DTypeError, match="'small' is not a host number. Expected int32; got float"):
+        launch(values(small=1.0))
+    with pytest.raises(DTypeError, match="'ratio' is not a host number. Expected float32; got StrictArray"):
+        launch(values(ratio=xp.ones((), "f")))
+    for name, wrong in (("small", 2**31), ("last", -1), ("long_one", 2**63)):
+        with pytest.raises(DTypeError, match="a scalar does not fit its C type"):
+            launch(values(**{name: wrong}))
+
+
+def test_argument_names_are_checked():
+    given = values()
+    del given["last"]
+    with pytest.raises(KernelError, match="wrong arguments"):
+        launch(given)
+    with pytest.raises(KernelError, match="argument 'last' is missing"):
+        launch({**given, "lost": 1})
+
+
+@pytest.mark.parametrize(
+    ("grid", "block", "complaint"),
+    [((1,), (32, 33), "1 to 1024"), ((1,), (0,), "1 to 1024"), ((1, 65536), (1,), "grid"), ((-1,), (1,), "grid")],
+)
+def test_geometry_is_checked(grid, block, complaint):
+    with pytest.raises(KernelError, match=complaint):
+        launch(values(), grid=grid, block=block)
+
+
+def test_an_empty_grid_returns_before_the_launch():
+    launcher.record.clear()
+    launch(values(), grid=(0,))
+    launch(values(), grid=(4, 0))
+    assert not launcher.record
+
+
+def test_who_has_kernels():
+    assert has_kernels(xp.ones(2)) and not has_kernels(np.ones(2))
+    assert launcher_of(xp.ones(2)) is launcher
+    assert device_properties(xp.ones(2)) is H200_LIKE
+    assert H200_LIKE.has_clusters
+
+
+def test_vector_width():
+    x, y = xp.zeros(64, "f"), xp.zeros(64, "e")
+    assert vector_width([y]) == 8
+    assert vector_width([x, y]) == 4
+    assert vector_width([x, y], 12, 64) == 4
+    assert vector_width([x], 6) == 1
+    assert vector_width([x[1:]]) == 1
+    assert vector_width([x[4:]]) == 4
+
+
+def test_the_workspace_is_cached_and_its_counters_are_zero():
+    x = xp.ones(2)
+    counters, scratch = workspace(x, counters=3, scratch=1000)
+    assert counters.dtype == "u4" and scratch.dtype == "u1"
+    assert counters.size >= 3 and scratch.size >= 1000 and not counters.get().any()
+    again = workspace(x, counters=2, scratch=10)
+    assert again[0].data.ptr == counters.data.ptr and again[1].data.ptr == scratch.data.ptr
+    assert scratch.data.ptr % 256 == 0
+
+
+# ---- CuPy's launcher, without a GPU ----------------------------------------------------------------------------------
+
+
+class FakeCupy:
+    """As much of CuPy as the launcher touches, with notes of what it was asked."""
+
+    def __init__(self, error=None):
+        self.error, self.calls, self.compiled, self.attributes = error, [], [], []
+        properties = {
+            "name": b"Fake GPU", "major": 9, "minor": 0, "multiProcessorCount": 3, "sharedMemPerBlockOptin": 232448,
+            "sharedMemPerMultiprocessor": 233472, "regsPerMultiprocessor": 65536, "maxThreadsPerMultiProcessor": 2048,
+            "maxThreadsPerBlock": 1024, "l2CacheSize": 1 << 20,
+        }  # fmt: skip
+        self.cuda = types.SimpleNamespace(
+            runtime=types.SimpleNamespace(getDevice=lambda: 0, getDeviceProperties=lambda device: properties),
+            driver=types.SimpleNamespace(
+                CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8,
+                funcSetAttribute=lambda *a: self.attributes.append(a),
+                occupancyMaxActiveBlocksPerMultiprocessor=lambda *a: 4,
+            ),
+            get_current_stream=lambda: types.SimpleNamespace(ptr=77),
+        )
+        self.zeros, self.empty = np.zeros, np.empty
+
+    def RawKernel(self, text, name, options):  # noqa: N802
+        fake = self
+
+        class Raw:
+            shared_size_bytes = 1024
+
+            @property
+            def kernel(self):
+                if fake.error:
+                    raise fake.error
+                fake.compiled.append((name, options, text))
+                return Function()
+
+        class Function:
+            ptr = 1234
+
+            def __call__(self, *arguments):
+                fake.calls.append(arguments)
+
+        return Raw()
+
+
+def fake_array(address=4096, device=0):
+    return types.SimpleNamespace(data=types.SimpleNamespace(ptr=address, device_id=device))
+
+
+def test_cupy_gets_one_struct_by_value(monkeypatch):
+    fake = FakeCupy()
+    monkeypatch.setattr(_cupy, "cupy", lambda: fake)
+    cupy_launcher, specialisation = CupyLauncher(), echo_kernel().specialise({"STORAGE": "float32"})
+    packed = bytes(range(specialisation.kernel.packed_dtype.itemsize))
+    for shared, cooperative in ((0, False), (40000, False), (100000, True), (90000, False)):
+        cupy_launcher.launch(specialisation, packed, {}, (2, 1, 1), (32, 1, 1), shared, cooperative)
+    assert len(fake.compiled) == 1 and fake.compiled[0][:2] == ("gl_echo", ("-std=c++17",))
+    assert fake.attributes == [(1234, 8, 100000)]  # once, and only beyond the 48 KB that need no opt-in
+    grid, block, arguments, shared, stream, cooperative = fake.calls[2]
+    assert (grid, block, shared, stream, cooperative) == ((2, 1, 1), (32, 1, 1), 100000, None, True)
+    (argument,) = arguments
+    assert isinstance(argument, np.ndarray) and argument.size == 1 and argument.tobytes() == packed
+    assert cupy_launcher.resident_blocks(specialisation, 256, 0) == 4
+    assert cupy_launcher.properties(None).compute_capability == 90
+
+
+def test_a_failing_compile_names_kernel_gpu_and_remedy(monkeypatch):
+    fake = FakeCupy(RuntimeError("CuPy failed to load libnvrtc.so.13"))
+    monkeypatch.setattr(_cupy, "cupy", lambda: fake)
+    with pytest.raises(KernelError) as caught:
+        CupyLauncher().launch(echo_kernel().specialise({"STORAGE": "float32"}), b"", {}, (1, 1, 1), (1, 1, 1), 0, False)
+    text = str(caught.value)
+    for part in ("gl_echo[STORAGE=float32]", "Fake GPU (sm_90)", "libnvrtc.so.13", "gpulayers[cuda12]"):
+        assert part in text
+
+
+def test_cupy_arrays_of_another_gpu_are_refused(monkeypatch):
+    monkeypatch.setattr(_cupy, "cupy", FakeCupy)
+    assert CupyLauncher().pointer(fake_array()) == 4096
+    with pytest.raises(DeviceError, match="Expected gpu:0; got gpu:1"):
+        CupyLauncher().pointer(fake_array(device=1))
+
+
+def test_cupys_workspace_is_one_per_stream(monkeypatch):
+    fake = FakeCupy()
+    monkeypatch.setattr(_cupy, "cupy", lambda: fake)
+    cupy_launcher = CupyLauncher()
+    first = cupy_launcher.workspace(None, 10, 10)
+    assert cupy_launcher.workspace(None, 5, 100)[0] is first[0]
+    grown = cupy_launcher.workspace(None, 5, 2**21)
+    assert grown[1].size >= 2**21 and cupy_launcher.workspace(None, 1, 1)[1] is grown[1]
+    fake.cuda.get_current_stream = lambda: types.SimpleNamespace(ptr=78)
+    assert cupy_launcher.workspace(None, 5, 5)[0] is not grown[0]
+
+
+@pytest.mark.skipif(not _cupy.installed(), reason="needs CuPy")
+def test_the_installed_cupy_has_what_the_launcher_uses():
+    cupy = _cupy.cupy()
+    driver = cupy.cuda.driver
+    assert driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES == 8
+    for name in ("funcSetAttribute", "occupancyMaxActiveBlocksPerMultiprocessor"):
+        assert callable(getattr(driver, name))
+    for name in ("kernel", "shared_size_bytes"):
+        assert hasattr(cupy.RawKernel, name)
+    assert callable(cupy.cuda.function.Function.__call__)
+    assert callable(cupy.cuda.get_current_stream) and callable(cupy.cuda.runtime.getDeviceProperties)
+
+
+# ---- one-line kernels ------------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("start", [0, 1])
+def test_elementwise(dtype, start):
+    halves = Elementwise(
+        "gl_test_halves", ["x", "y"], ["low", "high"], "low = x - s * y; high = x + s * y;", ["s"], listed=False
+    )
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 1003)).astype(dtype)
+    low, high = halves(xp.asarray(x)[start:], xp.asarray(y)[start:], s=0.5)
+    wide = np.float64 if dtype == "float64" else np.float32
+    x, y = x[start:].astype(wide), y[start:].astype(wide)
+    np.testing.assert_array_equal(low.get(), (x - wide(0.5) * y).astype(dtype))
+    np.testing.assert_array_equal(high.get(), (x + wide(0.5) * y).astype(dtype))
+
+
+def test_elementwise_checks_its_input():
+    double = Elementwise("gl_test_double", ["x"], ["out"], "out = x + x;", dtypes=["float32"], listed=False)
+    assert double(xp.empty((0, 3), "f")).shape == (0, 3)
+    with pytest.raises(DTypeError):
+        double(xp.zeros(3, "d"))
+    with pytest.raises(KernelError, match="wrong arguments"):
+        double(xp.zeros(3, "f"), s=1.0)
+    add = Elementwise("gl_test_add", ["x", "y"], ["out"], "out = x + y;", listed=False)
+    with pytest.raises(ShapeError):
+        add(xp.zeros(3, "f"), xp.zeros(4, "f"))
+
+
+@pytest.mark.skipif(bool(unusable_reason()), reason=unusable_reason() or "NVRTC is there")
+def test_elementwise_compiles_for_a_gpu():
+    kernel = Elementwise("gl_test_add", ["x", "y"], ["out"], "out = x + a * y;", ["a"], listed=False).kernel
+    for specialisation in kernel.specialisations():
+        found = compile_for(specialisation.text, specialisation.name, 80)
+        assert found.stack == found.spill_stores == 0
