@@ -1,0 +1,82 @@
+"""NumPy arrays for inner loops: aligned to a cache line, and large ones in memory that is used again.
+
+Fresh memory costs a page fault every 4096 bytes, and BLAS kernels for small matrices run at half speed where a matrix
+does not begin on a cache line, which NumPy's own arrays only do by chance.
+
+A recurrent layer needs some ten megabytes for each call and frees them soon after. The allocator hands such blocks back
+to the system, and touching them anew at the next call can cost as much as the arithmetic. `recycled` keeps the last
+blocks and hands one out again when nothing refers to it any more. Nothing else is special: the result is an ordinary
+uninitialised array that lives as long as somebody holds it or a view of it.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+from typing import Any
+
+import numpy as np
+
+__all__ = ["KEPT_BYTES", "recycled", "release"]
+
+KEPT_BYTES = 256 << 20
+"""How much memory is kept for reuse at most, in bytes, over all threads."""
+
+_SMALL = 1 << 16  # below this the allocator's own lists serve better
+_LINE = 64  # bytes of a cache line, and of the widest vectors
+_lock = threading.Lock()
+_blocks: list[np.ndarray] = []
+
+
+def _holders(blocks: list[np.ndarray], index: int) -> int:
+    """Return the number of references to one block, seen from here. Views of an array refer to the array itself."""
+    return sys.getrefcount(blocks[index])
+
+
+_UNUSED = _holders([np.empty(0, np.uint8)], 0)  # what it is for a block that only the list holds, on this Python
+
+
+def recycled(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Return an uninitialised C-contiguous array that begins on a cache line.
+
+    Larger ones lie in memory used before, where some of the right size is free.
+
+    >>> recycled((2, 3), np.float32).shape
+    (2, 3)
+    """
+    dtype = np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    if size < _SMALL:
+        return _array_in(np.empty(size + _LINE, np.uint8), shape, dtype, size)
+    with _lock:
+        return _array_in(_take(size + _LINE), shape, dtype, size)
+
+
+def _array_in(block: np.ndarray, shape: tuple[int, ...], dtype: np.dtype, size: int) -> np.ndarray:
+    """Return the array that begins at the first cache line of `block`."""
+    start = -block.ctypes.data % _LINE
+    return block[start : start + size].view(dtype).reshape(shape)
+
+
+def _take(size: int) -> np.ndarray:
+    """Return a block of at least `size` bytes that nobody uses; keep a new one if it fits the limit. Needs the lock."""
+    for index in range(len(_blocks)):  # enumerate would hold a reference of its own
+        if size <= _blocks[index].size <= 2 * size and _holders(_blocks, index) == _UNUSED:
+            _blocks.append(_blocks.pop(index))  # the front of the list is what was used longest ago
+            return _blocks[-1]
+    block = np.empty(size, np.uint8)
+    _blocks.append(block)
+    kept = sum(each.size for each in _blocks)
+    while kept > KEPT_BYTES:  # dropped blocks live on for those who use them
+        kept -= _blocks.pop(0).size
+    return block
+
+
+def release() -> None:
+    """Forget all kept memory; arrays that are in use stay valid.
+
+    >>> release()
+    """
+    with _lock:
+        _blocks.clear()

@@ -1,0 +1,182 @@
+"""What the recurrent sequence functions share: working dtype, direction, masks, gate functions, blocks of time steps.
+
+Everything here works on plain NumPy arrays with the time axis first: ``x_tnd`` is (time T, batch N, depth D), states
+are ``h_nu`` (batch N, units U), a mask is ``mask_tn`` (time, batch), True where a step counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from gpulayers.errors import ShapeError, StructureError, message
+from gpulayers.ops.host_buffers import recycled
+
+__all__ = [
+    "RECURRENT_ACTIVATIONS",
+    "check_choice",
+    "check_gate_weights",
+    "finish_gates",
+    "gate_scale",
+    "gate_slope",
+    "gates_apart",
+    "hold_outputs",
+    "hold_outputs_backward",
+    "mask_from_lengths",
+    "reverse_if",
+    "skipped_rows",
+    "steps_per_block",
+    "working_dtype",
+]
+
+RECURRENT_ACTIVATIONS = ("sigmoid", "hard_sigmoid")
+"""Gate functions with a fused form: the logistic function, and clip(0.2 x + 0.5, 0, 1)."""
+
+# The gates' columns of the weights are scaled by this before the loop, exactly for sigmoid (a power of two), so that in
+# the loop sigma(x) = tanh(x / 2) / 2 + 1 / 2 costs no multiplication before the tanh, and one tanh serves all gates.
+_SCALE = {"sigmoid": 0.5, "hard_sigmoid": 0.2}
+
+_BLOCK_BYTES = 1 << 20  # what fits, with its inputs, in the second-level cache of the processors seen
+
+
+def working_dtype(*arrays: Any) -> np.dtype:
+    """Return the dtype of the arithmetic: float64 if an array is float64, otherwise float32 (16-bit data too).
+
+    >>> working_dtype(np.zeros(1, np.float16)).name
+    'float32'
+    """
+    wide = any(array is not None and array.dtype == np.float64 for array in arrays)
+    return np.dtype(np.float64 if wide else np.float32)
+
+
+def check_choice(name: str, what: str, value: str, known: Sequence[str]) -> None:
+    """Raise StructureError unless `value` is one of `known`."""
+    if value not in known:
+        raise StructureError(message(name, f"unknown {what}", " or ".join(map(repr, known)), repr(value)))
+
+
+def check_gate_weights(
+    name: str, gates: int, x: Any, states: Sequence[Any], kernel: Any, recurrent_kernel: Any, residual: bool
+) -> None:
+    """Raise ShapeError unless the widths of one step fit together.
+
+    `x` ends in (N, D), every state is (N, U), `kernel` (D, gates*U), `recurrent_kernel` (U, gates*U); a residual
+    addition needs D = U.
+    """
+    units = recurrent_kernel.shape[0]
+    rows, depth = x.shape[-2:]
+    for what, array, shape in (
+        ("kernel", kernel, (depth, gates * units)),
+        ("recurrent_kernel", recurrent_kernel, (units, gates * units)),
+        *((f"state {index}", state, (rows, units)) for index, state in enumerate(states)),
+    ):
+        if array.shape != shape:
+            raise ShapeError(message(name, f"the shape of the {what} does not fit", shape, array.shape))
+    if residual and depth != units:
+        raise ShapeError(
+            message(
+                name,
+                "the inputs cannot be added to the outputs",
+                f"inputs of depth {units}",
+                depth,
+                "Use as many units as the inputs are deep, or a residual_fn that projects.",
+            )
+        )
+
+
+def reverse_if(backwards: bool, array: Any) -> Any:
+    """Return `array` with its time axis (the first) reversed if `backwards`; None stays None. A view."""
+    return array[::-1] if backwards and array is not None else array
+
+
+def mask_from_lengths(sequence_length: Any, time: int) -> np.ndarray:
+    """Return the mask (T, N) that is True at the first ``sequence_length[n]`` steps of each row.
+
+    Together with ``zero_output_for_mask`` this is `dynamic_rnn`: beyond its length a row's output is 0 and its state is
+    carried.
+
+    >>> mask_from_lengths(np.array([2, 0]), 3).astype(int).T
+    array([[1, 1, 0],
+           [0, 0, 0]])
+    """
+    return np.arange(time)[:, None] < np.asarray(sequence_length)[None, :]
+
+
+def skipped_rows(mask_tn: np.ndarray | None, time: int) -> tuple[Any, list[bool]]:
+    """Return where rows skip their step, (T, N, 1) bool or None without a mask, and for each step whether any does."""
+    if mask_tn is None:
+        return None, [False] * time
+    skipped = ~mask_tn[:, :, None]
+    return skipped, [bool(any_row) for any_row in skipped.any(axis=(1, 2))]
+
+
+def gates_apart(weights: np.ndarray, gates: int, dtype: np.dtype, transposed: bool = False) -> np.ndarray:
+    """Return weights (D, gates*U) as a new aligned array (gates, D, U), or (gates, U, D) if `transposed`.
+
+    One product per gate writes each gate where the elementwise work wants it, and small ones run in BLAS kernels that
+    skip the packing of the weights.
+    """
+    depth, units = weights.shape[0], weights.shape[1] // gates
+    axes = (1, 2, 0) if transposed else (1, 0, 2)
+    apart = recycled((gates, units, depth) if transposed else (gates, depth, units), dtype)
+    np.copyto(apart, weights.reshape(depth, gates, units).transpose(axes))
+    return apart
+
+
+def gate_scale(recurrent_activation: str, dtype: np.dtype) -> Any:
+    """Return the factor that a gate's pre-activation is scaled by before `finish_gates`."""
+    return dtype.type(_SCALE[recurrent_activation])
+
+
+def finish_gates(recurrent_activation: str, gates: np.ndarray) -> None:
+    """Turn scaled pre-activations (for sigmoid: their tanh, which the caller has taken) into gate values, in place."""
+    if recurrent_activation == "sigmoid":
+        np.multiply(gates, 0.5, out=gates)
+        np.add(gates, 0.5, out=gates)
+    else:
+        np.add(gates, 0.5, out=gates)
+        np.clip(gates, 0.0, 1.0, out=gates)
+
+
+def gate_slope(recurrent_activation: str, gates: np.ndarray, out: np.ndarray) -> None:
+    """Write the derivative of the gate function by its unscaled argument, seen from its value, into `out`.
+
+    sigmoid: s (1 - s). hard_sigmoid: 0.2 where 0 < s < 1, else 0 (on the two corners TensorFlow says 0.2).
+    """
+    if recurrent_activation == "sigmoid":
+        np.subtract(1.0, gates, out=out)
+        np.multiply(out, gates, out=out)
+    else:
+        np.multiply((gates > 0.0) & (gates < 1.0), out.dtype.type(0.2), out=out)
+
+
+def steps_per_block(time: int, step_bytes: int) -> int:
+    """Return how many time steps to treat together so that their factors stay in cache (at least one)."""
+    return max(1, min(time, _BLOCK_BYTES // max(step_bytes, 1)))
+
+
+def hold_outputs(outputs: np.ndarray, mask_tn: np.ndarray, zero: bool) -> None:
+    """Replace the outputs (T, N, U) of steps that do not count, in place.
+
+    Zeros with `zero`; otherwise the row's previous output, zeros before its first step that counts.
+    """
+    skipped = ~mask_tn[:, :, None]
+    if zero:
+        np.copyto(outputs, 0.0, where=skipped)
+        return
+    for t in np.flatnonzero(skipped.any(axis=(1, 2))):
+        np.copyto(outputs[t], outputs[t - 1] if t else 0.0, where=skipped[t])
+
+
+def hold_outputs_backward(d_outputs: np.ndarray, mask_tn: np.ndarray, zero: bool) -> np.ndarray:
+    """Return the cotangent of the outputs before `hold_outputs`: what a repeated output collects, zeros elsewhere."""
+    d_outputs = d_outputs.copy()
+    skipped = ~mask_tn[:, :, None]
+    if not zero:
+        for t in np.flatnonzero(skipped.any(axis=(1, 2)))[::-1]:
+            if t:
+                np.add(d_outputs[t - 1], d_outputs[t], out=d_outputs[t - 1], where=skipped[t])
+    np.copyto(d_outputs, 0.0, where=skipped)
+    return d_outputs

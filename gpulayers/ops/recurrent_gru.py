@@ -1,0 +1,472 @@
+"""GRU on NumPy, in both forms: one step, and a whole sequence with one matmul before the loop.
+
+With `reset_after` (bias (2, 3U): row 0 for the inputs, row 1 for the state):
+
+    a = x K + b0;  c = h R + b1;  z = sigma(a_z + c_z);  r = sigma(a_r + c_r);  n = tanh(a_h + r c_h)
+
+without (bias (3U)):
+
+    a = x K + b;  z = sigma(a_z + h R_z);  r = sigma(a_r + h R_r);  n = tanh(a_h + (r h) R_h)
+
+and in both h' = z h + (1 - z) n, output = h' (+ x with `residual`). Columns z, r, h.
+
+Source: Cho et al. 2014 (reset before the product), cuDNN's variant (after); TensorFlow's column order. PyTorch has the
+columns r, z, n and only the second variant.
+
+The plan is that of the LSTM: gates lie in one buffer, each a contiguous (N, U) block per step, filled by the projection
+and activated in place; the backward pass makes its factors a block of steps at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gpulayers.errors import ShapeError, message
+from gpulayers.ops.host_buffers import recycled
+from gpulayers.ops.recurrent_common import (
+    RECURRENT_ACTIVATIONS,
+    check_choice,
+    check_gate_weights,
+    finish_gates,
+    gate_scale,
+    gate_slope,
+    gates_apart,
+    hold_outputs,
+    hold_outputs_backward,
+    reverse_if,
+    skipped_rows,
+    steps_per_block,
+    working_dtype,
+)
+
+__all__ = [
+    "gru_sequence",
+    "gru_sequence_backward",
+    "gru_step",
+    "gru_step_backward",
+    "legacy_gru_gradients",
+    "legacy_gru_weights",
+]
+
+
+def _check(
+    x: Any, h: Any, kernel: Any, recurrent_kernel: Any, bias: Any, residual: bool, reset_after: bool, activation: str
+) -> None:
+    check_choice("gru", "recurrent_activation", activation, RECURRENT_ACTIVATIONS)
+    check_gate_weights("gru", 3, x, (h,), kernel, recurrent_kernel, residual)
+    columns = kernel.shape[1]
+    shape = (2, columns) if reset_after else (columns,)
+    if bias is not None and bias.shape != shape:
+        raise ShapeError(message("gru", f"the bias does not fit reset_after={reset_after}", shape, bias.shape))
+
+
+def legacy_gru_weights(
+    gates_kernel: np.ndarray, gates_bias: np.ndarray, candidate_kernel: np.ndarray, candidate_bias: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the legacy GRUCell's variables as ``(kernel, recurrent_kernel, bias)`` for ``reset_after=False``.
+
+    The legacy cell has `gates_kernel` (D+U, 2U) with columns r, u and `candidate_kernel` (D+U, U); u is z here.
+
+    >>> kernel, recurrent, bias = legacy_gru_weights(np.ones((5, 4)), np.ones(4), np.ones((5, 2)), np.zeros(2))
+    >>> kernel.shape, recurrent.shape, bias
+    ((3, 6), (2, 6), array([1., 1., 1., 1., 0., 0.]))
+    """
+    units = candidate_kernel.shape[1]
+    depth = candidate_kernel.shape[0] - units
+    joined = np.concatenate([gates_kernel[:, units:], gates_kernel[:, :units], candidate_kernel], axis=1)
+    bias = np.concatenate([gates_bias[units:], gates_bias[:units], candidate_bias])
+    return joined[:depth], joined[depth:], bias
+
+
+def legacy_gru_gradients(
+    d_kernel: np.ndarray, d_recurrent_kernel: np.ndarray, d_bias: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return the gradients of the four legacy variables, in the order of `legacy_gru_weights`, its transpose.
+
+    >>> [each.shape for each in legacy_gru_gradients(np.ones((3, 6)), np.ones((2, 6)), np.ones(6))]
+    [(5, 4), (4,), (5, 2), (2,)]
+    """
+    units = d_recurrent_kernel.shape[0]
+    joined = np.concatenate([d_kernel, d_recurrent_kernel])
+    z, r, candidate = (slice(k * units, (k + 1) * units) for k in range(3))
+    return (
+        np.concatenate([joined[:, r], joined[:, z]], axis=1),
+        np.concatenate([d_bias[r], d_bias[z]]),
+        joined[:, candidate],
+        d_bias[candidate],
+    )
+
+
+def _gate_function(activation: str, gates: np.ndarray) -> None:
+    """Apply the gate function to unscaled pre-activations, in place."""
+    np.multiply(gates, gate_scale(activation, gates.dtype), out=gates)
+    if activation == "sigmoid":
+        np.tanh(gates, out=gates)
+    finish_gates(activation, gates)
+
+
+def gru_step(
+    x: np.ndarray,
+    h: np.ndarray,
+    kernel: np.ndarray,
+    recurrent_kernel: np.ndarray,
+    bias: np.ndarray | None = None,
+    *,
+    reset_after: bool = True,
+    residual: bool = False,
+    recurrent_activation: str = "sigmoid",
+) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...]]:
+    """Compute one GRU step.
+
+    Parameters: `x` (N, D); `h` (N, U); `kernel` (D, 3U); `recurrent_kernel` (U, 3U); `bias` (2, 3U) with `reset_after`,
+    (3U) without, or None; `residual` adds `x` to the output, never to the state.
+
+    Returns ``(output, h', saved)``, of the dtype of `x`; 16-bit data is computed in float32. Raises ShapeError where
+    widths do not fit.
+
+    >>> output, h, _ = gru_step(np.zeros((1, 1)), np.ones((1, 1)), np.zeros((1, 3)), np.zeros((1, 3)))
+    >>> h
+    array([[0.5]])
+    """
+    _check(x, h, kernel, recurrent_kernel, bias, residual, reset_after, recurrent_activation)
+    dtype, units = working_dtype(x), h.shape[1]
+    x_nd, h_nu, kernel, recurrent_kernel = (
+        a if a.dtype == dtype else a.astype(dtype) for a in (x, h, kernel, recurrent_kernel)
+    )
+    gates = np.matmul(x_nd, kernel)
+    if bias is not None:
+        gates += bias[0] if reset_after else bias
+    zr, n = gates[:, : 2 * units], gates[:, 2 * units :]
+    if reset_after:
+        inner = np.matmul(h_nu, recurrent_kernel)
+        if bias is not None:
+            inner += bias[1]
+        zr += inner[:, : 2 * units]
+        _gate_function(recurrent_activation, zr)
+        inner = inner[:, 2 * units :]
+        n += zr[:, units:] * inner
+    else:
+        zr += np.matmul(h_nu, recurrent_kernel[:, : 2 * units])
+        _gate_function(recurrent_activation, zr)
+        inner = zr[:, units:] * h_nu
+        n += np.matmul(inner, recurrent_kernel[:, 2 * units :])
+    np.tanh(n, out=n)
+    new_h = h_nu - n
+    new_h *= zr[:, :units]
+    new_h += n
+    output = new_h + x_nd if residual else new_h.copy()
+    return (
+        output.astype(x.dtype, copy=False),
+        new_h.astype(x.dtype, copy=False),
+        (x_nd, h_nu, gates, inner),
+    )
+
+
+def gru_step_backward(
+    d_output: np.ndarray | None,
+    d_h: np.ndarray | None,
+    saved: tuple[np.ndarray, ...],
+    kernel: np.ndarray,
+    recurrent_kernel: np.ndarray,
+    *,
+    reset_after: bool = True,
+    residual: bool = False,
+    recurrent_activation: str = "sigmoid",
+) -> tuple[np.ndarray, ...]:
+    """Return the gradients ``(dx, dh, dkernel, drecurrent_kernel, dbias)`` of `gru_step`, in the working dtype."""
+    x, h, gates, _ = saved
+    d_new = np.zeros_like(h)
+    for cotangent in (d_output, d_h):
+        if cotangent is not None:
+            d_new += cotangent
+    dtype, (batch, units) = h.dtype, h.shape
+    gates_gtnu = np.ascontiguousarray(gates.reshape(batch, 3, units).transpose(1, 0, 2))[:, None]
+    inner = saved[3][None]
+    kernel, recurrent_kernel = kernel.astype(dtype, copy=False), recurrent_kernel.astype(dtype, copy=False)
+    d_input, d_state = _gru_loop_backward(
+        np.zeros((1, batch, units), dtype), d_new, h[None], gates_gtnu, inner, recurrent_kernel, None, None,
+        reset_after, recurrent_activation,
+    )  # fmt: skip
+    d_x = np.matmul(d_input[0], kernel.T)
+    if residual and d_output is not None:
+        d_x += d_output
+    return d_x, d_new, *_weight_gradients(x, h, d_input[0], d_state[0], saved[3], reset_after)
+
+
+def _weight_gradients(
+    x: np.ndarray, h: np.ndarray, d_input: np.ndarray, d_state: np.ndarray, inner: np.ndarray, reset_after: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the gradients of kernel, recurrent kernel and bias from rows of all steps."""
+    ones, units = np.ones(len(x), x.dtype), h.shape[1]
+    d_kernel, d_bias = np.matmul(x.T, d_input), np.matmul(ones, d_input)
+    if reset_after:
+        return d_kernel, np.matmul(h.T, d_state), np.stack([d_bias, np.matmul(ones, d_state)])
+    d_recurrent = np.empty((units, 3 * units), x.dtype)
+    d_recurrent[:, : 2 * units] = np.matmul(h.T, d_input[:, : 2 * units])
+    d_recurrent[:, 2 * units :] = np.matmul(inner.T, d_input[:, 2 * units :])
+    return d_kernel, d_recurrent, d_bias
+
+
+def gru_sequence(
+    x_tnd: np.ndarray,
+    h0: np.ndarray,
+    kernel: np.ndarray,
+    recurrent_kernel: np.ndarray,
+    bias: np.ndarray | None = None,
+    *,
+    reset_after: bool = True,
+    mask: np.ndarray | None = None,
+    input_mask: np.ndarray | None = None,
+    recurrent_mask: np.ndarray | None = None,
+    zero_output_for_mask: bool = False,
+    go_backwards: bool = False,
+    residual: bool = False,
+    recurrent_activation: str = "sigmoid",
+    save: bool = True,
+) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...]]:
+    """Run a GRU over a whole sequence, time axis first.
+
+    Parameters: `x_tnd` (T, N, D), `h0` (N, U), weights as in `gru_step`, the other keywords as in `lstm_sequence`.
+    `recurrent_mask` multiplies the state that enters the products, not the one that z carries.
+
+    Returns ``(outputs (T, N, U), h (N, U), saved)``, of the dtype of `x_tnd`. Raises ShapeError where widths do not
+    fit, StructureError for an unknown gate function.
+
+    >>> outputs, h, _ = gru_sequence(np.zeros((2, 1, 1)), np.ones((1, 1)), np.zeros((1, 3)), np.zeros((1, 3)))
+    >>> outputs.ravel()
+    array([0.5 , 0.25])
+    """
+    _check(x_tnd, h0, kernel, recurrent_kernel, bias, residual, reset_after, recurrent_activation)
+    dtype, (time, batch, _), units = working_dtype(x_tnd), x_tnd.shape, h0.shape[1]
+    x = np.ascontiguousarray(reverse_if(go_backwards, x_tnd), dtype)
+    dropped = x if input_mask is None else x * input_mask.astype(dtype, copy=False)
+    ring = time + 1 if save else 2
+    kept = time if save else steps_per_block(time, 3 * batch * units * dtype.itemsize)
+    gates = recycled((3, kept, batch, units), dtype)
+    inner = recycled((time if save else 1, batch, units), dtype)
+    h_tnu = recycled((ring, batch, units), dtype)
+    h_tnu[0] = h0
+    outputs = recycled((time, batch, units), dtype)
+    mask = reverse_if(go_backwards, mask)
+    weights = _inner_weights(kernel, recurrent_kernel, bias, reset_after, recurrent_activation, dtype)
+    _gru_loop(
+        dropped, x if residual else None, weights, gates, inner, h_tnu, outputs, mask, recurrent_mask, reset_after,
+        recurrent_activation,
+    )  # fmt: skip
+    if mask is not None:
+        hold_outputs(outputs, mask, zero_output_for_mask)
+    h_last = h_tnu[time % ring].astype(x_tnd.dtype)
+    return outputs.astype(x_tnd.dtype, copy=False), h_last, (x, h_tnu, gates, inner) if save else ()
+
+
+def _inner_weights(
+    kernel: np.ndarray, recurrent_kernel: np.ndarray, bias: np.ndarray | None, reset_after: bool, activation: str,
+    dtype: np.dtype,
+) -> tuple[np.ndarray, ...]:  # fmt: skip
+    """Return kernel (3, D, U), recurrent kernel (3, U, U), offset (3, U) and the inner offset (U).
+
+    The columns of z and r are scaled for `finish_gates`; the state's bias of z and r joins the inputs'.
+    """
+    units, scale = recurrent_kernel.shape[0], gate_scale(activation, dtype)
+    kernel_gdu, recurrent_guu = gates_apart(kernel, 3, dtype), gates_apart(recurrent_kernel, 3, dtype)
+    kernel_gdu[:2] *= scale
+    recurrent_guu[:2] *= scale
+    offset_gu, inner_offset_u = np.zeros((3, units), dtype), np.zeros(units, dtype)
+    if bias is not None and reset_after:
+        offset_gu += bias[0].reshape(3, units)
+        offset_gu[:2] += bias[1, : 2 * units].reshape(2, units)
+        inner_offset_u += bias[1, 2 * units :]
+    elif bias is not None:
+        offset_gu += bias.reshape(3, units)
+    offset_gu[:2] *= scale
+    return kernel_gdu, recurrent_guu, offset_gu, inner_offset_u
+
+
+def _gru_loop(
+    x: np.ndarray, added: np.ndarray | None, weights: tuple[np.ndarray, ...], gates: np.ndarray, inner: np.ndarray,
+    h_tnu: np.ndarray, outputs: np.ndarray, mask: np.ndarray | None, recurrent_mask: np.ndarray | None,
+    reset_after: bool, activation: str,
+) -> None:  # fmt: skip
+    """Run all steps; allocates nothing inside the loop.
+
+    `gates` (3, T, N, U) receives z, r, n; `inner` (T, N, U) what r multiplied: c_h with `reset_after`, otherwise r h.
+    Where nothing is saved they hold fewer steps and `h_tnu` is a ring of 2.
+    """
+    kernel_gdu, recurrent_guu, offset_gu, inner_offset_u = weights
+    entered = recurrent_guu if reset_after else recurrent_guu[:2]
+    (time, batch, depth), units, ring = x.shape, gates.shape[3], len(h_tnu)
+    saved = ring == time + 1
+    product, scratch = recycled((len(entered), batch, units), gates.dtype), recycled((batch, units), gates.dtype)
+    dropped = recycled((batch, units), gates.dtype)
+    biased, inner_biased = bool(offset_gu.any()), bool(inner_offset_u.any())
+    skipped, skips = skipped_rows(mask, time)
+    block = steps_per_block(time, 3 * batch * units * gates.itemsize)
+    for start in range(0, time, block):
+        steps = x[start : start + block]
+        part = gates[:, start : start + block] if saved else gates[:, : len(steps)]
+        rows = len(steps) * batch
+        np.matmul(steps.reshape(rows, depth), kernel_gdu, out=part.reshape(3, rows, units))
+        if biased:
+            np.add(part, offset_gu[:, None, None, :], out=part)
+        for t in range(start, start + len(steps)):
+            h, new_h, kept = h_tnu[t % ring], h_tnu[(t + 1) % ring], inner[t if saved else 0]
+            gate_gnu = part[:, t - start]
+            z, r, n = gate_gnu
+            entering = h if recurrent_mask is None else np.multiply(h, recurrent_mask, out=dropped)
+            np.matmul(entering, entered, out=product)
+            np.add(gate_gnu[:2], product[:2], out=gate_gnu[:2])
+            if activation == "sigmoid":
+                np.tanh(gate_gnu[:2], out=gate_gnu[:2])
+            finish_gates(activation, gate_gnu[:2])
+            if reset_after:
+                np.add(product[2], inner_offset_u, out=kept) if inner_biased else np.copyto(kept, product[2])
+                np.multiply(r, kept, out=scratch)
+            else:
+                np.multiply(r, entering, out=kept)
+                np.matmul(kept, recurrent_guu[2], out=scratch)
+            np.add(n, scratch, out=n)
+            np.tanh(n, out=n)
+            np.subtract(h, n, out=new_h)
+            np.multiply(new_h, z, out=new_h)
+            np.add(new_h, n, out=new_h)
+            if added is not None:
+                np.add(new_h, added[t], out=outputs[t])
+            else:
+                np.copyto(outputs[t], new_h)
+            if skips[t]:
+                np.copyto(new_h, h, where=skipped[t])
+
+
+def gru_sequence_backward(
+    d_outputs: np.ndarray | None,
+    d_h_last: np.ndarray | None,
+    saved: tuple[np.ndarray, ...],
+    kernel: np.ndarray,
+    recurrent_kernel: np.ndarray,
+    *,
+    reset_after: bool = True,
+    mask: np.ndarray | None = None,
+    input_mask: np.ndarray | None = None,
+    recurrent_mask: np.ndarray | None = None,
+    zero_output_for_mask: bool = False,
+    go_backwards: bool = False,
+    residual: bool = False,
+    recurrent_activation: str = "sigmoid",
+) -> tuple[np.ndarray, ...]:
+    """Return ``(dx, dh0, dkernel, drecurrent_kernel, dbias)`` of `gru_sequence`; the keywords are the forward call's.
+
+    Cotangents may be None where none arrived. Gradients have the working dtype. Same bits on every run.
+    """
+    x, h_tnu, gates, inner = saved
+    dtype, (_, time, batch, units) = x.dtype, gates.shape
+    mask = reverse_if(go_backwards, mask)
+    if d_outputs is None:
+        d_outputs = np.zeros((time, batch, units), dtype)
+    d_outputs = d_outputs.astype(dtype, copy=False)
+    if mask is not None:
+        d_outputs = hold_outputs_backward(d_outputs, mask, zero_output_for_mask)
+    d_h = np.zeros((batch, units), dtype) if d_h_last is None else d_h_last.astype(dtype)
+    kernel, recurrent_kernel = kernel.astype(dtype, copy=False), recurrent_kernel.astype(dtype, copy=False)
+    d_input, d_state = _gru_loop_backward(
+        d_outputs, d_h, h_tnu, gates, inner, recurrent_kernel, mask, recurrent_mask, reset_after, recurrent_activation
+    )
+    rows = d_input.reshape(time * batch, 3 * units)
+    d_x = recycled(x.shape, dtype)
+    np.matmul(rows, kernel.T, out=d_x.reshape(time * batch, x.shape[2]))
+    dropped = x
+    if input_mask is not None:
+        dropped = x * input_mask.astype(dtype, copy=False)
+        d_x *= input_mask
+    if residual:
+        d_x += d_outputs
+    entering = h_tnu[:-1] if recurrent_mask is None else h_tnu[:-1] * recurrent_mask.astype(dtype, copy=False)
+    gradients = _weight_gradients(
+        dropped.reshape(time * batch, x.shape[2]), entering.reshape(time * batch, units), rows,
+        d_state.reshape(time * batch, 3 * units), inner.reshape(time * batch, units), reset_after,
+    )  # fmt: skip
+    return np.ascontiguousarray(reverse_if(go_backwards, d_x)), d_h, *gradients
+
+
+def _gru_loop_backward(
+    d_outputs: np.ndarray, d_h: np.ndarray, h_tnu: np.ndarray, gates: np.ndarray, inner: np.ndarray,
+    recurrent: np.ndarray, mask: np.ndarray | None, recurrent_mask: np.ndarray | None, reset_after: bool,
+    activation: str,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Return the gradients by a (T, N, 3U) and, with `reset_after`, by c (else the same array); `d_h` becomes dh0."""
+    _, time, batch, units = gates.shape
+    dtype = gates.dtype
+    d_input = recycled((time, batch, 3 * units), dtype)
+    d_state = recycled((time, batch, 3 * units), dtype) if reset_after else d_input
+    d_input_tgnu, d_state_tgnu = (d.reshape(time, batch, 3, units).transpose(0, 2, 1, 3) for d in (d_input, d_state))
+    transposed = gates_apart(recurrent, 3, dtype, transposed=True)
+    d_gate, d_parts = recycled((4, batch, units), dtype), recycled((3, batch, units), dtype)
+    d_n, d_z, d_r, _ = d_gate  # in this order n, z, r and z, r, c each stand together
+    carried, d_reset = recycled((batch, units), dtype), recycled((batch, units), dtype)
+    skipped, _ = skipped_rows(mask, time)
+    block = steps_per_block(time, 5 * batch * units * dtype.itemsize)
+    factors = recycled((4, block, batch, units), dtype)
+    for end in range(time, 0, -block):
+        start = max(0, end - block)
+        part = factors[:, : end - start]
+        kept = _gru_factors(
+            gates[:, start:end], h_tnu[start:end], inner[start:end], recurrent_mask, reset_after, activation, part
+        )
+        if skipped is not None:
+            np.copyto(part, 0.0, where=skipped[start:end])
+            kept = np.where(skipped[start:end], dtype.type(1.0), kept)
+        for t in range(end - 1, start - 1, -1):
+            of_n, of_z, of_r, of_c = part[:, t - start]
+            np.add(d_h, d_outputs[t], out=d_h)
+            np.multiply(d_h, kept[t - start], out=carried)
+            if reset_after:
+                np.multiply(d_h, part[:, t - start], out=d_gate)
+                np.copyto(d_state_tgnu[t], d_gate[1:])
+                np.matmul(d_gate[1:], transposed, out=d_parts)
+                np.add(d_parts[0], d_parts[2], out=d_h)
+            else:
+                np.multiply(d_h, of_n, out=d_n)
+                np.multiply(d_h, of_z, out=d_z)
+                np.matmul(d_n, transposed[2], out=d_reset)
+                np.multiply(d_reset, of_r, out=d_r)
+                np.matmul(d_gate[1:3], transposed[:2], out=d_parts[:2])
+                np.multiply(d_reset, of_c, out=d_h)
+                np.add(d_h, d_parts[0], out=d_h)
+            np.add(d_h, d_parts[1], out=d_h)
+            np.copyto(d_input_tgnu[t, :2], d_gate[1:3])
+            np.copyto(d_input_tgnu[t, 2], d_n)
+            if recurrent_mask is not None:
+                np.multiply(d_h, recurrent_mask, out=d_h)
+            np.add(d_h, carried, out=d_h)
+    return d_input, d_state
+
+
+def _gru_factors(
+    gates: np.ndarray, h: np.ndarray, inner: np.ndarray, recurrent_mask: np.ndarray | None, reset_after: bool,
+    activation: str, factors: np.ndarray,
+) -> np.ndarray:  # fmt: skip
+    """Fill the factors of a block of steps and return z, which carries dh to the step before.
+
+    da_z = dh of_z, da_n = dh of_n. With `reset_after` da_r = dh of_r and dc_h = dh of_c; otherwise, for the gradient q
+    by the product r h, da_r = q of_r and q of_c is what reaches h through r h.
+    """
+    z, r, n = gates
+    of_n, of_z, of_r, of_c = factors
+    gate_slope(activation, gates[:2], factors[1:3])
+    np.subtract(h, n, out=of_n)
+    np.multiply(of_z, of_n, out=of_z)
+    np.multiply(n, n, out=of_c)
+    np.subtract(1.0, of_c, out=of_c)
+    np.subtract(1.0, z, out=of_n)
+    np.multiply(of_n, of_c, out=of_n)
+    if reset_after:
+        np.multiply(of_n, r, out=of_c)
+        np.multiply(of_r, inner, out=of_r)
+        np.multiply(of_r, of_n, out=of_r)
+    else:
+        np.multiply(of_r, h, out=of_r)
+        if recurrent_mask is not None:
+            np.multiply(of_r, recurrent_mask, out=of_r)
+        np.copyto(of_c, r)
+    return z
