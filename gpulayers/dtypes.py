@@ -282,8 +282,8 @@ class Policy:
     """The dtypes of a layer: what it computes in and what its variables are stored in.
 
     `name`: a dtype name (both are that dtype), ``"mixed_float16"`` or ``"mixed_bfloat16"`` (compute in 16 bits, store
-    float32), or ``"_infer"`` (not settled yet; both are None). Raises TypeError for a name that is not a string, ValueError
-    for an unknown one. Policies compare by identity. Source: ``tf.keras.mixed_precision.Policy``.
+    float32), or ``"_infer"`` (not settled yet; both are None). Raises TypeError for a name that is not a string,
+    ValueError for an unknown one. Policies compare by identity. Source: ``tf.keras.mixed_precision.Policy``.
 
     >>> p = Policy("mixed_float16")
     >>> p, p.compute_dtype, p.variable_dtype

@@ -104,8 +104,8 @@ def _explicit(node: Any) -> bool:
 class Model(Layer):
     """Layers joined into one: made from symbolic tensors, or by subclassing.
 
-    ``Model(inputs, outputs)``: the calls between them are repeated with real arrays when the model is called. Subclassing:
-    assign layers in ``__init__`` and override `call`. Other parameters: `name`, `trainable`.
+    ``Model(inputs, outputs)``: the calls between them are repeated with real arrays when the model is called.
+    Subclassing: assign layers in ``__init__`` and override `call`. Other parameters: `name`, `trainable`.
 
     `layers`, `weights`, `losses` and `metrics` cover all layers. Raises ValueError if the outputs need other inputs,
     TypeError for a legacy layer, which keeps its variables in scopes. Source: ``tf.keras.Model``.
@@ -192,7 +192,8 @@ class Model(Layer):
         values = nest.flatten(inputs)
         if len(values) != len(self.inputs):
             raise ShapeError(
-                f'Layer "{self._name}" expects {len(self.inputs)} input(s), but it received {len(values)} input tensors.'
+                f'Layer "{self._name}" expects {len(self.inputs)} input(s), '
+                f"but it received {len(values)} input tensors."
             )
         return values
 
@@ -271,7 +272,8 @@ class Model(Layer):
         return checkpoint.load_weights(path, self.named_weights(), strict=strict)
 
 
-def _model_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+def _model_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str,
+Any]]:
     keywords = dict(kwargs)
     inputs = keywords.pop("inputs", args[0] if args else None)
     outputs = keywords.pop("outputs", args[1] if len(args) > 1 else None)
@@ -312,8 +314,8 @@ def _shown_shape(layer: Any) -> str:
 class Sequential(Model):
     """A stack of layers, each called on what the one before returned.
 
-    `layers`: a list, or nothing and `add` later; the first may be an `Input`. The stack is built at the first call, or by
-    ``build(input_shape)``. Source: ``tf.keras.Sequential``.
+    `layers`: a list, or nothing and `add` later; the first may be an `Input`. The stack is built at the first call, or
+    by ``build(input_shape)``. Source: ``tf.keras.Sequential``.
 
     >>> import numpy as np, gpulayers as gl
     >>> stack = gl.keras.Sequential([gl.keras.layers.Dense(4), gl.keras.layers.Dense(2)])

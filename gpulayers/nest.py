@@ -112,7 +112,9 @@ def assert_same_structure(a: Any, b: Any, check_types: bool = True) -> None:
     >>> assert_same_structure([1, 2], [3, 4])
     """
     if is_nested(a) != is_nested(b):
-        raise StructureError(message("nest", "one side is nested and the other a single value", _outline(a), _outline(b)))
+        raise StructureError(
+            message("nest", "one side is nested and the other a single value", _outline(a), _outline(b))
+        )
     if not is_nested(a):
         return
     if isinstance(a, Mapping) != isinstance(b, Mapping) or (

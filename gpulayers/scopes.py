@@ -292,7 +292,9 @@ def _create_or_share(name: str, **keywords: Any) -> Any:
         return found
     if reuse is True:
         raise LayerError(
-            message(name, "Variable does not exist, or was not made with get_variable", do="Set reuse=AUTO_REUSE or False.")
+            message(
+                name, "Variable does not exist, or was not made with get_variable", do="Set reuse=AUTO_REUSE or False."
+            )
         )
     keywords["shape"], keywords["initializer"] = _settle_shape(name, keywords["shape"], keywords["initializer"])
     made = _create(name, **keywords)
@@ -360,7 +362,9 @@ def initial_value_maker(initializer: Any, shape: tuple[int, ...], dtype: Any, pa
     """Return what `Variable` takes as its initial value: a function that draws it, or the given array."""
     if initializer is None:
         if dtype.kind == "c":
-            raise LayerError(message("get_variable", f"no default initializer for {dtype.name}", do="Pass an initializer."))
+            raise LayerError(
+                message("get_variable", f"no default initializer for {dtype.name}", do="Pass an initializer.")
+            )
         initializer = "glorot_uniform" if is_floating(dtype) else "zeros"
     if isinstance(initializer, str | dict | type):
         initializer = initializers.get(initializer)

@@ -125,7 +125,11 @@ class Variable(StoredValue):
         value = self._initial_value
         if isinstance(value, GraphTensor):
             raise StateError(
-                message("Variable", "its initial value is a graph tensor", do="Pass an array or a function that returns one.")
+                message(
+                    "Variable",
+                    "its initial value is a graph tensor",
+                    do="Pass an array or a function that returns one.",
+                )
             )
         with eager_mode():
             value = as_value(value() if callable(value) else value)
@@ -292,7 +296,9 @@ def variables_initializer(variables: Sequence[Variable], name: str | None = None
 
 
 def global_variables_initializer() -> Any:
-    """Return a node that initializes every variable of the graph; None in eager mode, where they have values already."""
+    """Return a node that initializes every variable of the graph; None in eager mode, where they have values
+    already.
+    """
     graph = active_graph()
     return None if graph is None else variables_initializer(graph.get_collection(GraphKeys.GLOBAL_VARIABLES))
 
@@ -371,7 +377,8 @@ class PartitionedVariable(CompositeValue):
         return self if active_graph() is None else group(*results)
 
     def __repr__(self) -> str:
-        return f"<PartitionedVariable {self.name!r} shape={self.shape} dtype={self.dtype.name} partitions={self.partitions}>"
+        described = f"shape={self.shape} dtype={self.dtype.name} partitions={self.partitions}"
+        return f"<PartitionedVariable {self.name!r} {described}>"
 
 
 def partition_counts(partitioner: Any, shape: Any, dtype: Any) -> list[int]:
@@ -406,10 +413,12 @@ def part_extents(shape: Sequence[int], counts: Sequence[int]) -> list[tuple[list
     extents, offset = [], 0
     for part in range(count):
         size = length // count + (part < length % count)
-        extents.append((
-            [size if i == axis else n for i, n in enumerate(shape)],
-            [offset if i == axis else 0 for i in range(len(shape))],
-        ))
+        extents.append(
+            (
+                [size if i == axis else n for i, n in enumerate(shape)],
+                [offset if i == axis else 0 for i in range(len(shape))],
+            )
+        )
         offset += size
     return extents
 

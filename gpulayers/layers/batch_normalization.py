@@ -11,9 +11,10 @@ import numpy as np
 
 from gpulayers import constraints, initializers, nest, ops, regularizers
 from gpulayers.dtypes import TensorShape, as_dtype, is_floating, parameter_dtype
-from gpulayers.errors import LayerError, ShapeError, message
+from gpulayers.errors import ShapeError, message
 from gpulayers.layers.calling import state_updates_allowed
-from gpulayers.layers.core import CoreLayer, as_shape_structure
+from gpulayers.layers.config_part import as_shape_structure
+from gpulayers.layers.core import CoreLayer
 from gpulayers.layers.legacy import LegacyLayer
 from gpulayers.layers.modern import Layer
 from gpulayers.layers.spec import InputSpec
@@ -96,8 +97,8 @@ class BatchNormalizationMixin(CoreLayer):
     def build(self, input_shape: Any) -> None:
         """Make the variables for inputs of this shape; settles `axis` and `fused`.
 
-        Raises ValueError for an axis that is out of range or given twice, unknown rank or size of a normalised axis, and
-        for a `virtual_batch_size` that is not positive or does not go with the other arguments.
+        Raises ValueError for an axis that is out of range or given twice, unknown rank or size of a normalised axis,
+        and for a `virtual_batch_size` that is not positive or does not go with the other arguments.
         """
         shape = TensorShape(input_shape)
         if not shape.rank:
@@ -129,7 +130,9 @@ class BatchNormalizationMixin(CoreLayer):
             raise IndexError(message(self._name, "axis is empty", "at least one axis", given))
         axes = [axis + rank if axis < 0 else axis for axis in given]
         if any(axis < 0 or axis >= rank for axis in axes):
-            raise ShapeError(message(self._name, "Expected 0 <= axis < inputs.rank", f"axis in [-{rank}, {rank})", given))
+            raise ShapeError(
+                message(self._name, "Expected 0 <= axis < inputs.rank", f"axis in [-{rank}, {rank})", given)
+            )
         if len(set(axes)) != len(axes):
             raise ShapeError(f"{self._name}: Duplicate axis: {tuple(axes)}. Expected different axes; got {given}.")
         return axes
@@ -141,7 +144,9 @@ class BatchNormalizationMixin(CoreLayer):
         if size <= 0:
             raise ValueError(
                 message(
-                    self._name, "virtual_batch_size must be a positive integer that divides the true batch size", got=size
+                    self._name,
+                    "virtual_batch_size must be a positive integer that divides the true batch size",
+                    got=size,
                 )
             )
         if 0 in axes:
@@ -210,7 +215,9 @@ class BatchNormalizationMixin(CoreLayer):
             inputs = ops.cast(inputs, self.compute_dtype)
         training = self._checked_training(training)
         if self.fused and mask is not None:
-            warnings.warn(f"{self._name}: masking is not supported by the fused path, the mask is ignored", stacklevel=4)
+            warnings.warn(
+                f"{self._name}: masking is not supported by the fused path, the mask is ignored", stacklevel=4
+            )
             mask = None
         if training is False:
             return self._inference(inputs, residual, self._adjustment(inputs, training))
@@ -235,7 +242,9 @@ class BatchNormalizationMixin(CoreLayer):
         if isinstance(training, GraphTensor):
             return training if training.dtype == np.bool_ else ops.cast(training, np.bool_)
         if isinstance(training, str | bytes) or nest.is_nested(training):
-            raise TypeError(message(self._name, "training is not a bool", "True, False, 0, 1 or a scalar", repr(training)))
+            raise TypeError(
+                message(self._name, "training is not a bool", "True, False, 0, 1 or a scalar", repr(training))
+            )
         flag = bool(training)
         return flag and (self._trainable or not self._trainable_false_means_inference)
 
@@ -328,7 +337,9 @@ class BatchNormalizationMixin(CoreLayer):
         return self._trainable and state_updates_allowed()
 
     def _moving(self) -> MovingVariables:
-        more = (self.moving_stddev, self.renorm_mean, self.renorm_stddev, 1 - self.renorm_momentum) if self.renorm else ()
+        more = (
+            (self.moving_stddev, self.renorm_mean, self.renorm_stddev, 1 - self.renorm_momentum) if self.renorm else ()
+        )
         moving = MovingVariables(self.moving_mean, self.moving_variance, 1 - self.momentum, *more)
         if self.fused or self.skip_nonfinite_updates:
             counter = self.skipped_updates if self.skip_nonfinite_updates else None
@@ -376,9 +387,7 @@ class BatchNormalizationMixin(CoreLayer):
         for name in ("beta", "gamma"):
             config[f"{name}_constraint"] = constraints.serialize(getattr(self, f"{name}_constraint"))
         if self.renorm:
-            config.update(
-                renorm=True, renorm_clipping=self.renorm_clipping, renorm_momentum=self.renorm_momentum
-            )
+            config.update(renorm=True, renorm_clipping=self.renorm_clipping, renorm_momentum=self.renorm_momentum)
         if self.virtual_batch_size is not None:
             config["virtual_batch_size"] = self.virtual_batch_size
         if self.activation is not ops.activations.linear:
@@ -427,44 +436,50 @@ class LegacyBatchNormalization(BatchNormalizationMixin, LegacyLayer):
 
     `momentum` is the weight kept of the past (PyTorch's is the weight of the new value: ``momentum = 1 - torch's``).
 
-    Training: ``y = (x - mean) / sqrt(var + epsilon) * gamma + beta``, with mean and biased variance (divided by N) over all
-    axes but `axis`. Inference: the same with `moving_mean` and `moving_variance`. Each training call makes
+    Training: ``y = (x - mean) / sqrt(var + epsilon) * gamma + beta``, with mean and biased variance (divided by N)
+    over all axes but `axis`. Inference: the same with `moving_mean` and `moving_variance`. Each training call makes
     ``v <- v - (v - batch value) * (1 - momentum)``; where TensorFlow would take its fused path (see `fused`) the moving
     variance takes the unbiased one, ``var * N / max(N - 1, 1)``.
 
     Parameters
-
+    ----------
     - `axis`: the axis, or list of axes, that has statistics of its own; -1 for channels last, 1 for channels first.
     - `momentum`, `epsilon`: see above; epsilon is used as given.
     - `center`, `scale`: whether there are `beta` and `gamma`.
     - `beta_initializer`, `gamma_initializer`, `moving_mean_initializer`, `moving_variance_initializer`;
-      `beta_regularizer`, `gamma_regularizer`; `beta_constraint`, `gamma_constraint`: names, configurations or callables.
+      `beta_regularizer`, `gamma_regularizer`; `beta_constraint`, `gamma_constraint`: names, configurations or
+      callables.
     - `renorm`, `renorm_clipping` (dictionary with any of ``rmax``, ``rmin``, ``dmax``: numbers, scalars, or functions
-      without arguments for a schedule), `renorm_momentum`: batch renormalisation; y becomes ``(n * r + d) * gamma + beta``.
-    - `fused`: None, True or False. Which kernel runs is our affair; this decides the estimator of the moving variance, as in
-      TensorFlow: fused for rank 4 or 5, axis 1 or last, no renorm, sub-batches or adjustment, not float64.
+      without arguments for a schedule), `renorm_momentum`: batch renormalisation; y becomes ``(n * r + d) * gamma +
+      beta``.
+    - `fused`: None, True or False. Which kernel runs is our affair; this decides the estimator of the moving variance,
+      as in TensorFlow: fused for rank 4 or 5, axis 1 or last, no renorm, sub-batches or adjustment, not float64.
     - `trainable`: False leaves the moving statistics alone and makes gamma and beta non-trainable; training calls still
       use batch statistics (the modern layer does not).
-    - `virtual_batch_size` V: each sub-batch of V rows is normalised by itself; row i belongs to sub-batch ``i mod (B / V)``.
-    - `adjustment`: function of the input's dynamic shape giving (scale, bias), ``y = (n * scale + bias) * gamma + beta``.
+    - `virtual_batch_size` V: each sub-batch of V rows is normalised by itself; row i belongs to sub-batch ``i mod (B /
+      V)``.
+    - `adjustment`: function of the input's dynamic shape giving (scale, bias), ``y = (n * scale + bias) * gamma +
+      beta``.
     - `activation` (extension): applied to the output, ReLU in the same kernel.
-    - `skip_nonfinite_updates` (extension): channels whose batch moments are not finite keep their moving statistics, and
-      the variable `skipped_updates` counts them.
+    - `skip_nonfinite_updates` (extension): channels whose batch moments are not finite keep their moving statistics,
+      and the variable `skipped_updates` counts them.
     - `name`, `dtype` and the other keywords of `Layer`.
 
-    Calling: ``layer(x, training=False, mask=None, residual=None)``. `x` of any rank, floating. `training`: bool, 0, 1, or a
-    boolean scalar, of a graph too. `mask`, shaped like x without its last axis, weighs the values in the moments; all are
-    normalised still. `residual` (extension) is added before the activation. Returns an array of x's shape, in the layer's
-    dtype.
+    Calling: ``layer(x, training=False, mask=None, residual=None)``. `x` of any rank, floating. `training`: bool, 0, 1,
+    or a
+    boolean scalar, of a graph too. `mask`, shaped like x without its last axis, weighs the values in the moments; all
+    are normalised still. `residual` (extension) is added before the activation. Returns an array of x's shape, in the
+    layer's dtype.
 
     State written: moving statistics, at once in eager mode and under a tape, by `updates` in a graph (run them with the
-    step: they are in UPDATE_OPS). Variables are float32 for 16-bit layers. Shapes: (C,) for one axis; for several axes x's
-    rank with 1 elsewhere; with `virtual_batch_size` a further 1 at index 1.
+    step: they are in UPDATE_OPS). Variables are float32 for 16-bit layers. Shapes: (C,) for one axis; for several axes
+    x's rank with 1 elsewhere; with `virtual_batch_size` a further 1 at index 1.
 
     Raises TypeError and ValueError as TensorFlow does: `axis` of a wrong type (constructor) or out of range (build),
-    unknown keys in `renorm_clipping` (constructor), integer input (call), a batch that `virtual_batch_size` does not divide
-    (training call), and so on. An empty batch returns an empty array and changes nothing (TensorFlow: NaN). One value per
-    channel gives y = beta and warns once.
+    unknown keys in `renorm_clipping` (constructor), integer input (call), a batch that `virtual_batch_size` does not
+    divide
+    (training call), and so on. An empty batch returns an empty array and changes nothing (TensorFlow: NaN). One value
+    per channel gives y = beta and warns once.
 
     Numerics: 16-bit data is accumulated in float32, sums are taken around a pivot; same bits on every run.
     Source: arXiv 1502.03167 algorithm 1; arXiv 1702.03275 algorithm 1 (renorm); ``tf.layers.BatchNormalization``.
@@ -489,9 +504,10 @@ class BatchNormalization(BatchNormalizationMixin, Layer):
     """Batch normalisation with the modern rules: ``gl.keras.layers.BatchNormalization``.
 
     Arguments and maths are those of `gl.layers.BatchNormalization`; all of renorm, sub-batches, adjustment and several
-    axes are here too. It differs in three rules: with ``trainable=False`` a training call uses the moving statistics, as
-    inference does; ``fused=True`` where that is impossible raises ValueError; and inputs are cast to the compute dtype of
-    the layer's policy, variables staying float32 under a mixed policy. `training` defaults to the enclosing call's.
+    axes are here too. It differs in three rules: with ``trainable=False`` a training call uses the moving statistics,
+    as
+    inference does; ``fused=True`` where that is impossible raises ValueError; and inputs are cast to the compute dtype
+    of the layer's policy, variables staying float32 under a mixed policy. `training` defaults to the enclosing call's.
 
     Source: ``tf.keras.layers.BatchNormalization``.
 
@@ -538,8 +554,8 @@ def batch_normalization(
 ) -> Any:
     """Make a `gl.layers.BatchNormalization` with its variables at ``name/...``, call it on `inputs`, return the output.
 
-    `reuse`: share the variables of that name (True), or make new ones (None; ValueError in a graph if they exist). The other
-    arguments are the layer's. Deprecated in TensorFlow, as is every function of ``tf.layers``; not here.
+    `reuse`: share the variables of that name (True), or make new ones (None; ValueError in a graph if they exist). The
+    other arguments are the layer's. Deprecated in TensorFlow, as is every function of ``tf.layers``; not here.
     Source: ``tf.layers.batch_normalization``; works in eager mode too, with new variables at each call.
 
     >>> import numpy as np, gpulayers as gl

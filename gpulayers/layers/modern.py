@@ -28,11 +28,11 @@ class Layer(CoreLayer):
     variables assigned as attributes are tracked.
 
     Parameters
-
+    ----------
     - `trainable`: whether variables are made trainable. Setting it later sets it on sub-layers too.
     - `name`: None for an automatic one (``dense``, ``dense_1``, ...).
-    - `dtype`: a dtype or `Policy`; None takes the global policy (float32). Floating inputs are cast to its compute dtype
-      unless ``autocast=False``; variables are read in that dtype inside `call`.
+    - `dtype`: a dtype or `Policy`; None takes the global policy (float32). Floating inputs are cast to its compute
+      dtype unless ``autocast=False``; variables are read in that dtype inside `call`.
     - `dynamic`: the layer runs Python that cannot be recorded.
     - other keywords of ``tf.keras.layers.Layer``; any else raises TypeError.
 
@@ -119,7 +119,8 @@ class Layer(CoreLayer):
             )
 
     def _own_outputs(self, inputs: Any, outputs: Any) -> Any:
-        # An input handed on unchanged would keep the history of the layer that made it, and the model would lose this one.
+        # An input handed on unchanged would keep the history of the layer that made it, and the model would lose this
+        # one.
         if active_graph() is not None:
             return outputs
         return _map_same(inputs, outputs)

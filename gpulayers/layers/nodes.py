@@ -65,8 +65,8 @@ class NodeBook:
         shapes = [nest.map_structure(shape_tuple, getattr(node, what)) for node in self.nodes]
         if any(shape != shapes[0] for shape in shapes[1:]):
             raise AttributeError(
-                f'The layer "{layer_name}" has multiple inbound nodes, with different {kind} shapes. Hence the notion of '
-                f'"{kind} shape" is ill-defined for the layer. Use `get_{kind}_shape_at(node_index)` instead.'
+                f'The layer "{layer_name}" has multiple inbound nodes, with different {kind} shapes. Hence the notion '
+                f'of "{kind} shape" is ill-defined for the layer. Use `get_{kind}_shape_at(node_index)` instead.'
             )
         return shapes[0]
 
@@ -83,3 +83,5 @@ class NodeBook:
     def masks(self, structure: Any) -> Any:
         """Return the masks that tensors carry."""
         return nest.map_structure(mask_of, structure)
+
+

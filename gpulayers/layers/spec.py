@@ -83,7 +83,9 @@ def check_inputs(specs: Any, inputs: Any, layer_name: str) -> None:
     if isinstance(inputs, dict) and all(s is not None and s.name is not None for s in flat_specs):
         missing = [s.name for s in flat_specs if s.name not in inputs]
         if missing:
-            raise ValueError(f'Missing data for input "{missing[0]}". You passed a data dictionary with keys {list(inputs)}.')
+            raise ValueError(
+                f'Missing data for input "{missing[0]}". You passed a data dictionary with keys {list(inputs)}.'
+            )
         inputs = [inputs[s.name] for s in flat_specs]
     leaves = nest.flatten(inputs)
     for leaf in leaves:
@@ -118,7 +120,8 @@ def _mismatch(spec: InputSpec, shape: list[int | None], dtype: Any) -> str:
         return f"expected dtype={spec.dtype}, found dtype={dtype_name(dtype)}"
     for axis, size in spec.axes.items():
         if size is not None and shape[axis] not in (size, None):
-            return f"expected axis {axis} of input shape to have value {size}, but received input with shape {tuple(shape)}"
+            expected = f"expected axis {axis} of input shape to have value {size}"
+            return f"{expected}, but received input with shape {tuple(shape)}"
     if spec.shape is not None:
         expected, found = list(spec.shape), list(shape)
         if spec.allow_last_axis_squeeze:

@@ -179,7 +179,7 @@ _training_backward = Operation(
     spec=_backward_spec,
     kernel=_backward,
     type="FusedBatchNormGradV3",
-    doc="Gradients of `batch_norm_training`: dx, dgamma, dbeta (C values each), and of the residual where there is one.",
+    doc="Gradients of `batch_norm_training`: dx, dgamma, dbeta (C values each), and of a residual.",
 )
 
 batch_norm_training = Operation(
@@ -189,11 +189,12 @@ batch_norm_training = Operation(
     gradient=_training_gradient,
     kernel=_training,
     type="FusedBatchNormV3",
-    doc="""Normalise `x` with its own statistics; returns y, mean, variance (C values each, biased), and saved statistics.
+    doc="""Normalise `x` with its own statistics; returns y, mean, variance (C values each, biased), and `saved`.
 
-    Operands behind `x`, as `given` names them: gamma, beta, residual, weights, renorm_mean, renorm_stddev, rmin, rmax, dmax.
-    Attributes: `axis`, the kept axes; `epsilon`; `virtual_batch_size`; `activation`; `moving`, variables to update in place.
-    See `gpulayers.ops.batch_norm_arrays.forward`. r and d of renorm carry no gradient.
+    Operands behind `x`, as `given` names them: gamma, beta, residual, weights, renorm_mean, renorm_stddev, rmin, rmax,
+    dmax.
+    Attributes: `axis`, the kept axes; `epsilon`; `virtual_batch_size`; `activation`; `moving`, variables to update in
+    place. See `gpulayers.ops.batch_norm_arrays.forward`. r and d of renorm carry no gradient.
     """,
 )
 
@@ -302,7 +303,7 @@ batch_norm_inference = Operation(
     gradient=_inference_gradient,
     kernel=_inference,
     type="BatchNormInference",
-    doc="""Normalise `x` with given statistics: operands x, mean, variance, then what `given` names of gamma, beta, residual.
+    doc="""Normalise `x` with given statistics: operands x, mean, variance, then gamma, beta, residual as `given` says.
 
     See `gpulayers.ops.batch_norm_arrays.inference`. The statistics carry no gradient.
     """,
@@ -323,9 +324,9 @@ update_moving = Operation(
     spec=lambda *specs, **_: None,
     type="AssignSubVariableOp",
     stateful=True,
-    doc="""Take one step of the moving mean or variance in a graph: operands mean, variance, whether to, and the size of x.
+    doc="""Take one step of the moving mean or variance in a graph: operands mean, variance, training, the size of x.
 
-    Attributes: `moving`, the variables; `epsilon`; `part`, ``"mean"`` or ``"variance"`` (with renorm each also steps its own
-    renorm statistic first). An empty x changes nothing.
+    Attributes: `moving`, the variables; `epsilon`; `part`, ``"mean"`` or ``"variance"`` (with renorm each also steps
+    its own renorm statistic first). An empty x changes nothing.
     """,
 )

@@ -86,7 +86,9 @@ class Function:
         results = iter(found.run(values, _call_operation))
         return nest.map_structure(lambda t: next(results) if isinstance(t, GraphTensor) else t, found.structure)
 
-    def _trace(self, arguments: Any, keywords: Any, leaves: list[Any], traced: list[bool], values: list[Any]) -> _Traced:
+    def _trace(
+        self, arguments: Any, keywords: Any, leaves: list[Any], traced: list[bool], values: list[Any]
+    ) -> _Traced:
         def body(*inputs: GraphTensor) -> Any:
             remaining = iter(inputs)
             filled = [next(remaining) if is_input else v for v, is_input in zip(leaves, traced, strict=True)]
@@ -111,7 +113,8 @@ def _constant_key(value: Any) -> Any:
 
 
 def function(func: Callable[..., Any] | None = None, **_: Any) -> Any:
-    """Decorator: record `func` at its first call with arguments of new shapes, dtypes or Python values; replay it after.
+    """Decorator: record `func` at its first call with arguments of new shapes, dtypes or Python values; replay it
+    after.
 
     Arrays in, arrays out; Python side effects happen only while recording. Variables may be made in the first call.
     Works under a tape (every recorded operation is replayed onto it). In a graph, `func` is simply called.
@@ -207,7 +210,9 @@ def _cond_gradient(c: GradientContext, *gs: Any) -> tuple[Any, ...]:
     def branch_gradients(branch: _Branch) -> Callable[[], Any]:
         def body() -> list[Any]:
             # The branch is run again on the captured values, then differentiated: nothing is kept between the two.
-            inner = {branch.graph.captures[t]: v for t, v in zip(captured, values, strict=True) if t in branch.graph.captures}
+            inner = {
+                branch.graph.captures[t]: v for t, v in zip(captured, values, strict=True) if t in branch.graph.captures
+            }
             copies = {t: ops.identity(v) for t, v in inner.items()}
             outputs = execute(Plan(branch.outputs, list(copies)), copies, _call_operation)
             sources = [copies.get(branch.graph.captures.get(captured[i])) for i in wanted]  # type: ignore[arg-type]
@@ -217,7 +222,9 @@ def _cond_gradient(c: GradientContext, *gs: Any) -> tuple[Any, ...]:
                 found = iter(gradients([o for o, _ in pairs], present, [ops.identity(g) for _, g in pairs], "zero"))
             else:
                 found = iter([ops.zeros_like(s) for s in present])
-            return [ops.zeros_like(values[i]) if s is None else next(found) for i, s in zip(wanted, sources, strict=True)]
+            return [
+                ops.zeros_like(values[i]) if s is None else next(found) for i, s in zip(wanted, sources, strict=True)
+            ]
 
         return body
 
@@ -229,7 +236,13 @@ def _cond_gradient(c: GradientContext, *gs: Any) -> tuple[Any, ...]:
 
 
 _cond = Operation(
-    "cond", _cond_forward, spec=_cond_spec, gradient=_cond_gradient, type="If", stateful=True, doc="Run one of two branches."
+    "cond",
+    _cond_forward,
+    spec=_cond_spec,
+    gradient=_cond_gradient,
+    type="If",
+    stateful=True,
+    doc="Run one of two branches.",
 )
 _cond.many = True  # type: ignore[attr-defined]
 
@@ -318,7 +331,10 @@ def values_or(arguments: Sequence[Any], values: Sequence[Any], symbolic: bool) -
     """Return the arguments as recorded values where they are, else as arrays."""
     if symbolic:
         return [v if hasattr(v, "dtype") else asarray(v) for v in arguments]
-    return [a if isinstance(a, RecordedTensor | StoredValue) or is_array(a) else v for a, v in zip(arguments, values, strict=True)]
+    return [
+        a if isinstance(a, RecordedTensor | StoredValue) or is_array(a) else v
+        for a, v in zip(arguments, values, strict=True)
+    ]
 
 
 class _Tie(Operation):

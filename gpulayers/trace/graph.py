@@ -69,7 +69,17 @@ class Node:
     `outputs` (graph tensors), `name`, `graph`. `order` grows with creation: nodes run in this order.
     """
 
-    __slots__ = ("__weakref__", "attributes", "control_inputs", "graph", "inputs", "name", "operation", "order", "outputs")
+    __slots__ = (
+        "__weakref__",
+        "attributes",
+        "control_inputs",
+        "graph",
+        "inputs",
+        "name",
+        "operation",
+        "order",
+        "outputs",
+    )
 
     def __init__(
         self,
@@ -207,7 +217,9 @@ class Graph:
 
     @contextlib.contextmanager
     def name_scope(self, name: str | None) -> Iterator[str]:
-        """Prefix the names of nodes made inside; a name ending in ``/`` re-enters a scope exactly. Yields the prefix."""
+        """Prefix the names of nodes made inside; a name ending in ``/`` re-enters a scope exactly. Yields the
+        prefix.
+        """
         previous = self._name_scope
         if not name:
             prefix = ""
@@ -365,7 +377,9 @@ def _node_of(value: Any) -> Node | None:
 
 
 def control_dependencies(values: Iterable[Any] | None) -> contextlib.AbstractContextManager[None]:
-    """Make what is recorded inside the block run after `values`; in eager mode, where order is the program's, nothing."""
+    """Make what is recorded inside the block run after `values`; in eager mode, where order is the program's,
+    nothing.
+    """
     graph = active_graph()
     return contextlib.nullcontext() if graph is None else graph.control_dependencies(values)
 
@@ -431,4 +445,3 @@ def _flatten(values: Iterable[Any]) -> Iterator[Any]:
             yield from _flatten(value)
         elif value is not None:
             yield value
-

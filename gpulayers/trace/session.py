@@ -70,8 +70,8 @@ class Session:
         `fetches`: tensors, variables, nodes (they give None), names of tensors, nested at will. `feed_dict` maps
         placeholders, or any tensor, to the value it takes in this run.
 
-        Only what the fetches need is run, in the order it was recorded. Raises ValueError for a tensor of another graph,
-        a missing feed, or a feed whose shape does not fit; TypeError for a fetch or feed of another type.
+        Only what the fetches need is run, in the order it was recorded. Raises ValueError for a tensor of another
+        graph, a missing feed, or a feed whose shape does not fit; TypeError for a fetch or feed of another type.
         """
         if self._closed:
             raise GraphError(message("Session.run", "the session is closed"))

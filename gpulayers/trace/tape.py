@@ -215,7 +215,9 @@ class GradientTape:
                 message("GradientTape", "gradient was called already", do="Use GradientTape(persistent=True).")
             )
         with self.stop_recording():
-            result = self._gradient(targets, nest.flatten(sources), nest.flatten(output_gradients), unconnected_gradients)
+            result = self._gradient(
+                targets, nest.flatten(sources), nest.flatten(output_gradients), unconnected_gradients
+            )
         self._used = True
         if not self._persistent:
             self._records.clear()
@@ -282,7 +284,7 @@ class GradientTape:
                 message(
                     "GradientTape.gradient",
                     "a watched array reached no recorded operation: arithmetic on a plain array cannot be seen",
-                    do="Compute with the tensor that tape.watch(x) returns, or hand the array itself to a layer or gl.ops.",
+                    do="Compute with the tensor of tape.watch(x), or hand the array itself to a layer or gl.ops.",
                 )
             )
 

@@ -60,8 +60,10 @@ _COMPARISONS = {
     "xor": "logical_xor",
 }
 _METHODS = (
-    "all any argmax argmin clip cumsum max mean min prod ravel repeat reshape squeeze std sum swapaxes take transpose var"
+    "all any argmax argmin clip cumsum max mean min prod "
+    "ravel repeat reshape squeeze std sum swapaxes take transpose var"
 ).split()
+
 
 
 def array_like_operators(cls: type) -> type:

@@ -1,0 +1,89 @@
+"""What the parts of a layer share, and the hooks in which the two families differ."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+from gpulayers.device import Device
+from gpulayers.dtypes import Policy
+from gpulayers.errors import message
+from gpulayers.layers.books import LossBook, WeightBook
+from gpulayers.layers.naming import snake_case
+from gpulayers.layers.nodes import NodeBook
+
+__all__ = ["LayerHooks"]
+
+
+class LayerHooks:
+    """Attributes that `CoreLayer` sets, and hooks that a family fills in."""
+
+    built: bool
+    stateful: bool
+    supports_masking: bool
+    activity_regularizer: Callable[[Any], Any] | None
+    _name: str
+    _trainable: bool
+    _dynamic: bool
+    _autocast: bool
+    _device: Device
+    _policy: Policy
+    _weight_book: WeightBook
+    _loss_book: LossBook
+    _node_book: NodeBook
+    _books_with_losses: list[LossBook]
+
+    def _settle_name(self, name: Any, kwargs: dict[str, Any]) -> None:
+        """Set `_name` (and what the family needs for scopes)."""
+        self._name = name or snake_case(type(self).__name__)
+
+    def _default_policy(self) -> Policy:
+        """Return the policy of a layer that was given no dtype."""
+        return Policy("_infer")
+
+    def _around_call(self, inputs: Any, kwargs: dict[str, Any], symbolic: bool) -> Any:
+        """Return a context around the whole call; it yields the keywords to use."""
+        return contextlib.nullcontext(dict(kwargs))
+
+    def _around_build(self) -> Any:
+        """Return a context around `build`."""
+        return contextlib.nullcontext()
+
+    def _make_variable(self, **settings: Any) -> tuple[Any, bool]:
+        """Make or share a variable; return it, and whether it is new."""
+        raise TypeError(message(type(self).__name__, "belongs to no family of layers", do="Use a subclass of Layer."))
+
+    def _children(self) -> list[Any]:
+        """Return the tracked sub-layers."""
+        return []
+
+    def _attribute_variables(self) -> list[Any]:
+        """Return variables that were assigned as attributes rather than made with `add_weight`."""
+        return []
+
+    def _forget_call_losses(self) -> None:
+        """Forget what the last outermost eager call left behind."""
+        for book in self._books_with_losses:
+            book.clear_tensors()
+        self._books_with_losses.clear()
+
+    def _check_loss(self, loss: Any) -> None:
+        """Refuse a loss that the family cannot keep."""
+
+    def _publish_loss(self, loss: Any) -> None:
+        """Tell the graph about a loss."""
+
+    def _follow_metric(self, metric: Any, value: Any) -> None:
+        """Update a metric at this call."""
+        metric(value)
+
+    def _own_outputs(self, inputs: Any, outputs: Any) -> Any:
+        """Return outputs that may carry this layer's history."""
+        return outputs
+
+    def _finish_call(self, symbolic: bool) -> None:
+        """Do what the family does after a call."""
+
+    def _require_graph(self, what: str) -> None:
+        """Raise where the family refuses `what` in eager mode."""
