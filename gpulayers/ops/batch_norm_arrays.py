@@ -241,9 +241,9 @@ def _body(xp: Any) -> Any:
     """Return the module with the body for arrays of module `xp`."""
     if xp is np:
         return batch_norm_numpy
-    from gpulayers.ops import batch_norm_cuda  # imports the launcher: only where there is a device array
+    from gpulayers.ops import batch_norm_kernels  # imports the launcher: only where there is a device array
 
-    return batch_norm_cuda
+    return batch_norm_kernels
 
 
 def _prepare(x: Any, axis: tuple[int, ...], groups: int) -> tuple[Any, Layout, Any]:

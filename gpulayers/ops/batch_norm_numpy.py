@@ -1,6 +1,6 @@
 """The NumPy body of batch normalisation, on contiguous arrays and a collapsed layout.
 
-The same five functions as the kernel body in ``batch_norm_cuda``. Small arrays take whole-array expressions
+The same five functions as the kernel body in ``batch_norm_kernels``. Small arrays take whole-array expressions
 (``batch_norm_direct``), larger ones blocks and threads (``batch_norm_sweeps``); what happens per channel is here, once.
 """
 

@@ -106,3 +106,98 @@ def describe(layout: Layout) -> str:
     """Return one line for a table of layouts."""
     names: tuple[Any, ...] = layout[:5]
     return "x".join(map(str, names)) + (" (transposed)" if layout.order else "")
+
+
+SMALL_BYTES = 64 * 1024  # a slab of this size is summed and normalised by one block before the caches forget it
+SMALL_GROUPS = 16  # one block takes the groups one after another
+CLUSTER = 8  # the largest cluster that every device with clusters can place
+STATIC_SHARED = 40 * 1024  # an upper bound of what the kernels use besides the copies they keep
+THREADS = 512
+LANES_WIDE, LANES_NARROW = 16, 4  # 256 and 64 bytes of a row with 16-byte accesses
+AHEAD = 4  # accesses in flight per thread, as in batch_norm.cuh
+
+
+class Plan(NamedTuple):
+    """How kernels work on a layout.
+
+    `regime`: ``"small"`` (one launch, one block per slab), ``"cluster"`` (one launch, a cluster per slab, the input kept in
+    shared memory) or ``"sweeps"`` (two launches). `vector`: 16-byte accesses. `channels_last`: threads hold neighbouring
+    channels. `lanes`, `depth`: the block. `splits`: blocks per slab and group. `slabs`: slabs of channels. `shared`:
+    dynamic shared memory in bytes.
+    """
+
+    regime: str
+    vector: bool
+    channels_last: bool
+    lanes: int
+    depth: int
+    slabs: int
+    splits: int
+    shared: int
+
+
+def choose(
+    layout: Layout, itemsize: int, aligned: bool, device: Any, kept: int = 1, one_launch: bool = True
+) -> Plan:
+    """Choose the regime, the block and the grid: a function of shape, dtype size, alignment and device alone.
+
+    Parameters: `aligned`, whether all addresses are multiples of 16; `device`, a `gpulayers.launch.DeviceProperties`; `kept`,
+    arrays that a cluster would keep (1 forward, 2 backward); `one_launch`, whether the operation has two sweeps at all
+    (inference has one, and then nothing is gained by doing them in one launch).
+
+    >>> from gpulayers.launch import DeviceProperties
+    >>> h200 = DeviceProperties("H200", 90, 132, 232448, 233472, 65536, 2048, 1024, 50 * 2**20)
+    >>> for shape, axis in [((256, 64), 1), ((32, 14, 14, 1024), 3), ((32, 56, 56, 64), 3), ((32, 64, 56, 56), 1)]:
+    ...     p = choose(collapse(shape, (axis,)), 2, True, h200)
+    ...     print(p.regime, p.lanes, p.depth, p.slabs, p.splits)
+    small 4 128 2 1
+    cluster 8 64 16 8
+    sweeps 8 64 1 264
+    cluster 1 512 64 8
+    """
+    return _choose(layout, itemsize, aligned, device, kept, one_launch)
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(layout: Layout, itemsize: int, aligned: bool, device: Any, kept: int, one_launch: bool) -> Plan:
+    channels_last = layout.inner == 1
+    along = layout.channels if channels_last else layout.inner
+    vector = aligned and along % (16 // itemsize) == 0
+    width = 16 // itemsize if vector else 1
+    for lanes_limit in (LANES_NARROW, LANES_WIDE // 2, LANES_WIDE):
+        lanes = min(lanes_limit if vector else 2 * lanes_limit, _power_of_two(-(-layout.channels // width)))
+        lanes = lanes if channels_last else 1
+        columns = lanes * (width if channels_last else 1)
+        slabs = -(-layout.channels // columns)
+        slab_bytes = layout.count * columns * itemsize
+        small = layout.groups <= SMALL_GROUPS and slab_bytes * layout.groups <= SMALL_BYTES
+        units = layout.count // (1 if channels_last else width)
+        least = max(width if channels_last else 1, 32 // lanes)
+        depth = max(least, min(THREADS // lanes, _power_of_two(units)))
+        if one_launch and small:
+            return Plan("small", vector, channels_last, lanes, depth, slabs, 1, 0)
+        per_thread = -(-(-(-units // CLUSTER) + 1) // depth)
+        shared = per_thread * lanes * depth * width * itemsize * kept
+        fits = shared <= device.shared_per_block - STATIC_SHARED and slabs * CLUSTER * 2 >= device.multiprocessors
+        wide_enough = not channels_last or lanes_limit > LANES_NARROW
+        if one_launch and device.has_clusters and layout.groups == 1 and wide_enough and fits:
+            return Plan("cluster", vector, channels_last, lanes, depth, slabs, CLUSTER, shared)
+    blocks = 2 * device.multiprocessors
+    splits = max(1, min(-(-blocks // (slabs * layout.groups)), -(-units // (depth * AHEAD))))
+    return Plan("sweeps", vector, channels_last, lanes, depth, slabs, splits, 0)
+
+
+def _power_of_two(value: int) -> int:
+    """Return the smallest power of two that is at least `value`."""
+    return 1 << max(0, value - 1).bit_length()
+
+
+def plan_table(cases: list[tuple[tuple[int, ...], tuple[int, ...], int]], itemsize: int, device: Any) -> str:
+    """Return the plans of (shape, axis, groups) cases as a table, forward and backward: for reports and for tests."""
+    lines = ["shape, axis, groups | forward | backward"]
+    for shape, axis, groups in cases:
+        layout = collapse(shape, axis, groups)
+        plans = [choose(layout, itemsize, True, device, kept) for kept in (1, 2)]
+        texts = [f"{p.regime} {p.slabs}x{p.splits} blocks of {p.lanes}x{p.depth}" for p in plans]
+        lines.append(" | ".join([f"{shape}, {axis}, {groups}", *texts]))
+    return "\n".join(lines)

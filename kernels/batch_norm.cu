@@ -1,0 +1,105 @@
+// Batch normalisation, forward, backward and inference, over [rows, groups, spread, channels, inner] (batch_norm.cuh
+// says how blocks share the work, and how sums are taken).
+//
+// Traffic, E elements of s bytes (per-channel vectors not counted):
+//   gl_bn_statistics + gl_bn_normalise   forward, two sweeps: 3 E s (residual: 4 E s); the second sweep runs backwards and
+//                                        streams, so what the L2 cache still holds of x is not read from memory again
+//   gl_bn_normalise alone                inference: 2 E s (residual: 3 E s)
+//   gl_bn_sums + gl_bn_apply             backward, two sweeps: 5 E s (ReLU: 7 E s; ReLU and residual: 7 E s, the first sweep
+//                                        writes the residual's gradient, the second reads it in place of dy and y)
+//   gl_bn_sums alone                     inference backward: 3 E s
+//   gl_bn_forward, gl_bn_backward        everything in one launch: one block per slab for small arrays (x is re-read from
+//                                        L1 and L2), or CLUSTER blocks per slab that keep their part of x (and dy) in
+//                                        shared memory: 2 E s forward, 3 E s backward
+// Moving statistics and renorm's r and d are finished by the last block of a slab, in the same launch.
+// Grid: groups * slabs * splits (one-launch kernels: slabs * CLUSTER). Block: (lanes, depth), at most 512 threads.
+// Shared memory: at most 38 KB static; the keeping kernels add 16 bytes per unit held.
+// Deterministic; no floating-point atomics.
+#include "batch_norm.cuh"
+
+#if defined(GL_ENTRY_gl_bn_statistics)
+GL_KERNEL(gl_bn_statistics, 512) {
+    const Place p = place_of(arguments, blockIdx.x);
+    moments_of_split<false>(arguments, p, nullptr);
+    if (!last_split(arguments, p)) return;
+    finish_group(arguments, p);
+    if (!last_group(arguments, p)) return;
+    finish_channels(arguments, p);
+}
+#endif
+
+#if defined(GL_ENTRY_gl_bn_normalise)
+GL_KERNEL(gl_bn_normalise, 512) { normalise_split<false>(arguments, place_of(arguments, blockIdx.x), nullptr); }
+#endif
+
+#if defined(GL_ENTRY_gl_bn_sums)
+GL_KERNEL(gl_bn_sums, 512) {
+    const Place p = place_of(arguments, blockIdx.x);
+    sums_of_split<false>(arguments, p, nullptr);
+    if (!last_split(arguments, p)) return;
+    finish_group_sums(arguments, p);
+    if (!last_group(arguments, p)) return;
+    finish_channel_sums(arguments, p);
+}
+#endif
+
+#if defined(GL_ENTRY_gl_bn_apply)
+GL_KERNEL(gl_bn_apply, 512) { apply_split<false>(arguments, place_of(arguments, blockIdx.x), nullptr); }
+#endif
+
+#if defined(GL_ENTRY_gl_bn_forward)
+GL_KERNEL(gl_bn_forward, 512) {
+#if CLUSTER > 1
+    GL_DYNAMIC_SHARED(copies);
+    const Place p = place_of(arguments, blockIdx.x);
+    moments_of_split<true>(arguments, p, copies);
+    cluster_barrier();
+    if (cluster_rank() == 0) {
+        finish_group(arguments, p);
+        __syncthreads();
+        finish_channels(arguments, p);
+    }
+    cluster_barrier();
+    normalise_split<true>(arguments, p, copies);
+#else
+    Place p = place_of(arguments, blockIdx.x);
+    for (p.group = 0; p.group < p.groups; ++p.group) {
+        moments_of_split<false>(arguments, p, nullptr);
+        __syncthreads();
+        finish_group(arguments, p);
+        __syncthreads();
+    }
+    finish_channels(arguments, p);
+    __syncthreads();
+    for (p.group = 0; p.group < p.groups; ++p.group) normalise_split<false>(arguments, p, nullptr);
+#endif
+}
+#endif
+
+#if defined(GL_ENTRY_gl_bn_backward)
+GL_KERNEL(gl_bn_backward, 512) {
+#if CLUSTER > 1
+    GL_DYNAMIC_SHARED(copies);
+    const Place p = place_of(arguments, blockIdx.x);
+    sums_of_split<true>(arguments, p, copies);
+    cluster_barrier();
+    if (cluster_rank() == 0) {
+        finish_group_sums(arguments, p);
+        __syncthreads();
+        finish_channel_sums(arguments, p);
+    }
+    cluster_barrier();
+    apply_split<true>(arguments, p, copies);
+#else
+    Place p = place_of(arguments, blockIdx.x);
+    for (p.group = 0; p.group < p.groups; ++p.group) {
+        sums_of_split<false>(arguments, p, nullptr);
+        __syncthreads();
+        finish_group_sums(arguments, p);
+        __syncthreads();
+    }
+    finish_channel_sums(arguments, p);
+    for (p.group = 0; p.group < p.groups; ++p.group) apply_split<false>(arguments, p, nullptr);
+#endif
+}
+#endif

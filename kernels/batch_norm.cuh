@@ -1,0 +1,601 @@
+// Batch normalisation: where a block works, sums and their merging, the per-channel step, the two sweeps.
+//
+// View of the input (contiguous, E = rows * groups * spread * channels * inner elements):
+//   [rows, groups, spread, channels, inner]; statistics are per (group, channel), over `rows * spread` rows of `inner`.
+//   CHANNELS_LAST (inner = 1): a thread holds `width` neighbouring channels (16 bytes) of one row;
+//   else: a thread holds `width` neighbours of one (row, channel).
+// Block: (lanes, depth) threads, both powers of two. `lanes` threads lie side by side over the channels of a slab
+//   (1 if not CHANNELS_LAST), `depth` of them share a channel's values. A slab is lanes * held channels.
+// Work: block = (group, slab, split); split s of `splits` takes the units [U s / splits, U (s + 1) / splits) of the
+//   slab, a unit being a row (CHANNELS_LAST) or `width` neighbours.
+// Statistics: each thread sums x - p and (x - p)^2 around its own first value p; (count, mean, square) triples are merged
+//   by Chan's formula in a fixed tree, blocks' triples in double in index order. The means are kept relative to the
+//   channel's first value, so that nothing is lost where mean / sigma is large. Saved per (group, channel): the mean
+//   rounded to float (pivot), the rest of it (offset), and 1 / sqrt(variance + epsilon).
+// Deterministic: a fixed grid for a shape and device, fixed trees, no floating-point atomics.
+// Source: Chan, Golub, LeVeque 1979 (merging); arXiv 1502.03167; arXiv 1702.03275 (renorm).
+#pragma once
+
+typedef accumulate_t<STORAGE> A;
+
+constexpr int32 width = VECTOR ? vector_width<STORAGE> : 1;  // elements of one access
+constexpr int32 held = CHANNELS_LAST ? width : 1;            // channels of one thread
+constexpr int32 largest = 512;                               // threads of a block
+constexpr int32 ahead = 4;                                   // accesses in flight per thread
+
+// ---- where a block works -------------------------------------------------------------------------------------------
+
+struct Place {
+    int64 rows, groups, spread, channels, inner;
+    int64 slab, slabs, group, split, splits;
+    int64 channel;  // first of this thread's channels
+    bool inside;    // that channel exists
+};
+
+__device__ __forceinline__ int32 lanes() { return static_cast<int32>(blockDim.x); }
+__device__ __forceinline__ int32 depth() { return static_cast<int32>(blockDim.y); }
+__device__ __forceinline__ int64 units(const Place& p) {
+    return CHANNELS_LAST ? p.rows * p.spread : p.rows * p.spread * (p.inner / width);
+}
+__device__ __forceinline__ int64 first_unit(const Place& p, int64 split) { return units(p) * split / p.splits; }
+// Values of a channel in one split.
+__device__ __forceinline__ int64 values_in(const Place& p, int64 split) {
+    return (first_unit(p, split + 1) - first_unit(p, split)) * (CHANNELS_LAST ? 1 : width);
+}
+__device__ __forceinline__ int64 values_in_all(const Place& p) { return p.rows * p.spread * p.inner; }
+
+template <typename Arguments> __device__ __forceinline__ Place place_of(const Arguments& arguments, int64 block) {
+    Place p;
+    p.rows = arguments.rows;
+    p.groups = arguments.groups;
+    p.spread = arguments.spread;
+    p.channels = arguments.channels;
+    p.inner = arguments.inner;
+    p.splits = arguments.splits;
+    p.slabs = (p.channels + lanes() * held - 1) / (lanes() * held);
+    p.split = block % p.splits;
+    const int64 rest = block / p.splits;
+    p.slab = rest % p.slabs;
+    p.group = rest / p.slabs;
+    p.channel = (p.slab * lanes() + threadIdx.x) * held;
+    p.inside = p.channel < p.channels;
+    return p;
+}
+
+// Offset of the first element of a group's row.
+__device__ __forceinline__ int64 row_start(const Place& p, int64 row) {
+    const int64 length = p.channels * p.inner;
+    if (p.groups == 1) return row * length;
+    if (p.spread == 1) return (row * p.groups + p.group) * length;
+    const int64 outer = row / p.spread;
+    return ((outer * p.groups + p.group) * p.spread + (row - outer * p.spread)) * length;
+}
+
+// Walks over this thread's units of its split, forwards or backwards.
+struct Walk {
+    int64 left, row, position, step_rows, step_positions, inner_units;
+
+    __device__ __forceinline__ Walk(const Place& p, bool backwards) {
+        const int64 first = first_unit(p, p.split), count = first_unit(p, p.split + 1) - first;
+        const int64 mine = threadIdx.y, step = depth();
+        left = p.inside && mine < count ? (count - mine + step - 1) / step : 0;
+        const int64 unit = backwards ? first + count - 1 - mine : first + mine;
+        inner_units = CHANNELS_LAST ? 1 : p.inner / width;
+        if (CHANNELS_LAST || left == 0) {
+            row = unit;
+            position = 0;
+            step_rows = step;
+            step_positions = 0;
+        } else {
+            row = unit / inner_units;
+            position = unit - row * inner_units;
+            step_rows = step / inner_units;
+            step_positions = step - step_rows * inner_units;
+        }
+        if (backwards) {
+            step_rows = -step_rows;
+            step_positions = -step_positions;
+        }
+    }
+
+    // Offset of the current unit; moves on to the next.
+    __device__ __forceinline__ int64 next(const Place& p) {
+        const int64 here = row_start(p, row) + p.channel * p.inner + position * width;
+        --left;
+        row += step_rows;
+        if (!CHANNELS_LAST) {
+            position += step_positions;
+            if (position >= inner_units) {
+                position -= inner_units;
+                ++row;
+            } else if (position < 0) {
+                position += inner_units;
+                --row;
+            }
+        }
+        return here;
+    }
+};
+
+// Calls body(offset, number) for every unit, `ahead` at a time: body returns nothing and is told which unit it is.
+// fetch(slot, offset, number) is called for all units of a batch first, so that their loads are in flight together.
+template <typename Fetch, typename Body>
+__device__ __forceinline__ void for_units(const Place& p, bool backwards, Fetch fetch, Body body) {
+    Walk walk(p, backwards);
+    int32 number = 0;
+    while (walk.left > 0) {
+        int64 offsets[ahead];
+        bool real[ahead];
+#pragma unroll
+        for (int32 slot = 0; slot < ahead; ++slot) {
+            real[slot] = walk.left > 0;
+            offsets[slot] = real[slot] ? walk.next(p) : 0;
+            if (real[slot]) fetch(slot, offsets[slot], number + slot);
+        }
+#pragma unroll
+        for (int32 slot = 0; slot < ahead; ++slot) {
+            if (real[slot]) body(slot, offsets[slot]);
+        }
+        number += ahead;
+    }
+}
+
+// A thread's own copies of its units in dynamic shared memory: `number` counts them; nobody else reads them.
+__device__ __forceinline__ STORAGE* own_copy(unsigned char* memory, int32 number) {
+    return reinterpret_cast<STORAGE*>(memory) +
+           (static_cast<int64>(number) * threads_in_block() + thread_number()) * width;
+}
+
+// ---- merging -------------------------------------------------------------------------------------------------------
+
+// Sums a double over the `parts` threads of each column; thread = part * columns + column. All get their column's sum.
+__device__ __forceinline__ double column_sum(double value, int32 columns) {
+    GL_SHARED(double, sums, [largest]);
+    const int32 me = thread_number();
+    __syncthreads();
+    sums[me] = value;
+    __syncthreads();
+    for (int32 half = threads_in_block() / 2; half >= columns; half >>= 1) {
+        if (me < half) sums[me] += sums[me + half];
+        __syncthreads();
+    }
+    return sums[me % columns];
+}
+
+// A slab's channels spread over the block for the per-channel steps.
+struct Column {
+    int32 columns, parts, part;
+    int64 channel;
+    bool inside;
+
+    __device__ __forceinline__ Column(const Place& p) {
+        columns = lanes() * held;
+        parts = threads_in_block() / columns;
+        part = thread_number() / columns;
+        channel = p.slab * columns + thread_number() % columns;
+        inside = channel < p.channels;
+    }
+};
+
+__device__ __forceinline__ int64 part_index(const Place& p, int64 split, int64 channel) {
+    return (p.group * p.splits + split) * p.channels + channel;
+}
+__device__ __forceinline__ int64 part_plane(const Place& p) { return p.groups * p.splits * p.channels; }
+__device__ __forceinline__ int64 slot_index(const Place& p, int64 group, int64 channel) {
+    return group * p.channels + channel;
+}
+__device__ __forceinline__ int64 slot_plane(const Place& p) { return p.groups * p.channels; }
+
+// Ends a split: true in the block that is to merge the splits of its slab and group.
+template <typename Arguments> __device__ __forceinline__ bool last_split(const Arguments& arguments, const Place& p) {
+    return last_block(arguments.counters + p.group * p.slabs + p.slab, static_cast<uint32>(p.splits));
+}
+// Ends a group: true in the block that is to merge the groups of its slab.
+template <typename Arguments> __device__ __forceinline__ bool last_group(const Arguments& arguments, const Place& p) {
+    if (p.groups == 1) {
+        __syncthreads();
+        return true;
+    }
+    return last_block(arguments.counters + p.groups * p.slabs + p.slab, static_cast<uint32>(p.groups));
+}
+
+// ---- forward: statistics -------------------------------------------------------------------------------------------
+
+// Merges the triple (count, mean, square) of another set of values into this one; `share` is other / (this + other).
+__device__ __forceinline__ void merge(A count, A share, A& mean, A& square, A other_mean, A other_square) {
+    const A delta = other_mean - mean;
+    mean += delta * share;
+    square += other_square + delta * delta * count * share;
+}
+
+// Leaves this block's merged (mean - first value of the channel, sum of squares) in arguments.parts.
+template <bool KEEP, typename Arguments>
+__device__ __forceinline__ void moments_of_split(const Arguments& arguments, const Place& p, unsigned char* copies) {
+    GL_SHARED(A, counts, [largest]);
+    GL_SHARED(A, means, [held][largest]);
+    GL_SHARED(A, squares, [held][largest]);
+    A base[held], sum[held], square[held], values[ahead][width];
+#pragma unroll
+    for (int32 i = 0; i < held; ++i) base[i] = sum[i] = square[i] = A(0);
+    int32 seen = 0;
+    for_units(
+        p, false,
+        [&](int32 slot, int64 offset, int32 number) {
+            load<width>(arguments.x + offset, values[slot]);
+            if constexpr (KEEP) store<width>(own_copy(copies, number), values[slot]);
+        },
+        [&](int32 slot, int64) {
+            if (seen == 0) {
+#pragma unroll
+                for (int32 i = 0; i < held; ++i) base[i] = values[slot][i];
+            }
+            ++seen;
+#pragma unroll
+            for (int32 i = 0; i < width; ++i) {
+                const int32 c = CHANNELS_LAST ? i : 0;
+                const A shifted = values[slot][i] - base[c];
+                sum[c] += shifted;
+                square[c] += shifted * shifted;
+            }
+        });
+    const int32 me = thread_number();
+    const A count = A(seen) * A(CHANNELS_LAST ? 1 : width);
+    A first[width];
+    if (p.inside) load<width>(arguments.x + row_start(p, 0) + p.channel * p.inner, first);
+    counts[me] = count;
+#pragma unroll
+    for (int32 i = 0; i < held; ++i) {
+        const A mean = seen ? sum[i] / count : A(0);
+        means[i][me] = seen ? (base[i] - first[i]) + mean : A(0);
+        squares[i][me] = seen ? square[i] - sum[i] * mean : A(0);
+    }
+    __syncthreads();
+    for (int32 half = depth() / 2; half > 0; half >>= 1) {
+        if (static_cast<int32>(threadIdx.y) < half) {
+            const int32 other = me + half * lanes();
+            const A total = counts[me] + counts[other];
+            const A share = total > A(0) ? counts[other] / total : A(0);
+#pragma unroll
+            for (int32 i = 0; i < held; ++i)
+                merge(counts[me], share, means[i][me], squares[i][me], means[i][other], squares[i][other]);
+            counts[me] = total;
+        }
+        __syncthreads();
+    }
+    if (threadIdx.y == 0 && p.inside) {
+#pragma unroll
+        for (int32 i = 0; i < held; ++i) {
+            const int64 index = part_index(p, p.split, p.channel + i);
+            arguments.parts[index] = means[i][me];
+            arguments.parts[index + part_plane(p)] = squares[i][me];
+        }
+    }
+}
+
+// Merges the splits of one slab and group: writes `saved` (pivot, offset, 1 / s) and the moments in double.
+template <typename Arguments>
+__device__ __forceinline__ void finish_group(const Arguments& arguments, const Place& p) {
+    const Column column(p);
+    const double all = static_cast<double>(values_in_all(p));
+    double sum = 0.0, square = 0.0;
+    for (int64 split = column.part; column.inside && split < p.splits; split += column.parts)
+        sum += static_cast<double>(values_in(p, split)) * arguments.parts[part_index(p, split, column.channel)];
+    const double mean = column_sum(sum, column.columns) / all;
+    for (int64 split = column.part; column.inside && split < p.splits; split += column.parts) {
+        const int64 index = part_index(p, split, column.channel);
+        const double delta = arguments.parts[index] - mean;
+        square += arguments.parts[index + part_plane(p)] + static_cast<double>(values_in(p, split)) * delta * delta;
+    }
+    double variance = column_sum(square, column.columns) / all;
+    if (variance < 0.0) variance = 0.0;
+    if (column.part == 0 && column.inside) {
+        const int64 slot = slot_index(p, p.group, column.channel), plane = slot_plane(p);
+        const double exact = mean + widen(arguments.x[row_start(p, 0) + column.channel * p.inner]);
+        const A pivot = static_cast<A>(exact);
+        arguments.saved[slot] = pivot;
+        arguments.saved[slot + plane] = static_cast<A>(exact - pivot);
+        arguments.saved[slot + 2 * plane] = static_cast<A>(1.0 / sqrt(variance + arguments.epsilon));
+        arguments.moments[slot] = exact;
+        arguments.moments[slot + plane] = variance;
+        if (arguments.group_mean) {
+            arguments.group_mean[slot] = pivot;
+            arguments.group_variance[slot] = static_cast<A>(variance);
+        }
+    }
+}
+
+__device__ __forceinline__ bool is_finite(double value) { return value - value == 0.0; }
+
+__device__ __forceinline__ void step(A* variable, int64 channel, double value, double decay) {
+    const double old = variable[channel];
+    variable[channel] = static_cast<A>(old - (old - value) * decay);
+}
+
+template <typename Arguments>
+__device__ __forceinline__ double limit(const Arguments& arguments, int32 which) {
+    return arguments.limit_arrays[which] ? static_cast<double>(*arguments.limit_arrays[which]) : arguments.limits[which];
+}
+
+// What happens once per channel: r and d of renorm from the old statistics, then the moving statistics.
+template <typename Arguments>
+__device__ __forceinline__ void finish_channel(
+    const Arguments& arguments, const Place& p, int64 c, double mean, double variance) {
+    arguments.mean[c] = static_cast<A>(mean);
+    arguments.variance[c] = static_cast<A>(variance);
+    const double s = sqrt(variance + arguments.epsilon);
+    if (arguments.old_mean) {
+        const double floor = sqrt(arguments.epsilon), stddev = arguments.old_stddev[c];
+        const double q = stddev > floor ? stddev : floor;
+        double r = s / q, d = (mean - arguments.old_mean[c]) / q;
+        const double rmin = limit(arguments, 0), rmax = limit(arguments, 1), dmax = limit(arguments, 2);
+        if (r < rmin) r = rmin;
+        if (r > rmax) r = rmax;
+        if (d < -dmax) d = -dmax;
+        if (d > dmax) d = dmax;
+        for (int64 group = 0; group < p.groups; ++group) {
+            arguments.saved[slot_index(p, group, c) + 3 * slot_plane(p)] = static_cast<A>(r);
+            arguments.saved[slot_index(p, group, c) + 4 * slot_plane(p)] = static_cast<A>(d);
+        }
+    }
+    if (!arguments.moving_mean) return;
+    if (arguments.skip_nonfinite && !(is_finite(mean) && is_finite(variance))) {
+        if (arguments.skipped) atomicAdd(reinterpret_cast<uint64*>(arguments.skipped), uint64(1));
+        return;
+    }
+    step(arguments.moving_mean, c, mean, arguments.decay);
+    if (!arguments.moving_stddev) {
+        step(arguments.moving_variance, c, variance * arguments.unbiased, arguments.decay);
+        return;
+    }
+    step(arguments.renorm_mean, c, mean, arguments.renorm_decay);
+    step(arguments.renorm_stddev, c, s, arguments.renorm_decay);
+    step(arguments.moving_stddev, c, s, arguments.decay);
+    const double stddev = arguments.moving_stddev[c], derived = stddev * stddev - arguments.epsilon;
+    arguments.moving_variance[c] = static_cast<A>(derived < 0.0 ? 0.0 : derived);
+}
+
+// Averages the moments of a slab over the groups and finishes its channels.
+template <typename Arguments>
+__device__ __forceinline__ void finish_channels(const Arguments& arguments, const Place& p) {
+    const Column column(p);
+    double mean = 0.0, variance = 0.0;
+    for (int64 group = column.part; column.inside && group < p.groups; group += column.parts) {
+        mean += arguments.moments[slot_index(p, group, column.channel)];
+        variance += arguments.moments[slot_index(p, group, column.channel) + slot_plane(p)];
+    }
+    mean = column_sum(mean, column.columns) / static_cast<double>(p.groups);
+    variance = column_sum(variance, column.columns) / static_cast<double>(p.groups);
+    if (column.part == 0 && column.inside) finish_channel(arguments, p, column.channel, mean, variance);
+}
+
+// ---- forward: normalise --------------------------------------------------------------------------------------------
+
+// y = (x - pivot) * a + b of one channel.
+struct Affine {
+    A pivot, a, b;
+};
+
+// From what a training step saved, or (saved = null) from given statistics.
+template <typename Arguments>
+__device__ __forceinline__ Affine affine_of(const Arguments& arguments, const Place& p, int64 c) {
+    const A gamma = arguments.gamma ? arguments.gamma[c] : A(1), beta = arguments.beta ? arguments.beta[c] : A(0);
+    Affine result;
+    if (!arguments.saved) {
+        result.pivot = arguments.given_mean[c];
+        result.a = static_cast<A>(gamma / sqrt(static_cast<double>(arguments.given_variance[c]) + arguments.epsilon));
+        result.b = beta;
+        return result;
+    }
+    const int64 slot = slot_index(p, p.group, c), plane = slot_plane(p);
+    result.pivot = arguments.saved[slot];
+    result.a = gamma * arguments.saved[slot + 2 * plane];
+    result.b = beta;
+    if (arguments.renormed) {
+        result.a *= arguments.saved[slot + 3 * plane];
+        result.b += gamma * arguments.saved[slot + 4 * plane];
+    }
+    result.b -= arguments.saved[slot + plane] * result.a;
+    return result;
+}
+
+// KEPT: x is read from the thread's own copies in shared memory (then the walk goes forwards, as when they were made).
+template <bool KEPT, typename Arguments>
+__device__ __forceinline__ void normalise_split(const Arguments& arguments, const Place& p, unsigned char* copies) {
+    Affine affine[held];
+    if (p.inside) {
+#pragma unroll
+        for (int32 i = 0; i < held; ++i) affine[i] = affine_of(arguments, p, p.channel + i);
+    }
+    A values[ahead][width], extra[ahead][width];
+    for_units(
+        p, !KEPT,
+        [&](int32 slot, int64 offset, int32 number) {
+            if constexpr (KEPT) {
+                load<width>(own_copy(copies, number), values[slot]);
+            } else {
+                load<width, cache::streaming>(arguments.x + offset, values[slot]);
+            }
+            if (arguments.residual) load<width, cache::streaming>(arguments.residual + offset, extra[slot]);
+        },
+        [&](int32 slot, int64 offset) {
+#pragma unroll
+            for (int32 i = 0; i < width; ++i) {
+                const Affine& f = affine[CHANNELS_LAST ? i : 0];
+                A value = (values[slot][i] - f.pivot) * f.a + f.b;
+                if (arguments.residual) value += extra[slot][i];
+                if (arguments.relu && value < A(0)) value = A(0);
+                values[slot][i] = value;
+            }
+            store<width, cache::streaming>(arguments.y + offset, values[slot]);
+        });
+}
+
+// ---- backward ------------------------------------------------------------------------------------------------------
+
+// Leaves this block's sums of g and g * (x - pivot) in arguments.parts; g is dy where y > 0 (y = null: everywhere).
+// Writes g to arguments.dresidual and g * gamma / s to arguments.dx, each unless null.
+template <bool KEEP, typename Arguments>
+__device__ __forceinline__ void sums_of_split(const Arguments& arguments, const Place& p, unsigned char* copies) {
+    GL_SHARED(A, firsts, [held][largest]);
+    GL_SHARED(A, seconds, [held][largest]);
+    A sum[held], product[held], pivot[held], scale[held];
+#pragma unroll
+    for (int32 i = 0; i < held; ++i) {
+        sum[i] = product[i] = A(0);
+        if (!p.inside) continue;
+        const Affine affine = affine_of(arguments, p, p.channel + i);
+        pivot[i] = affine.pivot;
+        scale[i] = affine.a;
+    }
+    A x[ahead][width], g[ahead][width];
+    for_units(
+        p, false,
+        [&](int32 slot, int64 offset, int32 number) {
+            load<width>(arguments.x + offset, x[slot]);
+            load<width>(arguments.dy + offset, g[slot]);
+            if (arguments.y) {
+                A y[width];
+                load<width>(arguments.y + offset, y);
+#pragma unroll
+                for (int32 i = 0; i < width; ++i)
+                    if (!(y[i] > A(0))) g[slot][i] = A(0);
+            }
+            if constexpr (KEEP) {
+                store<width>(own_copy(copies, 2 * number), x[slot]);
+                store<width>(own_copy(copies, 2 * number + 1), g[slot]);
+            }
+        },
+        [&](int32 slot, int64 offset) {
+            if (arguments.dresidual) store<width>(arguments.dresidual + offset, g[slot]);
+#pragma unroll
+            for (int32 i = 0; i < width; ++i) {
+                const int32 c = CHANNELS_LAST ? i : 0;
+                sum[c] += g[slot][i];
+                product[c] += g[slot][i] * (x[slot][i] - pivot[c]);
+                g[slot][i] *= scale[c];
+            }
+            if (!arguments.tables) store<width, cache::streaming>(arguments.dx + offset, g[slot]);
+        });
+    const int32 me = thread_number();
+#pragma unroll
+    for (int32 i = 0; i < held; ++i) {
+        firsts[i][me] = sum[i];
+        seconds[i][me] = product[i];
+    }
+    __syncthreads();
+    for (int32 half = depth() / 2; half > 0; half >>= 1) {
+        if (static_cast<int32>(threadIdx.y) < half) {
+            const int32 other = me + half * lanes();
+#pragma unroll
+            for (int32 i = 0; i < held; ++i) {
+                firsts[i][me] += firsts[i][other];
+                seconds[i][me] += seconds[i][other];
+            }
+        }
+        __syncthreads();
+    }
+    if (threadIdx.y == 0 && p.inside) {
+#pragma unroll
+        for (int32 i = 0; i < held; ++i) {
+            const int64 index = part_index(p, p.split, p.channel + i);
+            arguments.parts[index] = firsts[i][me];
+            arguments.parts[index + part_plane(p)] = seconds[i][me];
+        }
+    }
+}
+
+// Merges the splits of one slab and group: the factors of dx = g * a + (x - pivot) * slope + b, and the group's sums.
+template <typename Arguments>
+__device__ __forceinline__ void finish_group_sums(const Arguments& arguments, const Place& p) {
+    const Column column(p);
+    double sum = 0.0, product = 0.0;
+    for (int64 split = column.part; column.inside && split < p.splits; split += column.parts) {
+        const int64 index = part_index(p, split, column.channel);
+        sum += arguments.parts[index];
+        product += arguments.parts[index + part_plane(p)];
+    }
+    sum = column_sum(sum, column.columns);
+    product = column_sum(product, column.columns);
+    if (column.part != 0 || !column.inside) return;
+    const int64 c = column.channel, slot = slot_index(p, p.group, c), plane = slot_plane(p);
+    double inverse, offset = 0.0, r = 1.0, d = 0.0;
+    if (arguments.saved) {
+        offset = arguments.saved[slot + plane];
+        inverse = arguments.saved[slot + 2 * plane];
+        if (arguments.renormed) {
+            r = arguments.saved[slot + 3 * plane];
+            d = arguments.saved[slot + 4 * plane];
+        }
+    } else {
+        inverse = 1.0 / sqrt(static_cast<double>(arguments.given_variance[c]) + arguments.epsilon);
+    }
+    const double centred = product - sum * offset;
+    arguments.moments[slot] = sum;
+    arguments.moments[slot + plane] = centred * inverse * r + d * sum;
+    if (!arguments.tables) return;
+    const double all = static_cast<double>(values_in_all(p));
+    const double a = (arguments.gamma ? static_cast<double>(arguments.gamma[c]) : 1.0) * inverse * r;
+    const double slope = -a * centred * inverse * inverse / all;
+    arguments.tables[slot] = static_cast<A>(a);
+    arguments.tables[slot + plane] = static_cast<A>(slope);
+    arguments.tables[slot + 2 * plane] = static_cast<A>(-a * sum / all - offset * slope);
+}
+
+// Adds up the groups: dbeta and dgamma of a slab.
+template <typename Arguments>
+__device__ __forceinline__ void finish_channel_sums(const Arguments& arguments, const Place& p) {
+    const Column column(p);
+    double sum = 0.0, product = 0.0;
+    for (int64 group = column.part; column.inside && group < p.groups; group += column.parts) {
+        sum += arguments.moments[slot_index(p, group, column.channel)];
+        product += arguments.moments[slot_index(p, group, column.channel) + slot_plane(p)];
+    }
+    sum = column_sum(sum, column.columns);
+    product = column_sum(product, column.columns);
+    if (column.part != 0 || !column.inside) return;
+    arguments.dbeta[column.channel] = static_cast<A>(sum);
+    arguments.dgamma[column.channel] = static_cast<A>(product);
+}
+
+// dx = g * a + (x - pivot) * slope + b over a split, backwards. KEPT: x and g are the thread's own copies.
+template <bool KEPT, typename Arguments>
+__device__ __forceinline__ void apply_split(const Arguments& arguments, const Place& p, unsigned char* copies) {
+    A pivot[held], a[held], slope[held], b[held];
+    if (p.inside) {
+#pragma unroll
+        for (int32 i = 0; i < held; ++i) {
+            const int64 slot = slot_index(p, p.group, p.channel + i), plane = slot_plane(p);
+            pivot[i] = arguments.saved[slot];
+            a[i] = arguments.tables[slot];
+            slope[i] = arguments.tables[slot + plane];
+            b[i] = arguments.tables[slot + 2 * plane];
+        }
+    }
+    A x[ahead][width], g[ahead][width];
+    for_units(
+        p, !KEPT,
+        [&](int32 slot, int64 offset, int32 number) {
+            if constexpr (KEPT) {
+                load<width>(own_copy(copies, 2 * number), x[slot]);
+                load<width>(own_copy(copies, 2 * number + 1), g[slot]);
+            } else {
+                load<width, cache::streaming>(arguments.x + offset, x[slot]);
+                load<width, cache::streaming>(arguments.dy + offset, g[slot]);
+                if (arguments.y) {
+                    A y[width];
+                    load<width, cache::streaming>(arguments.y + offset, y);
+#pragma unroll
+                    for (int32 i = 0; i < width; ++i)
+                        if (!(y[i] > A(0))) g[slot][i] = A(0);
+                }
+            }
+        },
+        [&](int32 slot, int64 offset) {
+#pragma unroll
+            for (int32 i = 0; i < width; ++i) {
+                const int32 c = CHANNELS_LAST ? i : 0;
+                g[slot][i] = g[slot][i] * a[c] + (x[slot][i] - pivot[c]) * slope[c] + b[c];
+            }
+            store<width, cache::streaming>(arguments.dx + offset, g[slot]);
+        });
+}
