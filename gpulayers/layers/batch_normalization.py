@@ -442,7 +442,6 @@ class LegacyBatchNormalization(BatchNormalizationMixin, LegacyLayer):
     variance takes the unbiased one, ``var * N / max(N - 1, 1)``.
 
     Parameters
-    ----------
     - `axis`: the axis, or list of axes, that has statistics of its own; -1 for channels last, 1 for channels first.
     - `momentum`, `epsilon`: see above; epsilon is used as given.
     - `center`, `scale`: whether there are `beta` and `gamma`.

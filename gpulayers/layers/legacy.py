@@ -23,7 +23,6 @@ class LegacyLayer(CoreLayer):
     Subclasses override `build(input_shape)`, which makes variables with `add_variable`, and `call(inputs)`.
 
     Parameters
-    ----------
     - `trainable`: whether variables are made trainable.
     - `name`: None for an automatic one; a `VariableScope` is taken as the scope's name.
     - `dtype`: of the variables; None takes the dtype of the first input or variable. Inputs are not cast.

@@ -1,0 +1,24 @@
+"""The legacy family under TensorFlow's names: ``tf.layers``. The modern family is ``gl.keras.layers``."""
+
+from gpulayers.layers.batch_normalization import LegacyBatchNormalization as BatchNormalization
+from gpulayers.layers.batch_normalization import batch_normalization as batch_normalization
+from gpulayers.layers.convolution import LegacyConv1D as Conv1D
+from gpulayers.layers.convolution import LegacyConv2D as Conv2D
+from gpulayers.layers.dense_layers import LegacyDense as Dense
+from gpulayers.layers.dropout_layers import LegacyDropout as Dropout
+from gpulayers.layers.functional import average_pooling1d as average_pooling1d
+from gpulayers.layers.functional import average_pooling2d as average_pooling2d
+from gpulayers.layers.functional import conv1d as conv1d
+from gpulayers.layers.functional import conv2d as conv2d
+from gpulayers.layers.functional import dense as dense
+from gpulayers.layers.functional import dropout as dropout
+from gpulayers.layers.functional import flatten as flatten
+from gpulayers.layers.functional import max_pooling1d as max_pooling1d
+from gpulayers.layers.functional import max_pooling2d as max_pooling2d
+from gpulayers.layers.legacy import LegacyLayer as Layer
+from gpulayers.layers.pooling import LegacyAveragePooling1D as AveragePooling1D
+from gpulayers.layers.pooling import LegacyAveragePooling2D as AveragePooling2D
+from gpulayers.layers.pooling import LegacyMaxPooling1D as MaxPooling1D
+from gpulayers.layers.pooling import LegacyMaxPooling2D as MaxPooling2D
+from gpulayers.layers.reshaping import LegacyFlatten as Flatten
+from gpulayers.layers.spec import InputSpec as InputSpec

@@ -1,0 +1,90 @@
+"""Dropout: in training, elements are set to zero at random and the others scaled up."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import numpy as np
+
+from gpulayers import ops
+from gpulayers.errors import DTypeError, LayerError, message
+from gpulayers.layers.config_part import as_shape_structure
+from gpulayers.layers.core import CoreLayer
+from gpulayers.layers.legacy import LegacyLayer
+from gpulayers.layers.modern import Layer
+from gpulayers.trace import GraphTensor, StoredValue, cond
+
+__all__ = ["Dropout", "LegacyDropout"]
+
+
+class DropoutMixin(CoreLayer):
+    """The maths of dropout, for both families."""
+
+    def __init__(self, rate: float, noise_shape: Any = None, seed: int | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not isinstance(rate, numbers.Real) or isinstance(rate, bool):
+            raise DTypeError(message(self._name, "rate is not a number", "0 <= rate < 1", repr(rate)))
+        if not 0 <= rate < 1:
+            raise LayerError(message(self._name, "rate is out of range", "0 <= rate < 1", rate))
+        self.rate, self.noise_shape, self.seed = float(rate), noise_shape, seed
+        self.supports_masking = True
+        # A seeded layer draws another mask at each call, and the same sequence of masks in each program.
+        self._seeds = None if seed is None else np.random.default_rng(seed)
+
+    def _drop(self, inputs: Any, training: Any) -> Any:
+        if training is None or not self.rate:
+            return inputs
+        if isinstance(training, GraphTensor | StoredValue):
+            return cond(training, lambda: self._dropped(inputs), lambda: ops.identity(inputs))
+        return self._dropped(inputs) if training else inputs
+
+    def _dropped(self, inputs: Any) -> Any:
+        seed = None if self._seeds is None else int(self._seeds.integers(2**63))
+        return ops.dropout(inputs, self.rate, self.noise_shape, seed)
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """Return `input_shape` as a `TensorShape`. Raises TypeError for something that is no shape."""
+        return as_shape_structure(input_shape, self._name)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        return {**super().get_config(), "rate": self.rate, "noise_shape": self.noise_shape, "seed": self.seed}
+
+
+class Dropout(DropoutMixin, Layer):
+    """In training, ``x * m`` with m 0 with probability `rate` and ``1 / (1 - rate)`` otherwise: ``gl.keras.layers.Dropout``.
+
+    Parameters: `rate`, from 0 to below 1; `noise_shape`, sizes of m, 1 where it is shared along an axis, None for the size
+    of x; `seed`, for the same sequence of masks in every run of a program.
+
+    Calling: ``layer(x, training=None)``; not told, it follows the enclosing call, then `set_learning_phase`, then False.
+    Outside training x itself is returned. Masks are handed on. State written: the generator of a seeded layer.
+    Raises ValueError for a rate out of range. Source: ``tf.keras.layers.Dropout``, arXiv 1207.0580.
+
+    >>> import numpy as np, gpulayers as gl
+    >>> y = gl.keras.layers.Dropout(0.5, seed=1)(np.ones((1, 100), "float32"), training=True)
+    >>> sorted(set(y.ravel().tolist()))
+    [0.0, 2.0]
+    """
+
+    def call(self, inputs: Any, training: Any = None) -> Any:
+        """Drop elements of `inputs` if `training` is true."""
+        return self._drop(inputs, training)
+
+
+class LegacyDropout(DropoutMixin, LegacyLayer):
+    """`gl.keras.layers.Dropout` with the order of ``tf.layers.Dropout``: ``gl.layers.Dropout``. `rate` is 0.5 by default."""
+
+    def __init__(
+        self, rate: float = 0.5, noise_shape: Any = None, seed: int | None = None, name: Any = None, **kwargs: Any
+    ) -> None:
+        super().__init__(rate, noise_shape, seed, name=name, **kwargs)
+
+    def call(self, inputs: Any, training: Any = False) -> Any:
+        """Drop elements of `inputs` if `training` is true."""
+        return self._drop(inputs, training)
+
+
+# Layers are named after their class.
+LegacyDropout.__name__ = LegacyDropout.__qualname__ = "Dropout"

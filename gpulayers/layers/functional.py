@@ -1,0 +1,204 @@
+"""The functions of ``tf.layers``: make a legacy layer, call it once, return the output.
+
+Variables are named ``name/...`` and shared with ``reuse=True``, or where the variable scope reuses. In eager mode each
+call makes a new layer, so its variables are new too unless they are shared.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gpulayers import initializers
+from gpulayers.layers.convolution import LegacyConv1D, LegacyConv2D
+from gpulayers.layers.dense_layers import LegacyDense
+from gpulayers.layers.dropout_layers import LegacyDropout
+from gpulayers.layers.pooling import (
+    LegacyAveragePooling1D,
+    LegacyAveragePooling2D,
+    LegacyMaxPooling1D,
+    LegacyMaxPooling2D,
+)
+from gpulayers.layers.reshaping import LegacyFlatten
+
+__all__ = [
+    "average_pooling1d",
+    "average_pooling2d",
+    "conv1d",
+    "conv2d",
+    "dense",
+    "dropout",
+    "flatten",
+    "max_pooling1d",
+    "max_pooling2d",
+]
+
+_ZEROS = initializers.zeros_initializer()
+
+
+def dense(
+    inputs: Any,
+    units: int,
+    activation: Any = None,
+    use_bias: bool = True,
+    kernel_initializer: Any = None,
+    bias_initializer: Any = _ZEROS,
+    kernel_regularizer: Any = None,
+    bias_regularizer: Any = None,
+    activity_regularizer: Any = None,
+    kernel_constraint: Any = None,
+    bias_constraint: Any = None,
+    trainable: bool = True,
+    name: str | None = None,
+    reuse: Any = None,
+) -> Any:
+    """Return `gl.layers.Dense` of `inputs`. `reuse`: share the variables of this name. Source: ``tf.layers.dense``.
+
+    >>> import numpy as np, gpulayers as gl
+    >>> gl.layers.dense(np.ones((1, 3)), 2, kernel_initializer=gl.ones_initializer())
+    array([[3., 3.]])
+    """
+    layer = LegacyDense(
+        units,
+        activation,
+        use_bias,
+        kernel_initializer,
+        bias_initializer,
+        kernel_regularizer,
+        bias_regularizer,
+        activity_regularizer,
+        kernel_constraint,
+        bias_constraint,
+        trainable,
+        name,
+        _scope=name,
+        _reuse=reuse,
+    )
+    return layer(inputs)
+
+
+def _convolve(layer: Any, inputs: Any, settings: dict[str, Any]) -> Any:
+    """Make `layer` with the settings of `conv1d` or `conv2d`, and call it."""
+    reuse = settings.pop("reuse")
+    return layer(**settings, _scope=settings["name"], _reuse=reuse)(inputs)
+
+
+def conv1d(
+    inputs: Any,
+    filters: int,
+    kernel_size: Any,
+    strides: Any = 1,
+    padding: str = "valid",
+    data_format: str | None = "channels_last",
+    dilation_rate: Any = 1,
+    activation: Any = None,
+    use_bias: bool = True,
+    kernel_initializer: Any = None,
+    bias_initializer: Any = _ZEROS,
+    kernel_regularizer: Any = None,
+    bias_regularizer: Any = None,
+    activity_regularizer: Any = None,
+    kernel_constraint: Any = None,
+    bias_constraint: Any = None,
+    trainable: bool = True,
+    name: str | None = None,
+    reuse: Any = None,
+) -> Any:
+    """Return `gl.layers.Conv1D` of `inputs`. `reuse`: share the variables of this name. Source: ``tf.layers.conv1d``."""
+    settings = dict(locals())
+    return _convolve(LegacyConv1D, settings.pop("inputs"), settings)
+
+
+def conv2d(
+    inputs: Any,
+    filters: int,
+    kernel_size: Any,
+    strides: Any = (1, 1),
+    padding: str = "valid",
+    data_format: str | None = "channels_last",
+    dilation_rate: Any = (1, 1),
+    activation: Any = None,
+    use_bias: bool = True,
+    kernel_initializer: Any = None,
+    bias_initializer: Any = _ZEROS,
+    kernel_regularizer: Any = None,
+    bias_regularizer: Any = None,
+    activity_regularizer: Any = None,
+    kernel_constraint: Any = None,
+    bias_constraint: Any = None,
+    trainable: bool = True,
+    name: str | None = None,
+    reuse: Any = None,
+) -> Any:
+    """Return `gl.layers.Conv2D` of `inputs`. `reuse`: share the variables of this name. Source: ``tf.layers.conv2d``.
+
+    >>> import numpy as np, gpulayers as gl
+    >>> gl.layers.conv2d(np.ones((1, 4, 4, 1), "float32"), 8, 3, padding="same").shape
+    (1, 4, 4, 8)
+    """
+    settings = dict(locals())
+    return _convolve(LegacyConv2D, settings.pop("inputs"), settings)
+
+
+def dropout(
+    inputs: Any,
+    rate: float = 0.5,
+    noise_shape: Any = None,
+    seed: int | None = None,
+    training: Any = False,
+    name: str | None = None,
+) -> Any:
+    """Return `gl.layers.Dropout` of `inputs`. Source: ``tf.layers.dropout``."""
+    return LegacyDropout(rate, noise_shape, seed, name)(inputs, training=training)
+
+
+def flatten(inputs: Any, name: str | None = None, data_format: str | None = "channels_last") -> Any:
+    """Return `gl.layers.Flatten` of `inputs`. Source: ``tf.layers.flatten``."""
+    return LegacyFlatten(data_format, name=name)(inputs)
+
+
+def max_pooling1d(
+    inputs: Any,
+    pool_size: Any,
+    strides: Any,
+    padding: str = "valid",
+    data_format: str | None = "channels_last",
+    name: str | None = None,
+) -> Any:
+    """Return `gl.layers.MaxPooling1D` of `inputs`. Source: ``tf.layers.max_pooling1d``."""
+    return LegacyMaxPooling1D(pool_size, strides, padding, data_format, name)(inputs)
+
+
+def max_pooling2d(
+    inputs: Any,
+    pool_size: Any,
+    strides: Any,
+    padding: str = "valid",
+    data_format: str | None = "channels_last",
+    name: str | None = None,
+) -> Any:
+    """Return `gl.layers.MaxPooling2D` of `inputs`. Source: ``tf.layers.max_pooling2d``."""
+    return LegacyMaxPooling2D(pool_size, strides, padding, data_format, name)(inputs)
+
+
+def average_pooling1d(
+    inputs: Any,
+    pool_size: Any,
+    strides: Any,
+    padding: str = "valid",
+    data_format: str | None = "channels_last",
+    name: str | None = None,
+) -> Any:
+    """Return `gl.layers.AveragePooling1D` of `inputs`. Source: ``tf.layers.average_pooling1d``."""
+    return LegacyAveragePooling1D(pool_size, strides, padding, data_format, name)(inputs)
+
+
+def average_pooling2d(
+    inputs: Any,
+    pool_size: Any,
+    strides: Any,
+    padding: str = "valid",
+    data_format: str | None = "channels_last",
+    name: str | None = None,
+) -> Any:
+    """Return `gl.layers.AveragePooling2D` of `inputs`. Source: ``tf.layers.average_pooling2d``."""
+    return LegacyAveragePooling2D(pool_size, strides, padding, data_format, name)(inputs)
