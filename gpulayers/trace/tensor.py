@@ -70,8 +70,9 @@ def array_like_operators(cls: type) -> type:
     """Class decorator: give a recordable class the operators, methods and NumPy protocols of an array."""
 
     def put(name: str, method: Callable[..., Any]) -> None:
-        method.__name__ = name
-        setattr(cls, name, method)
+        if name not in cls.__dict__:  # what the class says itself stays: the parts of a partitioned variable, for one
+            method.__name__ = name
+            setattr(cls, name, method)
 
     for short, name in _OPERATORS.items():
         put(f"__{short}__", _binary(name))
