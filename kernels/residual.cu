@@ -8,7 +8,6 @@
 // Arithmetic: float for 16-bit and 32-bit storage, double for 64-bit; one rounding to the storage type.
 // Deterministic: every element is computed by one thread.
 // Source: the residual connection of tf.nn.RNNCellResidualWrapper, output = cell(x) + x.
-#if defined(GL_ENTRY_gl_residual_add)
 
 constexpr int32 steps = 4;
 
@@ -40,19 +39,27 @@ __device__ __forceinline__ void add_part(const STORAGE* x, const STORAGE* y, STO
     }
 }
 
-GL_KERNEL(gl_residual_add, 256) {
-    int32 leaf = 0;
-    while (leaf + 1 < arguments.leaves && static_cast<int32>(blockIdx.x) >= arguments.first_block[leaf + 1]) ++leaf;
-    const STORAGE* x = arguments.x[leaf];
-    const STORAGE* y = arguments.y[leaf];
-    STORAGE* out = arguments.out[leaf];
-    const int64 count = arguments.counts[leaf];
-    const int64 part = static_cast<int64>(blockIdx.x) - arguments.first_block[leaf];
-    if ((arguments.vectors >> leaf) & 1u) {
+__device__ __forceinline__ void add_leaf(const STORAGE* x, const STORAGE* y, STORAGE* out, int64 count, int64 part,
+                                         bool vector) {
+    if (vector) {
         add_part<vector_width<STORAGE>>(x, y, out, count, part);
     } else {
         add_part<1>(x, y, out, count, part);
     }
 }
 
+// One pair, the usual case: no table to pack on the host.
+#if defined(GL_ENTRY_gl_residual_add)
+GL_KERNEL(gl_residual_add, 256) {
+    add_leaf(arguments.x, arguments.y, arguments.out, arguments.count, blockIdx.x, arguments.vector != 0);
+}
+#endif
+
+#if defined(GL_ENTRY_gl_residual_add_leaves)
+GL_KERNEL(gl_residual_add_leaves, 256) {
+    int32 leaf = 0;
+    while (leaf + 1 < arguments.leaves && static_cast<int32>(blockIdx.x) >= arguments.first_block[leaf + 1]) ++leaf;
+    add_leaf(arguments.x[leaf], arguments.y[leaf], arguments.out[leaf], arguments.counts[leaf],
+             static_cast<int64>(blockIdx.x) - arguments.first_block[leaf], (arguments.vectors >> leaf) & 1u);
+}
 #endif

@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from gpulayers.device import kind_of
-from gpulayers.errors import DeviceError, DTypeError, KernelError, message
+from gpulayers.errors import KernelError, message
 from gpulayers.launch import source as _source
 from gpulayers.launch.launcher import launcher_of
+from gpulayers.launch.packing import pack, slots
 
 __all__ = ["Kernel", "Specialisation", "is_aligned", "kernel_list", "vector_width"]
 
-_SCALARS = (int, float, np.integer, np.floating)
 _DEFINE_NAME = re.compile(r"[A-Z][A-Z0-9_]+")
 _GRID_LIMITS = (2**31 - 1, 65535, 65535)
 _kernels: dict[str, Kernel] = {}
@@ -34,10 +33,11 @@ class Specialisation:
         self.defines = dict(defines)
         self.name = kernel.name
         # What an array must have, by field: a dtype name, or None where any will do.
-        self.elements = tuple(
+        elements = [
             None if field.element == "void" else str(self.defines.get(field.element, field.element))
             for field in kernel.fields
-        )
+        ]
+        self.slots = slots(kernel.fields, kernel.offsets, elements)
 
     @functools.cached_property
     def text(self) -> str:
@@ -103,12 +103,12 @@ class Kernel:
             if not _DEFINE_NAME.fullmatch(key):
                 raise KernelError(message(name, "a definition's name is not in capitals", "such as STORAGE", key))
         self._where = where
-        self._packer = _source.struct_format(self.fields)
-        self._offsets = tuple(
+        self.packer = _source.struct_format(self.fields)
+        self.offsets = tuple(
             struct.calcsize("@" + "".join(f.code for f in self.fields[:i]) + "0" + field.code[-1])
             for i, field in enumerate(self.fields)
         )
-        self.packed_dtype = np.dtype(f"V{self._packer.size}")
+        self.packed_dtype = np.dtype(f"V{self.packer.size}")
         self._specialisations: dict[tuple[Any, ...], Specialisation] = {}
         if listed:
             _kernels[name] = self
@@ -119,7 +119,7 @@ class Kernel:
     def field_at(self, offset: int) -> _source.Field:
         """Return the field that holds this offset of the struct."""
         return next(
-            f for f, start in zip(reversed(self.fields), reversed(self._offsets), strict=True) if start <= offset
+            f for f, start in zip(reversed(self.fields), reversed(self.offsets), strict=True) if start <= offset
         )
 
     def specialisations(self) -> Iterator[Specialisation]:
@@ -175,79 +175,20 @@ class Kernel:
         grid3, block3 = (*grid, 1, 1)[:3], (*block, 1, 1)[:3]
         if 0 in grid3:
             return
-        if block3[0] * block3[1] * block3[2] > 1024 or min(block3) < 1:
+        if not (0 < block3[0] * block3[1] * block3[2] <= 1024 and min(block3) > 0):
             raise KernelError(message(self.name, "the block cannot be launched", "1 to 1024 threads", block3))
-        if any(not 0 < size <= limit for size, limit in zip(grid3, _GRID_LIMITS, strict=True)):
+        if min(grid3) < 0 or grid3[0] > _GRID_LIMITS[0] or grid3[1] > _GRID_LIMITS[1] or grid3[2] > _GRID_LIMITS[2]:
             raise KernelError(message(self.name, "the grid cannot be launched", f"at most {_GRID_LIMITS}", grid3))
-        launcher, packed, arrays = self._pack(specialisation, values)
+        launcher, packed, arrays = pack(specialisation, values)
         launcher.launch(specialisation, packed, arrays, grid3, block3, shared, cooperative)
-
-    def _pack(self, specialisation: Specialisation, values: Mapping[str, Any]) -> tuple[Any, bytes, dict[int, Any]]:
-        """Return (launcher, the struct's bytes, arrays by their offset in it)."""
-        if len(values) != len(self.fields):
-            raise KernelError(message(self.name, "wrong arguments", [f.name for f in self.fields], list(values)))
-        flat: list[Any] = []
-        arrays: dict[int, Any] = {}
-        launcher: Any = None
-        kind = ""
-        for field, offset, element in zip(self.fields, self._offsets, specialisation.elements, strict=True):
-            try:
-                value = values[field.name]
-            except KeyError as error:
-                raise KernelError(message(self.name, f"argument {field.name!r} is missing")) from error
-            items = self._items(field, value) if field.length else (value,)
-            if not field.is_pointer:
-                flat.extend(self._scalar(field, item) for item in items)
-                continue
-            for index, item in enumerate(items):
-                if item is None:
-                    flat.append(0)
-                    continue
-                found = kind_of(item)
-                if launcher is None:
-                    launcher, kind = launcher_of(item), found
-                self._check_array(field, item, element, found, kind)
-                arrays[offset + 8 * index] = item
-                flat.append(launcher.pointer(item))
-        if launcher is None:
-            raise KernelError(message(self.name, "no array among the arguments", do="Pass at least one."))
-        try:
-            return launcher, self._packer.pack(*flat), arrays
-        except (struct.error, OverflowError) as error:
-            raise DTypeError(message(self.name, f"a scalar does not fit its C type ({error})", got=values)) from error
-
-    def _items(self, field: _source.Field, value: Any) -> Sequence[Any]:
-        items = list(value)
-        if len(items) > field.length:
-            raise KernelError(message(self.name, f"{field.name!r} is too long", f"at most {field.length}", len(items)))
-        return items + [None if field.is_pointer else 0] * (field.length - len(items))
-
-    def _scalar(self, field: _source.Field, value: Any) -> Any:
-        if not isinstance(value, _SCALARS) or (field.element[0] != "f" and not isinstance(value, int | np.integer)):
-            raise DTypeError(
-                message(self.name, f"{field.name!r} is not a host number", field.element, f"{type(value).__name__}")
-            )
-        return value
-
-    def _check_array(self, field: _source.Field, array: Any, element: str | None, found: str, kind: str) -> None:
-        if found != kind:
-            raise DeviceError(message(self.name, f"{field.name!r} lives elsewhere than the other arrays", kind, found))
-        if element is not None and array.dtype.name != element:
-            raise DTypeError(message(self.name, f"{field.name!r} has the wrong dtype", element, array.dtype.name))
-        if not array.flags.c_contiguous:
-            raise KernelError(
-                message(
-                    self.name,
-                    f"{field.name!r} is not C-contiguous",
-                    got=f"shape {array.shape}, strides {array.strides}",
-                    do="Use ascontiguousarray before the launch.",
-                )
-            )
 
 
 def is_aligned(*arrays: Any) -> bool:
     """Say whether the arrays start at multiples of 16 bytes, as 16-byte loads need."""
-    return all(launcher_of(array).pointer(array) % 16 == 0 for array in arrays)
+    if not arrays:
+        return True
+    pointer = launcher_of(arrays[0]).pointer
+    return all([pointer(array) % 16 == 0 for array in arrays])
 
 
 def vector_width(arrays: Sequence[Any], *lengths: int) -> int:

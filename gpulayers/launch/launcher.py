@@ -57,7 +57,7 @@ class Launcher(Protocol):
         """Return the properties of the device of `like`."""
 
     def pointer(self, array: Any) -> int:
-        """Return the address of an array's first element; raise DeviceError if it lies on another device."""
+        """Return the address of an array's first element."""
 
     def workspace(self, like: Any, counters: int, scratch: int) -> tuple[Any, Any]:
         """Return the cached (uint32 counters, uint8 scratch) of the device and stream."""
@@ -75,7 +75,10 @@ class Launcher(Protocol):
         shared: int,
         cooperative: bool,
     ) -> None:
-        """Run the kernel on the current stream; `arrays` maps offsets in `packed` to the arrays that stand there."""
+        """Run the kernel on the current stream; `arrays` maps offsets in `packed` to the arrays that stand there.
+
+        Raises DeviceError for an array on another device than the current one.
+        """
 
 
 class CupyLauncher:
@@ -111,18 +114,22 @@ class CupyLauncher:
         return self._properties[device]
 
     def pointer(self, array: Any) -> int:
-        """Return the address of a CuPy array on the current device."""
-        if array.data.device_id != self._device():
-            raise DeviceError(
-                message(
-                    "launch",
-                    "an array lies on another GPU than the current one",
-                    f"gpu:{self._device()}",
-                    f"gpu:{array.data.device_id}",
-                    "Use gl.device(...) around the call, or copy the array.",
-                )
-            )
+        """Return the address of a CuPy array."""
         return int(array.data.ptr)
+
+    def _check_devices(self, arrays: Mapping[int, Any]) -> None:
+        current = self._device()
+        for array in arrays.values():
+            if array.data.device_id != current:
+                raise DeviceError(
+                    message(
+                        "launch",
+                        "an array lies on another GPU than the current one",
+                        f"gpu:{current}",
+                        f"gpu:{array.data.device_id}",
+                        "Use gl.device(...) around the call, or copy the array.",
+                    )
+                )
 
     def workspace(self, like: Any, counters: int, scratch: int) -> tuple[Any, Any]:
         """Return the workspace of the current device and stream, grown if it is too small.
@@ -194,6 +201,7 @@ class CupyLauncher:
         cooperative: bool,
     ) -> None:
         """Launch on CuPy's current stream; the packed bytes are passed by value as the kernel's one argument."""
+        self._check_devices(arrays)
         function = self._function(specialisation, shared)
         argument = np.frombuffer(packed, dtype=specialisation.kernel.packed_dtype)
         function(grid, block, (argument,), shared, None, cooperative)

@@ -15,9 +15,21 @@ LEAVES = 32  # per launch: the pointer tables stay far below the 4 KB that every
 _THREADS, _STEPS = 256, 4
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
-_kernel = Kernel(
+_one = Kernel(
     "residual.cu",
     "gl_residual_add",
+    arguments=[
+        ("x", "const STORAGE*"),
+        ("y", "const STORAGE*"),
+        ("out", "STORAGE*"),
+        ("count", "int64"),
+        ("vector", "int32"),
+    ],
+    defines={"STORAGE": _DTYPES},
+)
+_leaves = Kernel(
+    "residual.cu",
+    "gl_residual_add_leaves",
     arguments=[
         ("x", f"const STORAGE*[{LEAVES}]"),
         ("y", f"const STORAGE*[{LEAVES}]"),
@@ -45,22 +57,23 @@ def residual_add(inputs: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
     if len(inputs) != len(outputs):
         raise ShapeError(message("residual_add", "the structures differ", len(inputs), len(outputs)))
     results: list[Any] = []
-    groups: dict[str, list[tuple[Any, Any, Any]]] = {}
+    groups: dict[Any, list[tuple[Any, Any, Any]]] = {}
     for x, y in zip(inputs, outputs, strict=True):
+        dtype = x.dtype
         if x.shape != y.shape:
             raise ShapeError(message("residual_add", "shapes differ", x.shape, y.shape))
-        if x.dtype != y.dtype or x.dtype.name not in _DTYPES:
-            raise DTypeError(
-                message("residual_add", "no kernel for these dtypes", _DTYPES, (x.dtype.name, y.dtype.name))
-            )
+        if dtype != y.dtype or dtype.name not in _DTYPES:
+            raise DTypeError(message("residual_add", "no kernel for these dtypes", _DTYPES, (dtype.name, y.dtype.name)))
         module = array_module(x)
-        results.append(module.empty(x.shape, dtype=x.dtype))
+        results.append(module.empty(x.shape, dtype=dtype))
         if x.size:
-            leaf = (module.ascontiguousarray(x), module.ascontiguousarray(y), results[-1])
-            groups.setdefault(x.dtype.name, []).append(leaf)
+            x = x if x.flags.c_contiguous else module.ascontiguousarray(x)
+            y = y if y.flags.c_contiguous else module.ascontiguousarray(y)
+            leaf = (x, y, results[-1])
+            groups.setdefault(dtype, []).append(leaf)
     for dtype, leaves in groups.items():
         for start in range(0, len(leaves), LEAVES):
-            _launch(dtype, leaves[start : start + LEAVES])
+            _launch(dtype.name, leaves[start : start + LEAVES])
     return results
 
 
@@ -72,9 +85,12 @@ def _launch(dtype: str, leaves: Sequence[tuple[Any, Any, Any]]) -> None:
         per_block = _THREADS * _STEPS * (16 // x.dtype.itemsize if vector else 1)
         first_block.append(blocks)
         blocks += -(-x.size // per_block)
-    xs, ys, results = zip(*leaves, strict=True)
-    _kernel.launch(
-        {
+    if len(leaves) == 1:
+        kernel, (x, y, out) = _one, leaves[0]
+        values = {"x": x, "y": y, "out": out, "count": x.size, "vector": vectors}
+    else:
+        kernel, (xs, ys, results) = _leaves, zip(*leaves, strict=True)
+        values = {
             "x": xs,
             "y": ys,
             "out": results,
@@ -82,8 +98,5 @@ def _launch(dtype: str, leaves: Sequence[tuple[Any, Any, Any]]) -> None:
             "first_block": first_block,
             "vectors": vectors,
             "leaves": len(leaves),
-        },
-        grid=(blocks,),
-        block=(_THREADS,),
-        defines={"STORAGE": dtype},
-    )
+        }
+    kernel.launch(values, grid=(blocks,), block=(_THREADS,), defines={"STORAGE": dtype})

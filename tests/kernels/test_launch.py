@@ -381,8 +381,9 @@ def test_a_failing_compile_names_kernel_gpu_and_remedy(monkeypatch):
 def test_cupy_arrays_of_another_gpu_are_refused(monkeypatch):
     monkeypatch.setattr(_cupy, "cupy", FakeCupy)
     assert CupyLauncher().pointer(fake_array()) == 4096
+    specialisation = echo_kernel().specialise({"STORAGE": "float32"})
     with pytest.raises(DeviceError, match="Expected gpu:0; got gpu:1"):
-        CupyLauncher().pointer(fake_array(device=1))
+        CupyLauncher().launch(specialisation, b"", {8: fake_array(device=1)}, (1, 1, 1), (1, 1, 1), 0, False)
 
 
 def test_cupys_workspace_is_one_per_stream(monkeypatch):
