@@ -22,3 +22,28 @@ from gpulayers.layers.pooling import LegacyMaxPooling1D as MaxPooling1D
 from gpulayers.layers.pooling import LegacyMaxPooling2D as MaxPooling2D
 from gpulayers.layers.reshaping import LegacyFlatten as Flatten
 from gpulayers.layers.spec import InputSpec as InputSpec
+
+__all__ = [
+    "AveragePooling1D",
+    "AveragePooling2D",
+    "BatchNormalization",
+    "Conv1D",
+    "Conv2D",
+    "Dense",
+    "Dropout",
+    "Flatten",
+    "InputSpec",
+    "Layer",
+    "MaxPooling1D",
+    "MaxPooling2D",
+    "average_pooling1d",
+    "average_pooling2d",
+    "batch_normalization",
+    "conv1d",
+    "conv2d",
+    "dense",
+    "dropout",
+    "flatten",
+    "max_pooling1d",
+    "max_pooling2d",
+]

@@ -91,7 +91,7 @@ class ConvolutionMixin(KernelMixin):
         return one_shape(self._name, input_shape, range(self._spatial + 2, 1 << 30))
 
     def compute_output_shape(self, input_shape: Any) -> Any:
-        """Return the shape of the result. Raises TypeError for something that is no shape, ValueError if it does not fit."""
+        """Return the shape of the result. Raises TypeError for no shape, ValueError for one that does not fit."""
         shape = self._shape(input_shape)
         self._channels(shape)
         lead = list(shape)[: -self._spatial - 1]
@@ -171,7 +171,7 @@ class _Modern(ConvolutionMixin, Layer):
 class Conv2D(_Modern):
     """Slide a kernel over two spatial axes (cross-correlation): ``gl.keras.layers.Conv2D``.
 
-    `x`: (n, h, w, c), or (n, c, h, w) with `data_format` "channels_first"; further axes in front are further batch axes.
+    `x`: (n, h, w, c), or (n, c, h, w) with `data_format` "channels_first"; further axes in front belong to the batch.
     Returns (n, places, places, filters), or (n, filters, places, places).
 
     Parameters

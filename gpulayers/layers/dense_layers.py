@@ -129,9 +129,9 @@ class Dense(DenseMixin, Layer):
 class LegacyDense(DenseMixin, LegacyLayer):
     """``activation(x @ kernel + bias)`` with variable scopes: ``gl.layers.Dense``.
 
-    Arguments and maths are those of `gl.keras.layers.Dense`, with the order of ``tf.layers.Dense``: `trainable` and `name`
-    come last. `kernel_initializer` None takes the scope's initializer, or Glorot uniform. The dtype is the first input's;
-    an integer one raises TypeError.
+    Arguments and maths are those of `gl.keras.layers.Dense`, in the order of ``tf.layers.Dense``: `trainable` and
+    `name` come last. `kernel_initializer` None takes the scope's initializer, or Glorot uniform. The dtype is the first
+    input's; an integer one raises TypeError.
 
     >>> import numpy as np, gpulayers as gl
     >>> layer = gl.layers.Dense(2, kernel_initializer=gl.ones_initializer())

@@ -53,12 +53,13 @@ class DropoutMixin(CoreLayer):
 
 
 class Dropout(DropoutMixin, Layer):
-    """In training, ``x * m`` with m 0 with probability `rate` and ``1 / (1 - rate)`` otherwise: ``gl.keras.layers.Dropout``.
+    """In training, ``x * m``, with m 0 with probability `rate` and ``1 / (1 - rate)`` otherwise.
 
-    Parameters: `rate`, from 0 to below 1; `noise_shape`, sizes of m, 1 where it is shared along an axis, None for the size
-    of x; `seed`, for the same sequence of masks in every run of a program.
+    Parameters: `rate`, from 0 to below 1; `noise_shape`, sizes of m, 1 where it is shared along an axis, None for the
+    size of x; `seed`, for the same sequence of masks in every run of a program.
 
-    Calling: ``layer(x, training=None)``; not told, it follows the enclosing call, then `set_learning_phase`, then False.
+    Calling: ``layer(x, training=None)``; if not told, it follows the enclosing call, then
+    `set_learning_phase`, then False.
     Outside training x itself is returned. Masks are handed on. State written: the generator of a seeded layer.
     Raises ValueError for a rate out of range. Source: ``tf.keras.layers.Dropout``, arXiv 1207.0580.
 
@@ -74,7 +75,7 @@ class Dropout(DropoutMixin, Layer):
 
 
 class LegacyDropout(DropoutMixin, LegacyLayer):
-    """`gl.keras.layers.Dropout` with the order of ``tf.layers.Dropout``: ``gl.layers.Dropout``. `rate` is 0.5 by default."""
+    """`gl.keras.layers.Dropout` with the order of ``tf.layers.Dropout``, and `rate` 0.5: ``gl.layers.Dropout``."""
 
     def __init__(
         self, rate: float = 0.5, noise_shape: Any = None, seed: int | None = None, name: Any = None, **kwargs: Any

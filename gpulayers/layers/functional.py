@@ -103,7 +103,10 @@ def conv1d(
     name: str | None = None,
     reuse: Any = None,
 ) -> Any:
-    """Return `gl.layers.Conv1D` of `inputs`. `reuse`: share the variables of this name. Source: ``tf.layers.conv1d``."""
+    """Return `gl.layers.Conv1D` of `inputs`. `reuse`: share the variables of this name.
+
+    Source: ``tf.layers.conv1d``.
+    """
     settings = dict(locals())
     return _convolve(LegacyConv1D, settings.pop("inputs"), settings)
 

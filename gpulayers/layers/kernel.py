@@ -105,7 +105,8 @@ def checked_count(name: str, what: str, value: Any) -> int:
 def one_shape(name: str, input_shape: Any, ranks: range | None = None) -> TensorShape:
     """Return a layer's single input shape as a `TensorShape`.
 
-    Raises TypeError for something that is no shape or several shapes, ValueError for unknown rank or one outside `ranks`.
+    Raises TypeError for something that is no shape or several shapes, ValueError for unknown rank or one outside
+    `ranks`.
     """
     shape = as_shape_structure(input_shape, name)
     if not isinstance(shape, TensorShape):

@@ -34,7 +34,9 @@ class _Merge(Layer):
         shapes = as_shape_structure(input_shape, self._name)
         if not isinstance(shapes, list | tuple) or not all(isinstance(s, TensorShape) for s in shapes) or not shapes:
             raise LayerError(
-                message(self._name, "A merge layer should be called on a list of inputs", "a list of shapes", input_shape)
+                message(
+                    self._name, "A merge layer should be called on a list of inputs", "a list of shapes", input_shape
+                )
             )
         for shape in shapes:
             if shape.rank is None:
@@ -52,7 +54,7 @@ class _Merge(Layer):
         return functools.reduce(ops.logical_and, masks) if masks else None
 
     def compute_output_shape(self, input_shape: Any) -> Any:
-        """Return the broadcast shape. Raises TypeError for something that is no shape, ValueError if they do not fit."""
+        """Return the broadcast shape. Raises TypeError for no shape, ValueError for shapes that do not fit."""
         shapes = self._shapes(input_shape)
         rank = max(shape.rank or 0 for shape in shapes)
         filled = [(*shape[:1], *[1] * (rank - (shape.rank or 0)), *shape[1:]) for shape in shapes]
@@ -115,7 +117,9 @@ class Subtract(_Merge):
     def _shapes(self, input_shape: Any) -> list[TensorShape]:
         shapes = super()._shapes(input_shape)
         if len(shapes) != 2:
-            raise LayerError(message(self._name, "A `Subtract` layer should be called on exactly 2 inputs", 2, len(shapes)))
+            raise LayerError(
+                message(self._name, "A `Subtract` layer should be called on exactly 2 inputs", 2, len(shapes))
+            )
         return shapes
 
 
@@ -132,7 +136,8 @@ class Average(_Merge):
 class Concatenate(_Merge):
     """The inputs one behind the other along `axis`: ``gl.keras.layers.Concatenate``.
 
-    Raises ValueError for anything but a list, or sizes that differ off the axis. Source: ``tf.keras.layers.Concatenate``.
+    Raises ValueError for anything but a list, or sizes that differ off the axis.
+    Source: ``tf.keras.layers.Concatenate``.
 
     >>> import numpy as np, gpulayers as gl
     >>> gl.keras.layers.Concatenate()([np.ones((1, 2)), np.ones((1, 3))]).shape
@@ -174,7 +179,7 @@ class Concatenate(_Merge):
                 if other == axis:
                     result[other] = None if a is None or b is None else a + b
                 elif None not in (a, b) and a != b:
-                    raise ShapeError(message(self._name, "sizes differ off the axis", f"equal sizes but axis {axis}", shapes))
+                    raise ShapeError(message(self._name, "sizes differ", f"equal sizes but on axis {axis}", shapes))
                 else:
                     result[other] = b if a is None else a
         return TensorShape(result)

@@ -53,7 +53,7 @@ class PoolingMixin(CoreLayer):
         return type(self)._pool(inputs, self.pool_size, self.strides, self.padding, self.data_format)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
-        """Return the shape of the result. Raises TypeError for something that is no shape, ValueError if it does not fit."""
+        """Return the shape of the result. Raises TypeError for no shape, ValueError for one that does not fit."""
         n, *rest = one_shape(self._name, input_shape, range(self._spatial + 2, self._spatial + 3))
         channels, spatial = (rest[-1], rest[:-1]) if self._last else (rest[0], rest[1:])
         rows = zip(spatial, self.pool_size, self.strides, strict=True)
@@ -88,8 +88,8 @@ class _Modern(PoolingMixin, Layer):
 class MaxPooling2D(_Modern):
     """The largest value of each window: ``gl.keras.layers.MaxPooling2D``.
 
-    `x`: (n, h, w, c), or (n, c, h, w) with `data_format` "channels_first". `pool_size` and `strides` (None: `pool_size`):
-    one integer or one for each axis. `padding`: "valid" or "same". Raises ValueError unless x has 4 axes.
+    `x`: (n, h, w, c), or (n, c, h, w) with `data_format` "channels_first". `pool_size` and `strides` (None means
+    `pool_size`): one integer or one for each axis. `padding`: "valid" or "same". Raises ValueError unless x has 4 axes.
     Source: ``tf.keras.layers.MaxPooling2D``.
 
     >>> import numpy as np, gpulayers as gl
@@ -192,7 +192,7 @@ class _Global(Layer):
         return type(self)._reduce(inputs, self._axes, keepdims=self.keepdims)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
-        """Return the shape of the result. Raises TypeError for something that is no shape, ValueError if it does not fit."""
+        """Return the shape of the result. Raises TypeError for no shape, ValueError for one that does not fit."""
         shape = one_shape(self._name, input_shape, range(self._spatial + 2, self._spatial + 3))
         sizes = [1 if axis in self._axes else size for axis, size in enumerate(shape)]
         return TensorShape(sizes if self.keepdims else [s for axis, s in enumerate(sizes) if axis not in self._axes])
@@ -239,7 +239,7 @@ class GlobalAveragePooling1D(_Global):
 
 
 class GlobalMaxPooling2D(_Global):
-    """The largest value over height and width: (n, h, w, c) to (n, c). Source: ``tf.keras.layers.GlobalMaxPooling2D``."""
+    """The maximum over height and width: (n, h, w, c) to (n, c). Source: ``tf.keras.layers.GlobalMaxPooling2D``."""
 
     _spatial, _reduce = 2, ops.max
 

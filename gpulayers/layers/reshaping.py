@@ -32,7 +32,7 @@ class FlattenMixin(CoreLayer):
         """Return (n, everything else); channels come last also if the input has them first."""
         shape = static_shape(inputs)
         if shape is None:
-            raise ShapeError(message(self._name, "the rank is unknown", do="Give the tensor a shape: t.set_shape(...)."))
+            raise ShapeError(message(self._name, "the rank is unknown", do="Call t.set_shape(...) on the tensor."))
         if not self._last and len(shape) > 2:
             inputs = ops.transpose(inputs, (0, *range(2, len(shape)), 1))
         return ops.reshape(inputs, (_batch(inputs, shape[0], exact=None in shape[1:]), _rest(shape)))
@@ -61,8 +61,8 @@ def _batch(x: Any, size: int | None, exact: bool) -> Any:
 class Flatten(FlattenMixin, Layer):
     """(n, ...) to (n, product of the others): ``gl.keras.layers.Flatten``.
 
-    `data_format`: with "channels_first" the channels, axis 1, are moved to the end before, so that what follows sees the
-    same order for both formats. (n,) becomes (n, 1). Source: ``tf.keras.layers.Flatten``.
+    `data_format`: with "channels_first" the channels, axis 1, are moved to the end before, so that what follows sees
+    the same order for both formats. (n,) becomes (n, 1). Source: ``tf.keras.layers.Flatten``.
 
     >>> import numpy as np, gpulayers as gl
     >>> gl.keras.layers.Flatten()(np.ones((2, 3, 4))).shape
@@ -119,7 +119,7 @@ class Reshape(Layer):
         return tuple(size // known if s == -1 else s for s in self.target_shape)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
-        """Return the shape of the result. Raises TypeError for something that is no shape, ValueError if it does not fit."""
+        """Return the shape of the result. Raises TypeError for no shape, ValueError for one that does not fit."""
         shape = one_shape(self._name, input_shape, range(1, 1 << 30))
         return TensorShape([shape[0], *(None if s == -1 else s for s in self._target(tuple(shape)))])
 
@@ -151,7 +151,7 @@ class Permute(Layer):
         return ops.transpose(inputs, (0, *self.dims))
 
     def compute_output_shape(self, input_shape: Any) -> Any:
-        """Return the shape of the result. Raises TypeError for something that is no shape, ValueError if it does not fit."""
+        """Return the shape of the result. Raises TypeError for no shape, ValueError for one that does not fit."""
         rank = len(self.dims) + 1
         shape = one_shape(self._name, input_shape, range(rank, rank + 1))
         return TensorShape([shape[axis] for axis in (0, *self.dims)])
