@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
+import json
+import os
 import re
 from typing import Any, NamedTuple
+
+from tests.kernels.emulation.build import cache_folder
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 
@@ -41,9 +46,24 @@ def _nvrtc() -> Any:
 
 
 def compile_for(text: str, name: str, architecture: int) -> Resources:
-    """Compile with the options that CuPy adds and return the resources of entry `name`; AssertionError with the log."""
-    nvrtc = _nvrtc()
+    """Compile with the options that CuPy adds and return the resources of entry `name`; AssertionError with the log.
+
+    Reports are kept by the hash of the text, the options and the compiler's version, so that only what changed is
+    compiled again.
+    """
     options = ("-std=c++17", f"-arch=sm_{architecture}", "--ptxas-options=-v", "-ftz=true")
+    key = "\n".join((text, name, *options, str(_nvrtc().getVersion())))
+    kept = cache_folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+    if not kept.exists():
+        report = _compile(text, name, options)
+        part = kept.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(report), encoding="utf-8")
+        part.replace(kept)
+    return Resources(*json.loads(kept.read_text(encoding="utf-8")))
+
+
+def _compile(text: str, name: str, options: tuple[str, ...]) -> Resources:
+    nvrtc = _nvrtc()
     program = nvrtc.createProgram(text, f"{name}.cu", (), ())
     try:
         try:
