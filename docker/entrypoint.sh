@@ -12,15 +12,15 @@ fi
 
 # On standard error, so that the output of a command stays its own.
 python - >&2 <<'PYTHON'
-from gpulayers import device
+from gpulayers.device import gpu_available, gpu_unavailable_reason
 
-if device.gpu_available():
+if gpu_available():
     from gpulayers._cupy import cupy
 
     properties = cupy().cuda.runtime.getDeviceProperties(0)
     print(f"gpulayers: GPU 0, {properties['name'].decode()}, {properties['totalGlobalMem'] >> 20} MiB")
 else:
-    print(f"gpulayers: no GPU, NumPy computes. {device.gpu_unavailable_reason()}")
+    print(f"gpulayers: no GPU, NumPy computes. {gpu_unavailable_reason()}")
 PYTHON
 
 case "${1:-}" in

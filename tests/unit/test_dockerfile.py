@@ -217,9 +217,12 @@ class CleanRoot:
         passed = ("PIP_", "SSL_CERT", "REQUESTS_CA", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
         self.environment |= {key: value for key, value in os.environ.items() if key.upper().startswith(passed)}
         for path in SHARED:
+            # Removed first: a link in the root would lead out of it, to the machine's own files.
             if Path(path).is_dir():
-                shutil.copytree(path, self.inside(path), dirs_exist_ok=True)
+                shutil.rmtree(self.inside(path), ignore_errors=True)
+                shutil.copytree(path, self.inside(path), ignore_dangling_symlinks=True)
             elif Path(path).is_file():
+                self.inside(path).unlink(missing_ok=True)
                 shutil.copy(path, self.inside(path))
         python = self.inside("/usr/local/bin/python")
         python.unlink(missing_ok=True)
@@ -277,21 +280,32 @@ def debian(tmp_path_factory):
         ["debootstrap", "--variant=minbase", include, "bookworm", folder], capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return folder
+    yield folder
+    shutil.rmtree(folder.parent)
+
+
+@pytest.fixture(scope="module")
+def built(debian, tmp_path_factory):
+    """Return the root of every stage after its instructions; gigabytes, so removed at once."""
+    roots: dict[str, CleanRoot] = {}
+    folder = tmp_path_factory.mktemp("stages")
+    try:
+        for stage in STAGES:
+            if stage.parent in roots:
+                roots[stage.name] = roots[stage.parent]
+            else:
+                copied = folder / stage.name
+                subprocess.run(["cp", "--archive", "--reflink=auto", debian, copied], check=True)
+                roots[stage.name] = CleanRoot(copied)
+            execute(stage, roots[stage.name], roots)
+        yield roots
+    finally:
+        shutil.rmtree(folder)
 
 
 @pytest.mark.slow
-def test_every_run_line_in_a_clean_root(debian, tmp_path_factory):
-    roots: dict[str, CleanRoot] = {}
-    for stage in STAGES:
-        if stage.parent in roots:
-            roots[stage.name] = roots[stage.parent]
-        else:
-            copied = tmp_path_factory.mktemp(stage.name) / "root"
-            subprocess.run(["cp", "--archive", "--reflink=auto", debian, copied], check=True)
-            roots[stage.name] = CleanRoot(copied)
-        execute(stage, roots[stage.name], roots)
-    root, home = roots["runtime"], {"HOME": "/home/gpulayers"}
+def test_every_run_line_in_a_clean_root(built):
+    root, home = built["runtime"], {"HOME": "/home/gpulayers"}
     enter = "gpulayers-entrypoint"
     assert root.run(f"{enter} id -un", "/home/gpulayers", "1000:1000", **home).strip() == "gpulayers"
     assert "cupy" in root.run(f"{enter} python -m pip list", "/home/gpulayers", "1000:1000", **home)

@@ -1,0 +1,64 @@
+"""GPU tests skip with a reason where CuPy imports and no device answers, and misspelt markers are errors."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpulayers.device import gpu_available
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(folder: Path, text: str, *arguments: str) -> tuple[int, str]:
+    """Run pytest with this project's settings on one file of its own."""
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    (folder / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "conftest.py", folder / "tests")
+    (folder / "tests" / "test_one.py").write_text(text)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, done.stdout
+
+
+@pytest.mark.skipif(gpu_available(), reason="a GPU answers here: the tests run instead")
+@pytest.mark.parametrize("marker", ["gpu", "multi_gpu"])
+def test_gpu_tests_skip_with_a_reason(tmp_path, marker):
+    text = f"import pytest\n@pytest.mark.{marker}\ndef test_on_gpu():\n    raise AssertionError\n"
+    for arguments in ([], ["-m", marker]):
+        folder = tmp_path / str(len(arguments))
+        folder.mkdir()
+        status, output = run(folder, text, *arguments)
+        assert status == 0 and "1 skipped" in output, output
+        assert "no GPU: CuPy" in output, output
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import pytest\n@pytest.mark.gqu\ndef test_one(): pass\n",
+        "import warnings\ndef test_one(): warnings.warn('any')\n",
+        "import pytest\n@pytest.mark.xfail\ndef test_one(): pass\n",
+    ],
+    ids=["unknown_marker", "warning", "unexpected_pass"],
+)
+def test_sloppiness_fails(tmp_path, text):
+    assert run(tmp_path, text)[0] != 0
+
+
+def test_slow_tests_run_when_asked(tmp_path):
+    text = "import pytest\n@pytest.mark.slow\ndef test_one(): pass\ndef test_two(): pass\n"
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    assert "1 passed, 1 deselected" in run(tmp_path / "a", text)[1]
+    assert "1 passed, 1 deselected" in run(tmp_path / "b", text, "-m", "slow")[1]
