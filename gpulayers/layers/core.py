@@ -6,7 +6,6 @@ made, whether sub-layers are tracked, and what happens around a call.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +17,7 @@ from gpulayers.device import asarray, current_device, device, is_array, kind_of
 from gpulayers.dtypes import Policy, TensorShape, as_dtype, is_floating
 from gpulayers.errors import DeviceError, LayerError, ShapeError, message
 from gpulayers.layers.books import LossBook, WeightBook, unique
-from gpulayers.layers.calling import call_context, learning_phase, signature_of
+from gpulayers.layers.calling import Signature, call_context, learning_phase, signature_of
 from gpulayers.layers.config_part import ConfigPart
 from gpulayers.layers.losses_part import LossesPart
 from gpulayers.layers.masks import mask_of, set_mask
@@ -26,8 +25,8 @@ from gpulayers.layers.nodes import CallNode, History, NodeBook
 from gpulayers.layers.nodes_part import NodesPart
 from gpulayers.layers.spec import check_inputs, check_spec_structure
 from gpulayers.layers.variables_part import VariablesPart
-from gpulayers.ops.operation import Recordable
-from gpulayers.trace import GraphTensor, active_graph, active_tapes, as_recorded, autocast
+from gpulayers.ops.operation import Recordable, state
+from gpulayers.trace import GraphTensor, active_graph, active_tapes, as_recorded, autocast, autocast_dtype
 from gpulayers.variables import Variable
 
 __all__ = ["CoreLayer"]
@@ -180,39 +179,48 @@ class CoreLayer(VariablesPart, LossesPart, NodesPart, ConfigPart):
         State written: variables at the first call; losses, metrics, and what `call` itself updates.
         Raises ValueError for inputs that do not fit `input_spec`, and if `call` returns None.
         """
-        inputs = self._convert(inputs)
-        symbolic = active_graph() is not None or _has_graph_tensor(inputs) or _has_graph_tensor((args, kwargs))
-        if active_tapes():
+        if state.recorders and active_tapes():
             inputs, args, kwargs = as_recorded(inputs), as_recorded(args), as_recorded(kwargs)
-        with self._around_call(inputs, kwargs, symbolic) as kwargs:
-            signature = signature_of(self.call)
-            self._settle_mask(signature, inputs, args, kwargs)
-            training = self._settle_training(signature, args, kwargs)
-            if self._input_spec is not None:
-                check_inputs(self._input_spec, inputs, self._name)
+        inputs = self._convert(inputs)
+        symbolic = (state.recorders > 0 and active_graph() is not None) or _has_graph_tensor(inputs, args, kwargs)
+        signature = signature_of(self.call)
+        around = self._around_call(signature, kwargs, symbolic)
+        if around is None:
+            return self._call_once(signature, inputs, args, kwargs, symbolic)
+        with around as kwargs:
+            return self._call_once(signature, inputs, args, kwargs, symbolic)
+
+    def _call_once(
+        self, signature: Signature, inputs: Any, args: tuple[Any, ...], kwargs: dict[str, Any], symbolic: bool
+    ) -> Any:
+        self._settle_mask(signature, inputs, args, kwargs)
+        context = call_context
+        saved = (context.depth, context.training, context.name_prefix)
+        training = self._settle_training(signature, args, kwargs)
+        if self._input_spec is not None:
+            check_inputs(self._input_spec, inputs, self._name)
+        if saved[0] == 0:
+            context.root = self
+            if not symbolic and self._books_with_losses:
+                self._forget_call_losses()
+        context.depth, context.training = saved[0] + 1, training
+        context.name_prefix = f"{saved[2]}{self._name}/"
+        try:
             if not self.built:
                 self._build_for(inputs)
-            context = call_context
-            saved = (context.depth, context.training)
-            if context.depth == 0:
-                context.root = self
-                if not symbolic:
-                    self._forget_call_losses()
-            context.depth, context.training = saved[0] + 1, training
-            try:
-                outputs = self._call_in_dtype(inputs, args, kwargs)
-            finally:
-                context.depth, context.training = saved
-            if outputs is None:
-                raise LayerError(
-                    message(self._name, "A layer's `call` method should return a tensor or a list of tensors, not None")
-                )
-            if self.activity_regularizer is not None:
-                self._add_activity_losses(inputs, outputs)
-            self._set_output_masks(inputs, kwargs.get("mask"), outputs)
-            if symbolic:
-                outputs = self._record_node(inputs, args, kwargs, outputs)
-            self._finish_call(symbolic)
+            outputs = self._call_in_dtype(inputs, args, kwargs)
+        finally:
+            context.depth, context.training, context.name_prefix = saved
+        if outputs is None:
+            raise LayerError(
+                message(self._name, "A layer's `call` method should return a tensor or a list of tensors, not None")
+            )
+        if self.activity_regularizer is not None:
+            self._add_activity_losses(inputs, outputs)
+        self._set_output_masks(inputs, kwargs.get("mask"), outputs)
+        if symbolic:
+            outputs = self._record_node(inputs, args, kwargs, outputs)
+            self._finish_call()
         return outputs
 
     def apply(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -221,14 +229,14 @@ class CoreLayer(VariablesPart, LossesPart, NodesPart, ConfigPart):
 
     def _convert(self, inputs: Any) -> Any:
         """Turn arrays and numbers into arrays of the layer's device; tensors and variables stay."""
+        if type(inputs) is np.ndarray and self._device.kind == "cpu":
+            return inputs
         if nest.is_nested(inputs):
             return nest.map_structure(self._convert_one, inputs)
         return self._convert_one(inputs)
 
     def _convert_one(self, value: Any) -> Any:
         if isinstance(value, Recordable) or value is None:
-            return value
-        if type(value) is np.ndarray and self._device.kind == "cpu":
             return value
         if is_array(value) and kind_of(value) not in ("cpu", self._device.kind):
             raise DeviceError(
@@ -276,7 +284,7 @@ class CoreLayer(VariablesPart, LossesPart, NodesPart, ConfigPart):
         if self._policy.compute_dtype is None and leaves and hasattr(leaves[0], "dtype"):
             self._policy = Policy(as_dtype(leaves[0].dtype).name)
         shapes = nest.map_structure(lambda x: TensorShape(x.shape) if hasattr(x, "shape") else None, inputs)
-        with device(self._device), self._around_build():
+        with device(self._device):
             self.build(shapes)
         self.built = True
         if self._initial_weights is not None:
@@ -286,10 +294,13 @@ class CoreLayer(VariablesPart, LossesPart, NodesPart, ConfigPart):
     def _call_in_dtype(self, inputs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run `call`, its first argument and its variables cast to the compute dtype where the family casts."""
         if not self._autocast or self._policy.compute_dtype is None:
-            with autocast(None) if call_context.depth > 1 else contextlib.nullcontext():
+            if autocast_dtype() is None:
+                return self.call(inputs, *args, **kwargs)
+            with autocast(None):
                 return self.call(inputs, *args, **kwargs)
         compute = as_dtype(self._policy.compute_dtype)
-        inputs = nest.map_structure(lambda x: _cast_floating(x, compute), inputs)
+        if type(inputs) is not np.ndarray or inputs.dtype != compute:
+            inputs = nest.map_structure(lambda x: _cast_floating(x, compute), inputs)
         if self._policy.variable_dtype == self._policy.compute_dtype and call_context.depth == 1:
             return self.call(inputs, *args, **kwargs)
         with autocast(compute):
@@ -331,12 +342,15 @@ class CoreLayer(VariablesPart, LossesPart, NodesPart, ConfigPart):
         return outputs
 
 
-def _has_graph_tensor(structure: Any) -> bool:
-    if isinstance(structure, GraphTensor):
-        return True
-    if isinstance(structure, list | tuple):
-        return any(_has_graph_tensor(v) for v in structure)
-    return isinstance(structure, dict) and any(_has_graph_tensor(v) for v in structure.values())
+def _has_graph_tensor(*structures: Any) -> bool:
+    for value in structures:
+        if isinstance(value, GraphTensor):
+            return True
+        if isinstance(value, dict):
+            value = tuple(value.values())
+        if isinstance(value, list | tuple) and _has_graph_tensor(*value):
+            return True
+    return False
 
 
 def _given_by_position(name: str, signature: Any, args: tuple[Any, ...]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ from gpulayers.device import Device
 from gpulayers.dtypes import Policy
 from gpulayers.errors import message
 from gpulayers.layers.books import LossBook, WeightBook
+from gpulayers.layers.calling import Signature
 from gpulayers.layers.naming import snake_case
 from gpulayers.layers.nodes import NodeBook
 
@@ -42,13 +42,9 @@ class LayerHooks:
         """Return the policy of a layer that was given no dtype."""
         return Policy("_infer")
 
-    def _around_call(self, inputs: Any, kwargs: dict[str, Any], symbolic: bool) -> Any:
-        """Return a context around the whole call; it yields the keywords to use."""
-        return contextlib.nullcontext(dict(kwargs))
-
-    def _around_build(self) -> Any:
-        """Return a context around `build`."""
-        return contextlib.nullcontext()
+    def _around_call(self, signature: Signature, kwargs: dict[str, Any], symbolic: bool) -> Any:
+        """Return a context around the call that yields the keywords to use, or None where nothing is needed."""
+        return None
 
     def _make_variable(self, **settings: Any) -> tuple[Any, bool]:
         """Make or share a variable; return it, and whether it is new."""
@@ -82,8 +78,8 @@ class LayerHooks:
         """Return outputs that may carry this layer's history."""
         return outputs
 
-    def _finish_call(self, symbolic: bool) -> None:
-        """Do what the family does after a call."""
+    def _finish_call(self) -> None:
+        """Do what the family does after a call that was recorded."""
 
     def _require_graph(self, what: str) -> None:
         """Raise where the family refuses `what` in eager mode."""

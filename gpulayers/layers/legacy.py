@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from gpulayers.errors import LayerError, StateError, message
-from gpulayers.layers.calling import signature_of
+from gpulayers.layers.calling import Signature
 from gpulayers.layers.core import CoreLayer
 from gpulayers.layers.naming import snake_case, unique_layer_name
-from gpulayers.scopes import VariableScope, find_variable, get_variable_scope, variable_scope
+from gpulayers.scopes import VariableScope, find_variable, variable_scope
 from gpulayers.trace import GraphKeys, active_graph
 from gpulayers.trace.graph import check_scope_name
 
@@ -106,12 +106,18 @@ class LegacyLayer(CoreLayer):
             with graph.name_scope(prefix) if graph is not None and prefix else contextlib.nullcontext():
                 yield current
 
+    def _around_call(self, signature: Signature, kwargs: dict[str, Any], symbolic: bool) -> Any:
+        if self.built and not symbolic and not signature.scope and self._scope is not None:
+            kwargs.pop("scope", None)
+            return None  # names and sharing are settled; opening the scope would change nothing
+        return self._in_scope(signature, kwargs)
+
     @contextlib.contextmanager
-    def _around_call(self, inputs: Any, kwargs: dict[str, Any], symbolic: bool) -> Iterator[dict[str, Any]]:
+    def _in_scope(self, signature: Signature, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
         kwargs = dict(kwargs)
         self._settle_scope(kwargs.pop("scope", None))
         with self._opened() as current:
-            if signature_of(self.call).scope:
+            if signature.scope:
                 kwargs["scope"] = current
             yield kwargs
 
@@ -131,8 +137,6 @@ class LegacyLayer(CoreLayer):
         autocast = settings.pop("autocast")
         with self._opened() as current:
             before = find_variable(f"{current.name}/{settings['name']}")
-            if settings["partitioner"] is None:
-                settings["partitioner"] = get_variable_scope().partitioner
             variable = current.get_variable(**settings, experimental_autocast=autocast)
         return variable, variable is not before
 
@@ -149,7 +153,7 @@ class LegacyLayer(CoreLayer):
         if graph is not None:
             graph.add_to_collection(GraphKeys.REGULARIZATION_LOSSES, loss)
 
-    def _finish_call(self, symbolic: bool) -> None:
+    def _finish_call(self) -> None:
         graph = active_graph()
         if graph is None:
             return

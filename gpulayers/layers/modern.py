@@ -9,7 +9,7 @@ from typing import Any
 from gpulayers import nest, ops
 from gpulayers.dtypes import Policy, global_policy
 from gpulayers.errors import LayerError, message
-from gpulayers.layers.calling import call_context
+from gpulayers.layers.calling import Signature, call_context
 from gpulayers.layers.core import CoreLayer, children_of, variables_in
 from gpulayers.layers.masks import mask_of, set_mask
 from gpulayers.layers.naming import snake_case, unique_layer_name
@@ -56,22 +56,16 @@ class Layer(CoreLayer):
     def _default_policy(self) -> Policy:
         return global_policy()
 
+    def _around_call(self, signature: Signature, kwargs: dict[str, Any], symbolic: bool) -> Any:
+        return self._in_name_scope(kwargs) if symbolic else None
+
     @contextlib.contextmanager
-    def _around_call(self, inputs: Any, kwargs: dict[str, Any], symbolic: bool) -> Iterator[dict[str, Any]]:
-        before = call_context.name_prefix
-        call_context.name_prefix = f"{before}{self._name}/"
-        if symbolic and self._dynamic:
+    def _in_name_scope(self, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        if self._dynamic:
             self._refuse_dynamic()
-        try:
-            if not symbolic:
-                yield dict(kwargs)
-                return
-            graph = active_graph() or symbolic_graph()
-            check_scope_name(self._name)
-            with graph.name_scope(self._name):
-                yield dict(kwargs)
-        finally:
-            call_context.name_prefix = before
+        check_scope_name(self._name)
+        with (active_graph() or symbolic_graph()).name_scope(self._name):
+            yield kwargs
 
     def _refuse_dynamic(self) -> None:
         if type(self).compute_output_shape is CoreLayer.compute_output_shape:
@@ -92,7 +86,7 @@ class Layer(CoreLayer):
             "autocast": settings["autocast"],
             "unique_name": False,
         }
-        if settings["partitioner"] is None:
+        if not settings["partitioner"]:
             initial = initial_value_maker(settings["initializer"], tuple(shape), dtype)
             return Variable(initial, name=name, shape=shape, **common), True
         counts = partition_counts(settings["partitioner"], shape, dtype)

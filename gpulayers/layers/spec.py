@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from gpulayers import nest
 from gpulayers.dtypes import TensorShape, dtype_name
@@ -79,6 +82,11 @@ def check_inputs(specs: Any, inputs: Any, layer_name: str) -> None:
 
     Raises TypeError for an input without a shape. An input of unknown rank ends the check.
     """
+    if type(specs) is InputSpec and type(inputs) is np.ndarray:
+        problem = _mismatch(specs, inputs.shape, inputs.dtype)
+        if problem:
+            raise ShapeError(f"Input 0 of layer {layer_name} is incompatible with the layer: {problem}")
+        return
     flat_specs = nest.flatten(specs)
     if isinstance(inputs, dict) and all(s is not None and s.name is not None for s in flat_specs):
         missing = [s.name for s in flat_specs if s.name not in inputs]
@@ -106,16 +114,15 @@ def check_inputs(specs: Any, inputs: Any, layer_name: str) -> None:
             raise ShapeError(f"Input {index} of layer {layer_name} is incompatible with the layer: {problem}")
 
 
-def _mismatch(spec: InputSpec, shape: list[int | None], dtype: Any) -> str:
+def _mismatch(spec: InputSpec, shape: Sequence[int | None], dtype: Any) -> str:
     """Return what does not fit, or an empty string."""
-    full = f"Full shape received:{shape}"
     rank = len(shape)
     if spec.ndim is not None and not spec.allow_last_axis_squeeze and rank != spec.ndim:
-        return f"expected ndim={spec.ndim}, found ndim={rank}. {full}"
+        return f"expected ndim={spec.ndim}, found ndim={rank}. Full shape received:{list(shape)}"
     if spec.max_ndim is not None and rank > spec.max_ndim:
         return f"expected max_ndim={spec.max_ndim}, found ndim={rank}"
     if spec.min_ndim is not None and rank < spec.min_ndim:
-        return f"expected min_ndim={spec.min_ndim}, found ndim={rank}. {full}"
+        return f"expected min_ndim={spec.min_ndim}, found ndim={rank}. Full shape received:{list(shape)}"
     if spec.dtype is not None and dtype_name(dtype) != spec.dtype:
         return f"expected dtype={spec.dtype}, found dtype={dtype_name(dtype)}"
     for axis, size in spec.axes.items():

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gpulayers.ops.operation import Operation, cast_operation, set_dispatcher
+from gpulayers.ops.operation import Operation, Recordable, cast_operation, set_dispatcher, state
 from gpulayers.trace.graph import active_graph
 from gpulayers.trace.stored import CompositeValue, StoredValue
 from gpulayers.trace.tape import active_tapes, record_on_tapes
@@ -51,6 +51,8 @@ def _resolve(value: Any) -> Any:
 
 def dispatch(operation: Operation, inputs: tuple[Any, ...], attributes: dict[str, Any]) -> Any:
     """Record or run one call."""
+    if not state.recorders and not any(isinstance(value, GraphTensor) for value in inputs):
+        return operation.run([as_value(value) for value in inputs], attributes)
     if operation is not cast_operation:
         inputs = tuple(_resolve(value) for value in inputs)
     for value in inputs:
@@ -66,12 +68,16 @@ def dispatch(operation: Operation, inputs: tuple[Any, ...], attributes: dict[str
 
 
 def as_value(value: Any) -> Any:
-    """Return the array of a recorded tensor or variable; anything else as it is."""
-    if isinstance(value, CompositeValue):
-        value = value.as_tensor()
+    """Return the array of a recorded tensor or variable, as it is read now; anything else as it is."""
+    if not isinstance(value, Recordable):
+        return value
+    if isinstance(value, StoredValue):
+        array = value.read()
+        cast = _autocast.dtype if value.autocast else None
+        return array if cast is None or cast == array.dtype else array.astype(cast)
     if isinstance(value, RecordedTensor):
         return value._value
-    return value.read() if isinstance(value, StoredValue) else value
+    return as_value(value.as_tensor()) if isinstance(value, CompositeValue) else value
 
 
 set_dispatcher(dispatch)
