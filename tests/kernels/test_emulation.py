@@ -10,6 +10,7 @@ import pytest
 from gpulayers.launch import Kernel, register_launcher, workspace
 from tests.kernels.emulation import SMALL, EmulatedLauncher, EmulationError
 from tests.kernels.emulation.build import compiler
+from tests.kernels.nvrtc import unusable_reason
 from tests.kernels.strict_array import launcher, xp
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++")
@@ -259,6 +260,16 @@ def test_waiting_for_blocks_that_are_not_resident_is_caught(using):
     using(device=SMALL)
     with pytest.raises(EmulationError, match="only 64 fit"):
         run_grid_sum(BARRIER, blocks=65)
+
+
+@pytest.mark.skipif(bool(unusable_reason()), reason=unusable_reason() or "NVRTC is there")
+def test_residency_can_follow_the_resource_report():
+    summing = kernel("gl_grid_sum", GRID_SUM, GRID_ARGUMENTS, defines={"BETWEEN": [BARRIER]})
+    specialisation = summing.specialise({"BETWEEN": BARRIER})
+    by_report, few = EmulatedLauncher(registers=None), EmulatedLauncher(registers=255)
+    assert by_report.resident_blocks(specialisation, 64, 0) == 32  # a small kernel: the limit of blocks
+    assert few.resident_blocks(specialisation, 256, 0) == 1
+    assert by_report.resident_blocks(specialisation, 64, 100 * 1024) == 2
 
 
 def test_a_counter_left_behind_is_caught():

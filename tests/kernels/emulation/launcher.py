@@ -14,6 +14,7 @@ import numpy as np
 
 from gpulayers.launch import DeviceProperties, Specialisation
 from tests.kernels.emulation.build import build
+from tests.kernels.nvrtc import compile_for
 
 H200_LIKE = DeviceProperties(
     name="emulated H200",
@@ -67,17 +68,18 @@ class EmulatedLauncher:
 
     Parameters: `device`, what planning code sees; `build`, one of ``"fibers"`` (in this process), ``"address"``
     (Address- and UndefinedBehaviorSanitizer) and ``"threads"`` (ThreadSanitizer), both as programs of their own;
-    `registers` per thread, for the number of resident blocks; `runs`, (order, poison byte, blocks alive at a time) of
-    each run. All runs must write the same bits, leave const arrays alone and the counters zero.
+    `registers` per thread, for the number of resident blocks (None: what NVRTC reports for the emulated GPU); `runs`,
+    (order, poison byte, blocks alive at a time) of each run. All runs must write the same bits, leave const arrays
+    alone and the counters zero.
 
-    `launches` counts launches by kernel name; `record` holds (specialisation, grid, block, shared) of each.
+    `record` holds (specialisation, grid, block, shared) of each launch.
     """
 
     def __init__(
         self,
         device: DeviceProperties = H200_LIKE,
         build: str = "fibers",
-        registers: int = 64,
+        registers: int | None = 64,
         runs: tuple[tuple[int, int, int], ...] = ((FORWARD, 0xFF, 1), (SHUFFLED, 0x5A, 3), (REVERSE, 0xFF, 2)),
     ) -> None:
         self.device, self.build, self.registers, self.runs = device, build, registers, runs
@@ -111,8 +113,12 @@ class EmulatedLauncher:
     def resident_blocks(self, specialisation: Specialisation, threads: int, shared: int) -> int:
         """Return how many blocks one multiprocessor holds: by threads, registers and shared memory."""
         device, warps = self.device, (threads + 31) // 32
-        by_registers = device.registers_per_multiprocessor // (warps * 32 * self.registers)
-        by_shared = device.shared_per_multiprocessor // (shared + 1024)
+        registers, static = self.registers, 0
+        if registers is None:
+            report = compile_for(specialisation.text, specialisation.name, device.compute_capability)
+            registers, static = -(-report.registers // 8) * 8, report.shared  # given out in eights
+        by_registers = device.registers_per_multiprocessor // (warps * 32 * registers)
+        by_shared = device.shared_per_multiprocessor // (shared + static + 1024)
         return max(0, min(device.threads_per_multiprocessor // (warps * 32), by_registers, by_shared, 32))
 
     def launch(

@@ -1,0 +1,22 @@
+"""Kernel tests run on the emulated device, and on a GPU where there is one (``-m gpu``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+def arrays(request: pytest.FixtureRequest) -> Any:
+    """Return the array module to test with; its arrays have ``get()``."""
+    if request.param == "gpu":
+        from gpulayers import _cupy
+
+        return _cupy.cupy()
+    from tests.kernels.emulation.build import compiler
+    from tests.kernels.strict_array import xp
+
+    if compiler() is None:
+        pytest.skip("needs g++")
+    return xp
