@@ -10,7 +10,7 @@ import os
 import re
 from typing import Any, NamedTuple
 
-from tests.kernels.emulation.build import cache_folder
+from tests.kernels.cache import cache_folder
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 

@@ -8,10 +8,10 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 from gpulayers.launch import Specialisation
+from tests.kernels.cache import cache_folder
 
 FOLDER = Path(__file__).resolve().parent
 COMMON = ("-std=c++17", "-g1", "-fno-strict-aliasing", "-ffp-contract=off", "-Wno-unknown-pragmas", "-w")
@@ -26,15 +26,6 @@ BUILDS = {
 
 class BuildError(Exception):
     """g++ refused a kernel; the text is the compiler's."""
-
-
-@functools.cache
-def cache_folder() -> Path:
-    """Return the folder of compiled kernels: GPULAYERS_EMULATION_CACHE, or one per user among the temporary files."""
-    default = Path(tempfile.gettempdir()) / f"gpulayers-emulation-{os.getuid()}"
-    folder = Path(os.environ.get("GPULAYERS_EMULATION_CACHE") or default)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def compiler() -> str | None:
