@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from gpulayers import ops, serialization
 from gpulayers.errors import message
 
@@ -42,6 +40,7 @@ class Constraint:
 class MaxNorm(Constraint):
     """``w * clip(n, 0, max_value) / (eps + n)`` with the norms ``n`` along `axis`. Source: ``tf.keras.constraints.MaxNorm``.
 
+    >>> import numpy as np
     >>> MaxNorm(1.0)(np.array([[3.0, 0.3], [4.0, 0.4]])).round(6)
     array([[0.6, 0.3],
            [0.8, 0.4]])
@@ -63,6 +62,7 @@ class MaxNorm(Constraint):
 class NonNeg(Constraint):
     """``w * (w >= 0)``. Source: ``tf.keras.constraints.NonNeg``.
 
+    >>> import numpy as np
     >>> NonNeg()(np.array([-1.0, 2.0])) + 0.0
     array([0., 2.])
     """
@@ -75,6 +75,7 @@ class NonNeg(Constraint):
 class UnitNorm(Constraint):
     """``w / (eps + n)`` with the norms ``n`` along `axis`. Source: ``tf.keras.constraints.UnitNorm``.
 
+    >>> import numpy as np
     >>> UnitNorm()(np.array([3.0, 4.0])).round(6)
     array([0.6, 0.8])
     """
@@ -96,6 +97,7 @@ class MinMaxNorm(Constraint):
 
     `rate` 1 enforces the limits in one step, less moves towards them. Source: ``tf.keras.constraints.MinMaxNorm``.
 
+    >>> import numpy as np
     >>> MinMaxNorm(min_value=1.0, max_value=2.0)(np.array([3.0, 4.0])).round(6)
     array([1.2, 1.6])
     """
