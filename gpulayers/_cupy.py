@@ -13,7 +13,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-__all__ = ["cupy", "installed", "is_device_array", "unusable_reason"]
+__all__ = ["cublas", "cupy", "installed", "is_device_array", "unusable_reason"]
 
 
 @functools.cache
@@ -58,6 +58,13 @@ def unusable_reason() -> str:
         text = " ".join(str(error).split())
         return f"CuPy {module.__version__} is installed, but no GPU answers ({type(error).__name__}: {text})."
     return ""
+
+
+def cublas(module: Any) -> ModuleType | None:
+    """Return the module with cuBLAS's own products for arrays of `module`: ``cupy.cublas``, None for other modules."""
+    if module is sys.modules.get("cupy"):
+        return importlib.import_module("cupy.cublas")
+    return getattr(module, "cublas", None)
 
 
 def is_device_array(value: Any) -> bool:
