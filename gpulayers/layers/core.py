@@ -20,7 +20,7 @@ from gpulayers.layers.books import LossBook, WeightBook, unique
 from gpulayers.layers.calling import Signature, call_context, learning_phase, signature_of
 from gpulayers.layers.config_part import ConfigPart
 from gpulayers.layers.losses_part import LossesPart
-from gpulayers.layers.masks import mask_of, set_mask
+from gpulayers.layers.masks import mask_of, masks_of, set_mask
 from gpulayers.layers.nodes import CallNode, History, NodeBook
 from gpulayers.layers.nodes_part import NodesPart
 from gpulayers.layers.spec import check_inputs, check_spec_structure
@@ -321,9 +321,9 @@ class CoreLayer(VariablesPart, LossesPart, NodesPart, ConfigPart):
         overridden = type(self).compute_mask is not CoreLayer.compute_mask
         if not (self.supports_masking or overridden):
             return
-        if mask is None and not nest.is_nested(inputs):
-            mask = mask_of(inputs)
-        if mask is None and not overridden:
+        if mask is None:
+            mask = masks_of(inputs)
+        if not overridden and all(one is None for one in nest.flatten(mask)):
             return
         result = self.compute_mask(inputs, mask)
         flat_outputs, flat_masks = nest.flatten(outputs), nest.flatten(result)
