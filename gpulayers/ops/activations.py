@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gpulayers.errors import message
-from gpulayers.ops.arithmetic import absolute, clip, exp, greater, less, logical_and, square, tanh, where
+from gpulayers.ops.arithmetic import absolute, add, clip, exp, greater, less, logical_and, multiply, square, tanh, where
 from gpulayers.ops.operation import Operation, Spec, elementwise, result_dtype
 from gpulayers.ops.reductions import sum
 from gpulayers.ops.shaping import identity
@@ -156,12 +156,12 @@ def selu(x: Any) -> Any:
 
     Source: Klambauer et al., Self-Normalizing Neural Networks (2017), equation 14.
     """
-    return elu(x, 1.6732632423543772) * 1.0507009873554805
+    return multiply(elu(x, 1.6732632423543772), 1.0507009873554805)
 
 
 def hard_sigmoid(x: Any) -> Any:
     """Return `0.2 x + 0.5` limited to [0, 1]: what Keras 2 calls hard_sigmoid."""
-    return clip(x * 0.2 + 0.5, 0.0, 1.0)
+    return clip(add(multiply(x, 0.2), 0.5), 0.0, 1.0)
 
 
 def gelu(x: Any, approximate: bool = False) -> Any:
@@ -170,8 +170,10 @@ def gelu(x: Any, approximate: bool = False) -> Any:
     Source: Hendrycks and Gimpel, Gaussian Error Linear Units (2016), section 2.
     """
     if approximate:
-        return x * 0.5 * (tanh((x + x * x * x * 0.044715) * float(np.sqrt(2 / np.pi))) + 1)
-    return x * 0.5 * (erf(x * float(np.sqrt(0.5))) + 1)
+        shape = tanh(multiply(add(x, multiply(x * x * x, 0.044715)), float(np.sqrt(2 / np.pi))))
+    else:
+        shape = erf(multiply(x, float(np.sqrt(0.5))))
+    return multiply(x, 0.5) * add(shape, 1)
 
 
 def silu(x: Any) -> Any:

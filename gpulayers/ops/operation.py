@@ -16,7 +16,7 @@ import numpy as np
 
 from gpulayers.device import array_module, asarray, is_array, kind_of
 from gpulayers.dtypes import broadcast_static_shape
-from gpulayers.errors import DeviceError, GradientError, message
+from gpulayers.errors import DeviceError, DTypeError, GradientError, ShapeError, message
 
 __all__ = [
     "OPERATIONS",
@@ -28,6 +28,7 @@ __all__ = [
     "broadcast_like",
     "cast_operation",
     "elementwise",
+    "explained",
     "like_first",
     "match",
     "result_dtype",
@@ -146,6 +147,7 @@ class Operation:
         OPERATIONS[name] = self
 
     def __call__(self, *inputs: Any, **attributes: Any) -> Any:
+        """Compute, or record where something records."""
         if state.recorders:
             return _dispatch(self, inputs, attributes)
         for value in inputs:
@@ -159,11 +161,14 @@ class Operation:
     def run(self, inputs: Sequence[Any], attributes: dict[str, Any]) -> Any:
         """Compute on arrays and numbers; nothing is recorded."""
         xp, arrays = as_arrays(self.name, inputs)
-        if xp is np:
-            result = self.forward(np, *arrays, **attributes)
-            return np.asarray(result) if isinstance(result, np.generic) else result
-        body = self.forward if self.kernel is None else self.kernel
-        return body(xp, *arrays, **attributes)
+        body = self.forward if xp is np or self.kernel is None else self.kernel
+        try:
+            result = body(xp, *arrays, **attributes)
+        except (IndexError, TypeError, ValueError) as error:
+            if type(error).__module__ == ShapeError.__module__:
+                raise  # says already what is wrong
+            raise explained(self.name, error, arrays) from error
+        return np.asarray(result) if isinstance(result, np.generic) else result
 
     def backward(self, context: GradientContext, cotangents: Sequence[Any]) -> Sequence[Any]:
         """Return one gradient (or None) for each input, given the cotangent (or None) of each output."""
@@ -174,15 +179,25 @@ class Operation:
             )
         if callable(rule):
             result = rule(context, *cotangents)
-            return result if isinstance(result, tuple) else (result,)
+            found = result if isinstance(result, tuple) else (result,)
+            return [_in_dtype_of(x, gradient) for gradient, x in zip(found, context.inputs, strict=False)]
         gradients = []
         for index, needed in enumerate(context.needs):
             one = rule[min(index, len(rule) - 1)] if needed else None
             gradient = None if one is None else one(context, cotangents[0])
             if gradient is not None and self.broadcasts:
                 gradient = match(gradient, context.inputs[index])
-            gradients.append(gradient)
+            gradients.append(_in_dtype_of(context.inputs[index], gradient))
         return gradients
+
+
+def explained(name: str, error: Exception, arrays: Sequence[Any]) -> Exception:
+    """Return the array module's `error` in the form and as a type of ours, saying what was given."""
+    given = ", ".join(f"{a.dtype}{list(a.shape)}" if hasattr(a, "dtype") else repr(a) for a in arrays)
+    text = message(name, " ".join(str(error).split()).rstrip(".") or type(error).__name__, got=given or "no arrays")
+    if isinstance(error, ValueError):
+        return ShapeError(text)
+    return DTypeError(text) if isinstance(error, TypeError) else IndexError(text)
 
 
 _NUMBERS = (bool, int, float, complex)
@@ -190,16 +205,18 @@ _NUMBERS = (bool, int, float, complex)
 
 def as_arrays(name: str, inputs: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
     """Return the array module of `inputs` and the inputs as its arrays; numbers beside an array stay numbers."""
-    plain = False
+    plain = numbers = False
     for value in inputs:
         kind = type(value)
         if kind is np.ndarray:
             plain = True
-        elif kind not in _NUMBERS:
+        elif kind in _NUMBERS:
+            numbers = True
+        else:
             break
     else:
         if plain or not inputs:
-            return np, inputs
+            return np, _beside_bfloat16(inputs) if numbers else inputs
     xp = array_module(*inputs)
     if not any(is_array(value) for value in inputs):
         converted = [asarray(value) for value in inputs]
@@ -217,7 +234,15 @@ def as_arrays(name: str, inputs: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
             arrays.append(np.asarray(asarray(value, device="cpu")))
         else:
             arrays.append(xp.asarray(value if is_array(value) else asarray(value, device="cpu")))
-    return xp, arrays
+    return xp, _beside_bfloat16(arrays) if xp is np else arrays
+
+
+def _beside_bfloat16(inputs: Sequence[Any]) -> Sequence[Any]:
+    """Return numbers beside a bfloat16 array in its dtype: NumPy would promote such dtypes, which it does not own."""
+    dtype = next((v.dtype for v in inputs if type(v) is np.ndarray and v.dtype.kind == "V"), None)
+    if dtype is None:
+        return inputs
+    return [np.asarray(value, dtype) if type(value) in (int, float) else value for value in inputs]
 
 
 # --- shape rules that most operations share ---------------------------------------------------------------------------
@@ -225,15 +250,15 @@ def as_arrays(name: str, inputs: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
 
 def _probe(spec: Spec, size: int) -> Any:
     """A tiny stand-in for a value: all sizes `size`, right dtype; Python numbers as themselves."""
-    if isinstance(spec.dtype, type):
-        return spec.dtype(1)
+    if isinstance(spec.dtype, type):  # a Python number's spec has its Python type
+        return spec.dtype(1)  # type: ignore[operator]
     return np.ones((size,) * len(spec.shape or ()), spec.dtype)
 
 
 def result_dtype(forward: Callable[..., Any], specs: Sequence[Spec], **attributes: Any) -> np.dtype:
     """Return the dtype `forward` gives, by calling it on arrays of size one: the promotion rules are NumPy's own."""
     with np.errstate(all="ignore"):
-        return np.asarray(forward(np, *(_probe(s, 1) for s in specs), **attributes)).dtype
+        return np.asarray(forward(np, *_beside_bfloat16([_probe(s, 1) for s in specs]), **attributes)).dtype
 
 
 def elementwise(forward: Callable[..., Any]) -> Callable[..., Spec]:
@@ -278,7 +303,7 @@ _sum_to_operation = Operation(
     spec=lambda g, like: Spec(like.shape, g.dtype),
     gradient=(lambda c, g: broadcast_like(g, c.inputs[0]), None),
 )
-broadcast_like = Operation(
+broadcast_like: Operation = Operation(
     "broadcast_like",
     _broadcast_like,
     spec=lambda g, like: Spec(like.shape, g.dtype),
@@ -299,7 +324,7 @@ def _cast(xp: Any, x: Any, *, dtype: np.dtype) -> Any:
     return xp.asarray(x, dtype=dtype) if isinstance(x, _NUMBERS) else x.astype(dtype, copy=False)
 
 
-cast_operation = Operation(
+cast_operation: Operation = Operation(
     "cast",
     _cast,
     spec=lambda x, dtype: Spec(x.shape, dtype),
@@ -307,12 +332,16 @@ cast_operation = Operation(
 )
 
 
+def _in_dtype_of(like: Any, gradient: Any) -> Any:
+    dtype = getattr(like, "dtype", None)
+    if gradient is None or dtype is None or gradient.dtype == dtype:
+        return gradient
+    return cast_operation(gradient, dtype=dtype)
+
+
 def match(gradient: Any, like: Any) -> Any:
     """Return a gradient with the shape and dtype of the value it belongs to, `like`."""
-    dtype = getattr(like, "dtype", None)
-    if dtype is not None and gradient.dtype != dtype:
-        gradient = cast_operation(gradient, dtype=dtype)
-    return sum_to_like(gradient, like)
+    return sum_to_like(_in_dtype_of(like, gradient), like)
 
 
 def _same_known_shape(a: Any, b: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -135,7 +135,14 @@ case("remainder", ops.remainder, np.remainder, np.array([5.3, -1.2, 0.4]), np.ar
 for _name in ("equal", "not_equal", "less", "less_equal", "greater", "greater_equal"):
     case(_name, getattr(ops, _name), getattr(np, _name), np.array([1.0, 2.0, 3.0]), np.array([2.0]), first=False)
 for _name in ("logical_and", "logical_or", "logical_xor"):
-    case(_name, getattr(ops, _name), getattr(np, _name), np.array([True, False]), np.array([[True], [False]]), first=False)
+    case(
+        _name,
+        getattr(ops, _name),
+        getattr(np, _name),
+        np.array([True, False]),
+        np.array([[True], [False]]),
+        first=False,
+    )
 case("logical_not", ops.logical_not, np.logical_not, np.array([True, False]), first=False)
 for _name in ("isnan", "isinf", "isfinite"):
     case(_name, getattr(ops, _name), getattr(np, _name), np.array([1.0, np.nan, np.inf, -np.inf]), first=False)
@@ -163,11 +170,23 @@ case("sum", lambda x: ops.sum(x, 0), lambda x: np.sum(x, 0), strided(3, 4), note
 case("sum", lambda x: ops.sum(x, 0), lambda x: np.sum(x, 0), np.arange(6, dtype=np.int32).reshape(2, 3), first=False)
 case("mean", lambda x: ops.mean(x, 0), lambda x: np.mean(x, 0), np.arange(6).reshape(2, 3), first=False, note="-int")
 case("prod", lambda x: ops.prod(x, 1), lambda x: np.prod(x, 1), normal(0, 3), note="-empty")
-case("prod", lambda x: ops.prod(x, 1), lambda x: np.prod(x, 1), np.array([[2.0, 0.0, 3.0], [0.0, 0.0, 1.0]]), second=False)
+case(
+    "prod",
+    lambda x: ops.prod(x, 1),
+    lambda x: np.prod(x, 1),
+    np.array([[2.0, 0.0, 3.0], [0.0, 0.0, 1.0]]),
+    second=False,
+)
 case("var", lambda x: ops.var(x, 0, ddof=1), lambda x: np.var(x, 0, ddof=1), normal(4, 2), note="-ddof")
 case("std", lambda x: ops.std(x, 0, ddof=1), lambda x: np.std(x, 0, ddof=1), normal(4, 2), note="-ddof")
 for _name in ("all", "any"):
-    case(_name, lambda x, f=getattr(ops, _name): f(x, 0), lambda x, f=getattr(np, _name): f(x, 0), normal(2, 3) > 0, first=False)
+    case(
+        _name,
+        lambda x, f=getattr(ops, _name): f(x, 0),
+        lambda x, f=getattr(np, _name): f(x, 0),
+        normal(2, 3) > 0,
+        first=False,
+    )
 for _name in ("argmax", "argmin"):
     for _axis in (None, 1, -2):
         case(
@@ -180,7 +199,13 @@ for _name in ("argmax", "argmin"):
         )
 case("count_nonzero", lambda x: ops.count_nonzero(x, 1), lambda x: np.count_nonzero(x, 1), np.eye(3), first=False)
 for _axis in (None, 0, -1):
-    case("cumsum", lambda x, a=_axis: ops.cumsum(x, a), lambda x, a=_axis: np.cumsum(x, a), normal(2, 3), note=f"[{_axis}]")
+    case(
+        "cumsum",
+        lambda x, a=_axis: ops.cumsum(x, a),
+        lambda x, a=_axis: np.cumsum(x, a),
+        normal(2, 3),
+        note=f"[{_axis}]",
+    )
 for _axis in (0, -1):
     case("softmax", lambda x, a=_axis: ops.softmax(x, a), lambda x, a=_axis: scipy.special.softmax(x, a), normal(3, 4))
     case(
@@ -203,7 +228,12 @@ for _note, _call, _truth, _x in [
     ("transpose", ops.transpose, np.transpose, normal(2, 3, 4)),
     ("transpose-axes", lambda x: ops.transpose(x, (1, -1, 0)), lambda x: np.transpose(x, (1, -1, 0)), normal(2, 3, 4)),
     ("swapaxes", lambda x: ops.swapaxes(x, 0, -1), lambda x: np.swapaxes(x, 0, -1), normal(2, 3, 4)),
-    ("moveaxis", lambda x: ops.moveaxis(x, (0, 1), (-1, 0)), lambda x: np.moveaxis(x, (0, 1), (-1, 0)), normal(2, 3, 4)),
+    (
+        "moveaxis",
+        lambda x: ops.moveaxis(x, (0, 1), (-1, 0)),
+        lambda x: np.moveaxis(x, (0, 1), (-1, 0)),
+        normal(2, 3, 4),
+    ),
     ("expand_dims", lambda x: ops.expand_dims(x, (0, -1)), lambda x: np.expand_dims(x, (0, -1)), normal(2, 3)),
     ("squeeze", ops.squeeze, np.squeeze, normal(1, 3, 1)),
     ("squeeze-axis", lambda x: ops.squeeze(x, -1), lambda x: np.squeeze(x, -1), normal(1, 3, 1)),
@@ -231,8 +261,22 @@ for _note, _call, _truth, _x in [
 ]:
     case(_note, _call, _truth, _x)
 case("stop_gradient", ops.stop_gradient, lambda x: x, normal(3), first=False)
-case("concatenate", lambda *a: ops.concatenate(a, -1), lambda *a: np.concatenate(a, -1), normal(2, 3), normal(2, 0), normal(2, 1))
-case("concatenate", lambda *a: ops.concatenate(a, None), lambda *a: np.concatenate(a, None), normal(2, 3), normal(1), note="-flat")
+case(
+    "concatenate",
+    lambda *a: ops.concatenate(a, -1),
+    lambda *a: np.concatenate(a, -1),
+    normal(2, 3),
+    normal(2, 0),
+    normal(2, 1),
+)
+case(
+    "concatenate",
+    lambda *a: ops.concatenate(a, None),
+    lambda *a: np.concatenate(a, None),
+    normal(2, 3),
+    normal(1),
+    note="-flat",
+)
 case("stack", lambda *a: ops.stack(a, 1), lambda *a: np.stack(a, 1), normal(2, 3), strided(2, 3))
 case("shape", ops.shape_of, lambda x: np.array(x.shape, np.int32), normal(2, 3), first=False)
 case("size", ops.size, lambda x: np.array(x.size, np.int32), normal(2, 3), first=False)
@@ -253,9 +297,31 @@ case(
     normal(2, 3),
     static=False,
 )
-case("dynamic_range", lambda x: ops.arange(ops.size(x)), lambda x: np.arange(x.size, dtype=np.int32), normal(2, 3), first=False, static=False)
-case("zeros", lambda x: ops.zeros(ops.shape_of(x), "float64"), np.zeros_like, normal(2, 3), first=False, static=False, note="-dynamic")
-case("ones", lambda x: ops.ones((ops.shape_of(x)[0], 2), "float64"), lambda x: np.ones((2, 2)), normal(2, 3), first=False, static=False)
+case(
+    "dynamic_range",
+    lambda x: ops.arange(ops.size(x)),
+    lambda x: np.arange(x.size, dtype=np.int32),
+    normal(2, 3),
+    first=False,
+    static=False,
+)
+case(
+    "zeros",
+    lambda x: ops.zeros(ops.shape_of(x), "float64"),
+    np.zeros_like,
+    normal(2, 3),
+    first=False,
+    static=False,
+    note="-dynamic",
+)
+case(
+    "ones",
+    lambda x: ops.ones((ops.shape_of(x)[0], 2), "float64"),
+    lambda x: np.ones((2, 2)),
+    normal(2, 3),
+    first=False,
+    static=False,
+)
 case("getitem", lambda x: x[: ops.shape_of(x)[0]], lambda x: x[:2], normal(3, 2)[:2], static=False, note="-dynamic")
 
 # --- creation ---------------------------------------------------------------------------------------------------------
@@ -271,7 +337,9 @@ case("eye", lambda: ops.eye(2, 3, 1), lambda: np.eye(2, 3, 1, dtype=np.float32),
 case("arange", lambda: ops.arange(1, 2, 0.25), lambda: np.arange(1, 2, 0.25, np.float32), first=False)
 case("arange", lambda: ops.arange(5, 0, -2), lambda: np.arange(5, 0, -2, np.int32), first=False, note="-down")
 case("constant", lambda: ops.constant([[1.0, 2.0]]), lambda: np.array([[1, 2]], np.float32), first=False)
-case("constant", lambda: ops.constant(3, shape=(2, 2)), lambda: np.full((2, 2), 3, np.int32), first=False, note="-filled")
+case(
+    "constant", lambda: ops.constant(3, shape=(2, 2)), lambda: np.full((2, 2), 3, np.int32), first=False, note="-filled"
+)
 
 # --- indexing ---------------------------------------------------------------------------------------------------------
 
@@ -295,12 +363,28 @@ INDICES: dict[str, Any] = {
     "no-row": np.zeros(3, bool),
 }
 for _note, _key in INDICES.items():
-    case("getitem", lambda x, k=_key: ops.getitem(x, k), lambda x, k=_key: x[k], normal(3, 4, 3), static="mask" not in _note and _note != "no-row", note=f"-{_note}")
+    case(
+        "getitem",
+        lambda x, k=_key: ops.getitem(x, k),
+        lambda x, k=_key: x[k],
+        normal(3, 4, 3),
+        static="mask" not in _note and _note != "no-row",
+        note=f"-{_note}",
+    )
 case("getitem", lambda x, i: x[i], lambda x, i: x[i], normal(4, 2), np.array([3, 0, 3]), note="-input")
 case("getitem", lambda x, m: ops.getitem(x, m), lambda x, m: x[m], normal(2, 3), _mask, static=False, note="-mask")
 case("boolean_mask", ops.boolean_mask, lambda x, m: x[m], normal(2, 3, 2), _mask, static=False)
-case("boolean_mask", lambda x: ops.boolean_mask(x, [True, False], 1), lambda x: x[:, [True, False]], normal(3, 2), static=False, note="-axis")
-case("take", lambda x, i: ops.take(x, i, 1), lambda x, i: np.take(x, i, 1), normal(2, 3, 2), np.array([[0, 2], [2, -1]]))
+case(
+    "boolean_mask",
+    lambda x: ops.boolean_mask(x, [True, False], 1),
+    lambda x: x[:, [True, False]],
+    normal(3, 2),
+    static=False,
+    note="-axis",
+)
+case(
+    "take", lambda x, i: ops.take(x, i, 1), lambda x, i: np.take(x, i, 1), normal(2, 3, 2), np.array([[0, 2], [2, -1]])
+)
 case("take", ops.take, np.take, normal(2, 3), np.array([5, 0, 5]), note="-flat")
 case("gather", ops.gather, lambda x, i: x[i], normal(3, 2), np.array([1, 1, 0]))
 case("gather", ops.gather, lambda x, i: x[i], normal(3, 2), np.zeros(0, np.int64), note="-empty")
@@ -311,12 +395,36 @@ case(
     normal(2, 3),
     np.array([[0, 0], [2, 1]]),
 )
-case("one_hot", lambda i: ops.one_hot(i, 3), lambda i: np.eye(3, dtype=np.float32)[i], np.array([[0, 2], [1, 1]]), first=False)
-case("one_hot", lambda i: ops.one_hot(i, 3, 5, -1, 0, "float64"), lambda i: np.where(np.eye(3)[i].T > 0, 5.0, -1.0), np.array([0, 2]), first=False, note="-axis")
+case(
+    "one_hot",
+    lambda i: ops.one_hot(i, 3),
+    lambda i: np.eye(3, dtype=np.float32)[i],
+    np.array([[0, 2], [1, 1]]),
+    first=False,
+)
+case(
+    "one_hot",
+    lambda i: ops.one_hot(i, 3, 5, -1, 0, "float64"),
+    lambda i: np.where(np.eye(3)[i].T > 0, 5.0, -1.0),
+    np.array([0, 2]),
+    first=False,
+    note="-axis",
+)
 
 # --- products ---------------------------------------------------------------------------------------------------------
 
-for _a, _b in [((2, 3), (3, 4)), ((3,), (3,)), ((2, 3), (3,)), ((3,), (3, 4)), ((5, 2, 3), (3, 4)), ((1, 2, 3), (5, 3, 1)), ((3,), (2, 3, 4)), ((2, 0), (0, 3)), ((0, 2), (2, 3))]:  # fmt: skip
+MATMUL_SHAPES = [
+    ((2, 3), (3, 4)),
+    ((3,), (3,)),
+    ((2, 3), (3,)),
+    ((3,), (3, 4)),
+    ((5, 2, 3), (3, 4)),
+    ((1, 2, 3), (5, 3, 1)),
+    ((3,), (2, 3, 4)),
+    ((2, 0), (0, 3)),
+    ((0, 2), (2, 3)),
+]
+for _a, _b in MATMUL_SHAPES:
     case("matmul", ops.matmul, np.matmul, normal(*_a), normal(*_b))
 case("matmul", ops.matmul, np.matmul, strided(3, 2).T, strided(3, 4), note="-strided")
 for _subscripts, _shapes in {
@@ -335,8 +443,27 @@ for _subscripts, _shapes in {
     "ij,kj": ((2, 3), (4, 3)),
     "ij,k->i": ((2, 3), (4,)),
 }.items():
-    case("einsum", lambda *a, s=_subscripts: ops.einsum(s, *a), lambda *a, s=_subscripts: np.einsum(s, *a), *(normal(*s) for s in _shapes), note=f"[{_subscripts}]")
-case("tensordot", lambda a, b: ops.tensordot(a, b, 2), lambda a, b: np.tensordot(a, b, 2), normal(2, 3, 4), normal(3, 4, 2))
-case("tensordot", lambda a, b: ops.tensordot(a, b, ([0, -1], [1, 0])), lambda a, b: np.tensordot(a, b, ([0, -1], [1, 0])), normal(2, 3, 4), normal(4, 2), note="-axes")
+    case(
+        "einsum",
+        lambda *a, s=_subscripts: ops.einsum(s, *a),
+        lambda *a, s=_subscripts: np.einsum(s, *a),
+        *(normal(*s) for s in _shapes),
+        note=f"[{_subscripts}]",
+    )
+case(
+    "tensordot",
+    lambda a, b: ops.tensordot(a, b, 2),
+    lambda a, b: np.tensordot(a, b, 2),
+    normal(2, 3, 4),
+    normal(3, 4, 2),
+)
+case(
+    "tensordot",
+    lambda a, b: ops.tensordot(a, b, ([0, -1], [1, 0])),
+    lambda a, b: np.tensordot(a, b, ([0, -1], [1, 0])),
+    normal(2, 3, 4),
+    normal(4, 2),
+    note="-axes",
+)
 case("dot", ops.dot, np.dot, normal(2, 3), normal(4, 3, 2))
 case("outer", ops.outer, np.outer, normal(2), normal(2, 2))

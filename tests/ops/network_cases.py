@@ -28,7 +28,9 @@ def _places(sizes: Any, kernel: Any, strides: Any, dilation: Any, padding: str) 
     return [row[0] for row in rows], [row[1] for row in rows]
 
 
-def naive_convolution(x: Any, k: Any, strides: Any, padding: str, dilation: Any, last: bool = True, groups: int = 1) -> Any:
+def naive_convolution(
+    x: Any, k: Any, strides: Any, padding: str, dilation: Any, last: bool = True, groups: int = 1
+) -> Any:
     x = x if last else np.moveaxis(x, 1, -1)
     sizes, window = x.shape[1:-1], k.shape[:-2]
     before, counts = _places(sizes, window, strides, dilation, padding)
@@ -39,7 +41,10 @@ def naive_convolution(x: Any, k: Any, strides: Any, padding: str, dilation: Any,
             at = [p * s - b + t * d for p, s, b, t, d in zip(place, strides, before, tap, dilation, strict=True)]
             if all(0 <= a < n for a, n in zip(at, sizes, strict=True)):
                 for group in range(groups):
-                    ins, outs = slice(group * per_in, (group + 1) * per_in), slice(group * per_out, (group + 1) * per_out)
+                    ins, outs = (
+                        slice(group * per_in, (group + 1) * per_in),
+                        slice(group * per_out, (group + 1) * per_out),
+                    )
                     y[(slice(None), *place, outs)] += x[(slice(None), *at, ins)] @ k[tap][:, outs]
     return y if last else np.moveaxis(y, -1, 1)
 
@@ -58,7 +63,9 @@ def naive_pool(x: Any, window: Any, strides: Any, padding: str, last: bool, func
     return y if last else np.moveaxis(y, -1, 1)
 
 
-def _convolution_case(shape: Any, kernel: Any, strides: int, padding: str, dilation: int, last: bool, groups: int = 1) -> None:
+def _convolution_case(
+    shape: Any, kernel: Any, strides: int, padding: str, dilation: int, last: bool, groups: int = 1
+) -> None:
     rank = len(kernel) - 2
     data_format = "channels_last" if last else "channels_first"
     case(
@@ -74,7 +81,9 @@ def _convolution_case(shape: Any, kernel: Any, strides: int, padding: str, dilat
 for _padding_name in ("valid", "same"):
     for _last in (True, False):
         for _strides, _dilation in ((1, 1), (2, 1), (1, 2), (3, 2)):
-            _convolution_case((2, 6, 5, 2) if _last else (2, 2, 6, 5), (3, 2, 2, 3), _strides, _padding_name, _dilation, _last)
+            _convolution_case(
+                (2, 6, 5, 2) if _last else (2, 2, 6, 5), (3, 2, 2, 3), _strides, _padding_name, _dilation, _last
+            )
         _convolution_case((2, 7, 3) if _last else (2, 3, 7), (4, 3, 2), 2, _padding_name, 1, _last)
 _convolution_case((2, 7, 3), (3, 3, 2), 1, "causal", 2, True)
 _convolution_case((1, 4, 3, 3, 2), (2, 2, 2, 2, 3), 1, "same", 1, True)
@@ -125,7 +134,12 @@ case(
     np.array([[0, 3], [1, 1]]),
     normal(2, 2, 4),
 )
-case("l2_normalize", lambda x: ops.l2_normalize(x, -1), lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True), normal(2, 3))
+case(
+    "l2_normalize",
+    lambda x: ops.l2_normalize(x, -1),
+    lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True),
+    normal(2, 3),
+)
 for _axes, _keep in (([0, 2], False), ([1], True), ([-1], False)):
     case(
         "moments",
@@ -136,4 +150,11 @@ for _axes, _keep in (([0, 2], False), ([1], True), ([-1], False)):
         note=f"[{_axes},{_keep}]",
     )
 case("bias_add", ops.bias_add, np.add, normal(2, 3), normal(3))
-case("bias_add", lambda x, b: ops.bias_add(x, b, "NCHW"), lambda x, b: x + b[:, None, None], normal(2, 3, 2, 2), normal(3), note="-first")
+case(
+    "bias_add",
+    lambda x, b: ops.bias_add(x, b, "NCHW"),
+    lambda x, b: x + b[:, None, None],
+    normal(2, 3, 2, 2),
+    normal(3),
+    note="-first",
+)

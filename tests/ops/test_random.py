@@ -10,7 +10,7 @@ import pytest
 
 from gpulayers import ops
 from gpulayers.errors import DTypeError
-from gpulayers.trace import Graph, GradientTape, Session, gradients, placeholder
+from gpulayers.trace import GradientTape, Graph, Session, gradients, placeholder
 
 COUNT = (40_000,)
 DRAWS = {
