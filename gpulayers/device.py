@@ -37,17 +37,17 @@ ENVIRONMENT_VARIABLE = "GPULAYERS_DEVICE"
 
 
 class Device(NamedTuple):
-    """A place for arrays: `kind` is ``"cpu"`` or ``"gpu"`` (tests add others), `index` counts GPUs from 0.
+    """A place for arrays: `kind` is ``"cpu"`` or ``"gpu"`` (tests add others), `number` counts GPUs from 0.
 
     >>> print(Device("gpu", 1))
     gpu:1
     """
 
     kind: str
-    index: int = 0
+    number: int = 0
 
     def __str__(self) -> str:
-        return self.kind if self.kind != "gpu" else f"gpu:{self.index}"
+        return self.kind if self.kind != "gpu" else f"gpu:{self.number}"
 
 
 CPU = Device("cpu")
@@ -129,7 +129,7 @@ def parse_device(name: str | Device) -> Device:
     ``"/gpu:1"`` and ``"/device:GPU:1"`` are understood too.
 
     >>> parse_device("/cpu:0")
-    Device(kind='cpu', index=0)
+    Device(kind='cpu', number=0)
     """
     if isinstance(name, Device):
         return name
@@ -171,7 +171,7 @@ def set_device(name: str | Device) -> Device:
     """Make `name` the default device of the process, and return it.
 
     >>> set_device("cpu")
-    Device(kind='cpu', index=0)
+    Device(kind='cpu', number=0)
     """
     global _default
     _default = parse_device(name)
@@ -190,7 +190,7 @@ def device(name: str | Device) -> Iterator[Device]:
     stack = _local.__dict__.setdefault("stack", [])
     stack.append(chosen)
     try:
-        with _cupy.cupy().cuda.Device(chosen.index) if chosen.kind == "gpu" else contextlib.nullcontext():
+        with _cupy.cupy().cuda.Device(chosen.number) if chosen.kind == "gpu" else contextlib.nullcontext():
             yield chosen
     finally:
         stack.pop()

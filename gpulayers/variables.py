@@ -106,8 +106,8 @@ class Variable(StoredValue):
         if graph is None or shape is None or wanted is None:
             array = self._evaluate(wanted)
             shape, wanted = tuple(array.shape), array.dtype
-        static_shape = tuple(int(size) for size in shape)  # type: ignore[union-attr]
-        super().__init__(array if graph is None else None, f"{base}:0", trainable, static_shape, wanted)  # type: ignore[arg-type]
+        static_shape = tuple(int(size) for size in shape)
+        super().__init__(array if graph is None else None, f"{base}:0", trainable, static_shape, wanted)
         self.constraint, self.autocast = constraint, autocast
         self.initializer = None
         if graph is not None:
@@ -363,7 +363,7 @@ class PartitionedVariable(CompositeValue):
         """Return the shape of the whole."""
         return TensorShape(self.shape)
 
-    def __iter__(self) -> Iterator[Variable]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Variable]:
         return iter(self._parts)
 
     def __len__(self) -> int:

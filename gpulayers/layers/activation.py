@@ -73,7 +73,7 @@ class ReLU(_Elementwise):
         if not self.negative_slope and not self.threshold:
             rising = ops.relu(inputs)
         else:
-            below = (inputs - self.threshold) * self.negative_slope
+            below = ops.multiply(ops.subtract(inputs, self.threshold), self.negative_slope)
             rising = ops.where(ops.greater_equal(inputs, self.threshold), inputs, below)
         return rising if self.max_value is None else ops.minimum(rising, self.max_value)
 

@@ -32,7 +32,7 @@ class ConfigPart(LayerHooks):
         kept = list(self._node_book.nodes), list(self._loss_book.tensors), list(self._loss_book.updates)
         try:
             with graph.as_default():
-                outputs = self(tensors)
+                outputs = self(tensors)  # type: ignore[operator]  # CoreLayer has the call
         finally:
             self._node_book.nodes[:], self._loss_book.tensors[:], self._loss_book.updates[:] = kept
         return nest.map_structure(lambda t: t.shape, outputs)

@@ -20,6 +20,8 @@ class LayerHooks:
     """Attributes that `CoreLayer` sets, and hooks that a family fills in."""
 
     built: bool
+    dtype: Any
+    compute_dtype: Any
     stateful: bool
     supports_masking: bool
     activity_regularizer: Callable[[Any], Any] | None
@@ -45,6 +47,10 @@ class LayerHooks:
     def _around_call(self, signature: Signature, kwargs: dict[str, Any], symbolic: bool) -> Any:
         """Return a context around the call that yields the keywords to use, or None where nothing is needed."""
         return None
+
+    def _add_loss_function(self, function: Callable[[], Any], conditional: bool) -> None:
+        """Keep a loss that is a function."""
+        self._loss_book.add_function(function, conditional)
 
     def _make_variable(self, **settings: Any) -> tuple[Any, bool]:
         """Make or share a variable; return it, and whether it is new."""

@@ -140,7 +140,7 @@ class LegacyLayer(CoreLayer):
             variable = current.get_variable(**settings, experimental_autocast=autocast)
         return variable, variable is not before
 
-    def _loss_book_add_function(self, function: Callable[[], Any], conditional: bool) -> None:
+    def _add_loss_function(self, function: Callable[[], Any], conditional: bool) -> None:
         value = None
         if active_graph() is not None:
             value = self._evaluate_loss(function)

@@ -36,7 +36,7 @@ class LossesPart(LayerHooks):
             if loss is None:
                 continue
             if callable(loss) and not isinstance(loss, Recordable):
-                self._loss_book_add_function(loss, inputs is not None)
+                self._add_loss_function(loss, inputs is not None)
                 continue
             if not isinstance(loss, Recordable) and not is_array(loss):
                 loss = asarray(loss, dtype="float32") if active_graph() is None else ops.identity(float(loss))
@@ -46,9 +46,6 @@ class LossesPart(LayerHooks):
                 root = call_context.root if call_context.depth else self
                 root._books_with_losses.append(self._loss_book)
             self._publish_loss(loss)
-
-    def _loss_book_add_function(self, function: Callable[[], Any], conditional: bool) -> None:
-        self._loss_book.add_function(function, conditional)
 
     def _evaluate_loss(self, function: Callable[[], Any]) -> Any:
         with autocast(None):

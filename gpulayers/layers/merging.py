@@ -130,7 +130,7 @@ class Average(_Merge):
 
     def call(self, inputs: Any) -> Any:
         """Return the mean of the inputs, element by element."""
-        return super().call(inputs) / float(len(inputs))
+        return ops.divide(super().call(inputs), float(len(inputs)))
 
 
 class Concatenate(_Merge):

@@ -127,8 +127,8 @@ def _mismatch(spec: InputSpec, shape: Sequence[int | None], dtype: Any) -> str:
         return f"expected dtype={spec.dtype}, found dtype={dtype_name(dtype)}"
     for axis, size in spec.axes.items():
         if size is not None and shape[axis] not in (size, None):
-            expected = f"expected axis {axis} of input shape to have value {size}"
-            return f"{expected}, but received input with shape {tuple(shape)}"
+            wanted_axis = f"expected axis {axis} of input shape to have value {size}"
+            return f"{wanted_axis}, but received input with shape {tuple(shape)}"
     if spec.shape is not None:
         expected, found = list(spec.shape), list(shape)
         if spec.allow_last_axis_squeeze:

@@ -108,7 +108,7 @@ class VariablesPart(LayerHooks):
         return initializers.get(initializer)
 
     def _add_weight_loss(self, regularizer: Callable[[Any], Any], variable: Any) -> None:
-        self._loss_book_add_function(lambda: regularizer(variable), conditional=False)
+        self._add_loss_function(lambda: regularizer(variable), conditional=False)
 
     @property
     def trainable_weights(self) -> list[Any]:

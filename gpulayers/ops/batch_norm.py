@@ -34,7 +34,7 @@ class MovingVariables(NamedTuple):
 
     def arrays(self) -> moving_arrays.MovingStatistics:
         """Return the arrays to write into."""
-        return moving_arrays.MovingStatistics(*[v.writable() if hasattr(v, "writable") else v for v in self])
+        return moving_arrays.MovingStatistics._make(v.writable() if hasattr(v, "writable") else v for v in self)
 
 
 def sub_batches(batch: int | None, virtual_batch_size: int | None) -> int:
@@ -101,7 +101,7 @@ def _training_spec(
     shape = x.shape or ()
     channels = 1
     for one in axis:
-        channels *= shape[one]  # type: ignore[operator]  # the layer has checked that these sizes are known
+        channels *= shape[one]  # the layer has checked that these sizes are known
     batch = shape[0]
     groups = None if batch is None and virtual_batch_size is not None else sub_batches(batch, virtual_batch_size)
     statistic = Spec((channels,), parameter_dtype(x.dtype))

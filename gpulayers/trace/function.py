@@ -150,7 +150,7 @@ class _BranchGraph(FunctionGraph):
         super().__init__()
         self.outer = outer
         self.captures: dict[GraphTensor, GraphTensor] = {}
-        self.initializes_variables_in_session = outer.initializes_variables_in_session  # type: ignore[misc]
+        self.initializes_variables_in_session = outer.initializes_variables_in_session
 
     def as_input(self, name: str, value: Any) -> Any:
         if isinstance(value, StoredValue) and not self._writes(value):

@@ -23,8 +23,8 @@ class Record(Protocol):
     """One recorded call: a node of a graph or an entry of a tape."""
 
     operation: Operation
-    inputs: Sequence[Any]
-    outputs: Sequence[Any]
+    inputs: tuple[Any, ...]
+    outputs: tuple[Any, ...]
     attributes: dict[str, Any]
 
 

@@ -155,6 +155,8 @@ class Tensor(Recordable):
 
     shape: Any
     dtype: np.dtype
+    _keras_history: Any
+    _keras_mask: Any
 
     @property
     def ndim(self) -> int:
@@ -208,7 +210,7 @@ class RecordedTensor(Tensor):
         return asnumpy(self._value)
 
     @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+    def shape(self) -> tuple[int, ...]:
         """Sizes of the axes."""
         return tuple(self._value.shape)
 
@@ -256,7 +258,7 @@ class GraphTensor(Tensor):
         self.node, self.index, self._shape, self._dtype = node, index, TensorShape(shape), dtype
 
     @property
-    def shape(self) -> TensorShape:  # type: ignore[override]
+    def shape(self) -> TensorShape:
         """Static shape; None where a size is unknown."""
         return self._shape
 
