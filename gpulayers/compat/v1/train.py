@@ -1,5 +1,7 @@
 """Optimizers and checkpoints under the names of ``tf.train``."""
 
+from gpulayers.checkpoint import Saver as Saver
+from gpulayers.checkpoint import latest_checkpoint as latest_checkpoint
 from gpulayers.optimizers.legacy import AdamOptimizer as AdamOptimizer
 from gpulayers.optimizers.legacy import GradientDescentOptimizer as GradientDescentOptimizer
 from gpulayers.optimizers.legacy import LegacyOptimizer as Optimizer
@@ -12,6 +14,8 @@ __all__ = [
     "GradientDescentOptimizer",
     "MomentumOptimizer",
     "Optimizer",
+    "Saver",
     "exponential_decay",
+    "latest_checkpoint",
     "piecewise_constant",
 ]
