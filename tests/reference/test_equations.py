@@ -1,4 +1,4 @@
-"""The recorded batch-normalisation cases follow the equations, evaluated in float64 by the shortest program that can.
+"""The recorded cases follow the equations, evaluated in float64 by the shortest program that can.
 
 This checks the data, not the library: a recording that the reference spoiled (or a tolerance too tight for its dtype)
 shows here, before a layer is blamed for it.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.reference.cases import Case, cases
+from tests.reference.cases import Case, cases, residual_function
 
 
 def decayed(old, value, momentum):
@@ -136,3 +136,56 @@ def test_recording_follows_the_equations(case):
     if "grad.x" in case.arrays:
         scale = max(1.0, np.abs(dx).max())
         np.testing.assert_allclose(case.arrays["grad.x"], dx, rtol=0, atol=case.tolerance * scale)
+
+
+# -- one step of a modern cell -----------------------------------------------------------------------------------------
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+ACTIVATIONS = {
+    "tanh": np.tanh,
+    "relu": lambda x: np.maximum(x, 0),
+    "softsign": lambda x: x / (1 + np.abs(x)),
+    "sigmoid": sigmoid,
+    "hard_sigmoid": lambda x: np.clip(0.2 * x + 0.5, 0, 1),
+}
+
+
+def cell_step(config, x, states, weights):
+    """Return the raw output and the new states of one cell in float64."""
+    act, gate = (
+        ACTIVATIONS[config.get(k, d)] for k, d in [("activation", "tanh"), ("recurrent_activation", "sigmoid")]
+    )
+    h, units = states[0], config["units"]
+    kernel, recurrent, bias = weights["kernel"], weights["recurrent_kernel"], weights.get("bias", 0.0)
+    if config["cell"] == "SimpleRNNCell":
+        new = act(x @ kernel + h @ recurrent + bias)
+        return new, [new]
+    if config["cell"] == "LSTMCell":
+        i, f, c, o = np.split(x @ kernel + h @ recurrent + bias, 4, axis=1)
+        memory = gate(f) * states[1] + gate(i) * act(c)
+        return gate(o) * act(memory), [gate(o) * act(memory), memory]
+    after = config.get("reset_after", True)
+    bias = np.broadcast_to(bias, (2, 3 * units)) if after or np.ndim(bias) == 0 else np.stack([bias, 0 * bias])
+    a_z, a_r, a_h = np.split(x @ kernel + bias[0], 3, axis=1)
+    c_z, c_r, c_h = np.split(h @ recurrent + bias[1], 3, axis=1)
+    z, r = gate(a_z + c_z), gate(a_r + c_r)
+    new = z * h + (1 - z) * act(a_h + (r * c_h if after else (r * h) @ recurrent[:, 2 * units :]))
+    return new, [new]
+
+
+@pytest.mark.parametrize("case", cases("rnn_cell_step"), ids=str)
+def test_cell_recording_follows_the_equations(case):
+    x = case.arrays["x"].astype(np.float64)
+    states = [state.astype(np.float64) for state in case.numbered("state")]
+    weights = {name: value.astype(np.float64) for name, value in case.with_prefix("weight.").items()}
+    y, new_states = cell_step(case.config, x, states, weights)
+    residual = residual_function(case.config.get("residual_fn"), np.concatenate) or np.add
+    for _ in range(case.config.get("wrappers", 0)):
+        y = residual(x, y)
+    np.testing.assert_allclose(case.arrays["y"], y, rtol=0, atol=case.tolerance)
+    for recorded, expected in zip(case.numbered("new_state"), new_states, strict=True):
+        np.testing.assert_allclose(recorded, expected, rtol=0, atol=case.tolerance)
