@@ -17,6 +17,7 @@ from gpulayers.ops.operation import OPERATIONS, Operation
 from gpulayers.trace import GradientTape, Graph, Session, gradients, placeholder
 from tests.ops.cases import Case
 from tests.ops.network_cases import CASES
+from tests.ops.test_random import DRAWS
 
 STEP = 1e-6
 
@@ -187,6 +188,8 @@ def test_every_operation_is_in_the_table(monkeypatch: pytest.MonkeyPatch) -> Non
                 slope = directional(case, values, cotangents, along)
             if case.second and not is_array(slope):
                 tape.gradient(slope, [values[i] for i in floating(case)])
+    for draw in DRAWS.values():
+        draw((2,))
     for case in CASES:
         if not case.static:
             test_graph(case, known=False)
