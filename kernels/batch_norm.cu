@@ -12,14 +12,15 @@
 //                                        L1 and L2), or CLUSTER blocks per slab that keep their part of x (and dy) in
 //                                        shared memory: 2 E s forward, 3 E s backward
 // Moving statistics and renorm's r and d are finished by the last block of a slab, in the same launch.
-// Grid: groups * slabs * splits (one-launch kernels: slabs * CLUSTER). Block: (lanes, depth), at most 512 threads.
-// Shared memory: at most 38 KB static; the keeping kernels add 16 bytes per unit held.
+// Grid: groups * slabs * splits (one-launch kernels: slabs * CLUSTER). Block: (lanes, depth), at most 256 threads.
+// Shared memory: at most 20 KB static; the keeping kernels add 16 bytes per unit held.
+// Registers: at most 128, so that two blocks fit a multiprocessor (without the second bound ptxas spills to fit more).
 // Deterministic; no floating-point atomics.
 #include "batch_norm.cuh"
 
 #if defined(GL_ENTRY_gl_bn_statistics)
-GL_KERNEL(gl_bn_statistics, 512) {
-    const Place p = place_of(arguments, blockIdx.x);
+GL_KERNEL(gl_bn_statistics, 256, 2) {
+    const Place p = place_of(arguments, static_cast<int32>(blockIdx.x));
     moments_of_split<false>(arguments, p, nullptr);
     if (!last_split(arguments, p)) return;
     finish_group(arguments, p);
@@ -29,12 +30,12 @@ GL_KERNEL(gl_bn_statistics, 512) {
 #endif
 
 #if defined(GL_ENTRY_gl_bn_normalise)
-GL_KERNEL(gl_bn_normalise, 512) { normalise_split<false>(arguments, place_of(arguments, blockIdx.x), nullptr); }
+GL_KERNEL(gl_bn_normalise, 256, 2) { normalise_split<false>(arguments, place_of(arguments, static_cast<int32>(blockIdx.x)), nullptr); }
 #endif
 
 #if defined(GL_ENTRY_gl_bn_sums)
-GL_KERNEL(gl_bn_sums, 512) {
-    const Place p = place_of(arguments, blockIdx.x);
+GL_KERNEL(gl_bn_sums, 256, 2) {
+    const Place p = place_of(arguments, static_cast<int32>(blockIdx.x));
     sums_of_split<false>(arguments, p, nullptr);
     if (!last_split(arguments, p)) return;
     finish_group_sums(arguments, p);
@@ -44,14 +45,14 @@ GL_KERNEL(gl_bn_sums, 512) {
 #endif
 
 #if defined(GL_ENTRY_gl_bn_apply)
-GL_KERNEL(gl_bn_apply, 512) { apply_split<false>(arguments, place_of(arguments, blockIdx.x), nullptr); }
+GL_KERNEL(gl_bn_apply, 256, 2) { apply_split<false>(arguments, place_of(arguments, static_cast<int32>(blockIdx.x)), nullptr); }
 #endif
 
 #if defined(GL_ENTRY_gl_bn_forward)
-GL_KERNEL(gl_bn_forward, 512) {
+GL_KERNEL(gl_bn_forward, 256, 2) {
 #if CLUSTER > 1
     GL_DYNAMIC_SHARED(copies);
-    const Place p = place_of(arguments, blockIdx.x);
+    const Place p = place_of(arguments, static_cast<int32>(blockIdx.x));
     moments_of_split<true>(arguments, p, copies);
     cluster_barrier();
     if (cluster_rank() == 0) {
@@ -62,7 +63,7 @@ GL_KERNEL(gl_bn_forward, 512) {
     cluster_barrier();
     normalise_split<true>(arguments, p, copies);
 #else
-    Place p = place_of(arguments, blockIdx.x);
+    Place p = place_of(arguments, static_cast<int32>(blockIdx.x));
     for (p.group = 0; p.group < p.groups; ++p.group) {
         moments_of_split<false>(arguments, p, nullptr);
         __syncthreads();
@@ -77,10 +78,10 @@ GL_KERNEL(gl_bn_forward, 512) {
 #endif
 
 #if defined(GL_ENTRY_gl_bn_backward)
-GL_KERNEL(gl_bn_backward, 512) {
+GL_KERNEL(gl_bn_backward, 256, 2) {
 #if CLUSTER > 1
     GL_DYNAMIC_SHARED(copies);
-    const Place p = place_of(arguments, blockIdx.x);
+    const Place p = place_of(arguments, static_cast<int32>(blockIdx.x));
     sums_of_split<true>(arguments, p, copies);
     cluster_barrier();
     if (cluster_rank() == 0) {
@@ -91,7 +92,7 @@ GL_KERNEL(gl_bn_backward, 512) {
     cluster_barrier();
     apply_split<true>(arguments, p, copies);
 #else
-    Place p = place_of(arguments, blockIdx.x);
+    Place p = place_of(arguments, static_cast<int32>(blockIdx.x));
     for (p.group = 0; p.group < p.groups; ++p.group) {
         sums_of_split<false>(arguments, p, nullptr);
         __syncthreads();

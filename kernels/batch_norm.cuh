@@ -20,14 +20,44 @@ typedef accumulate_t<STORAGE> A;
 
 constexpr int32 width = VECTOR ? vector_width<STORAGE> : 1;  // elements of one access
 constexpr int32 held = CHANNELS_LAST ? width : 1;            // channels of one thread
-constexpr int32 largest = 512;                               // threads of a block
-constexpr int32 ahead = 4;                                   // accesses in flight per thread
+constexpr int32 largest = 256;                               // threads of a block
+
+// What one access moves, as it lies in memory: a quarter of the registers that widened 16-bit values would take.
+typedef packet<STORAGE, width> Packet;
+
+template <cache HINT = cache::keep, int N = width>
+__device__ __forceinline__ packet<STORAGE, N> take(const STORAGE* address) {
+    packet<STORAGE, N> result;
+    if constexpr (N == 1) {
+        result.values[0] = *address;
+    } else if constexpr (HINT == cache::streaming) {
+        result.words = load_16_streaming(address);
+    } else {
+        result.words = load_16(address);
+    }
+    return result;
+}
+
+template <int N> __device__ __forceinline__ void put(STORAGE* address, const packet<STORAGE, N>& value) {
+    if constexpr (N == 1) {
+        *address = value.values[0];
+    } else {
+        store_16(address, value.words);
+    }
+}
+
+// g where y > 0, else 0.
+__device__ __forceinline__ void mask(Packet& g, const Packet& y) {
+#pragma unroll
+    for (int32 i = 0; i < width; ++i)
+        if (!(widen(y.values[i]) > A(0))) g.values[i] = STORAGE{};
+}
 
 // ---- where a block works -------------------------------------------------------------------------------------------
 
 struct Place {
-    int64 rows, groups, spread, channels, inner;
-    int64 slab, slabs, group, split, splits;
+    int64 rows, spread, channels, inner;
+    int32 groups, group, slabs, slab, splits, split;
     int64 channel;  // first of this thread's channels
     bool inside;    // that channel exists
 };
@@ -37,27 +67,27 @@ __device__ __forceinline__ int32 depth() { return static_cast<int32>(blockDim.y)
 __device__ __forceinline__ int64 units(const Place& p) {
     return CHANNELS_LAST ? p.rows * p.spread : p.rows * p.spread * (p.inner / width);
 }
-__device__ __forceinline__ int64 first_unit(const Place& p, int64 split) { return units(p) * split / p.splits; }
+__device__ __forceinline__ int64 first_unit(const Place& p, int32 split) { return units(p) * split / p.splits; }
 // Values of a channel in one split.
-__device__ __forceinline__ int64 values_in(const Place& p, int64 split) {
+__device__ __forceinline__ int64 values_in(const Place& p, int32 split) {
     return (first_unit(p, split + 1) - first_unit(p, split)) * (CHANNELS_LAST ? 1 : width);
 }
 __device__ __forceinline__ int64 values_in_all(const Place& p) { return p.rows * p.spread * p.inner; }
 
-template <typename Arguments> __device__ __forceinline__ Place place_of(const Arguments& arguments, int64 block) {
+template <typename Arguments> __device__ __forceinline__ Place place_of(const Arguments& arguments, int32 block) {
     Place p;
     p.rows = arguments.rows;
-    p.groups = arguments.groups;
+    p.groups = static_cast<int32>(arguments.groups);
     p.spread = arguments.spread;
     p.channels = arguments.channels;
     p.inner = arguments.inner;
-    p.splits = arguments.splits;
-    p.slabs = (p.channels + lanes() * held - 1) / (lanes() * held);
+    p.splits = static_cast<int32>(arguments.splits);
+    p.slabs = static_cast<int32>((p.channels + lanes() * held - 1) / (lanes() * held));
     p.split = block % p.splits;
-    const int64 rest = block / p.splits;
+    const int32 rest = block / p.splits;
     p.slab = rest % p.slabs;
     p.group = rest / p.slabs;
-    p.channel = (p.slab * lanes() + threadIdx.x) * held;
+    p.channel = (static_cast<int64>(p.slab) * lanes() + threadIdx.x) * held;
     p.inside = p.channel < p.channels;
     return p;
 }
@@ -117,9 +147,9 @@ struct Walk {
     }
 };
 
-// Calls body(offset, number) for every unit, `ahead` at a time: body returns nothing and is told which unit it is.
-// fetch(slot, offset, number) is called for all units of a batch first, so that their loads are in flight together.
-template <typename Fetch, typename Body>
+// Goes through the units, `ahead` at a time: fetch(slot, offset, number) is called for all units of a batch first, so that
+// their loads are in flight together, then body(slot, offset) for each.
+template <int32 ahead, typename Fetch, typename Body>
 __device__ __forceinline__ void for_units(const Place& p, bool backwards, Fetch fetch, Body body) {
     Walk walk(p, backwards);
     int32 number = 0;
@@ -172,23 +202,25 @@ struct Column {
         columns = lanes() * held;
         parts = threads_in_block() / columns;
         part = thread_number() / columns;
-        channel = p.slab * columns + thread_number() % columns;
+        channel = static_cast<int64>(p.slab) * columns + thread_number() % columns;
         inside = channel < p.channels;
     }
 };
 
-__device__ __forceinline__ int64 part_index(const Place& p, int64 split, int64 channel) {
-    return (p.group * p.splits + split) * p.channels + channel;
+__device__ __forceinline__ int64 part_index(const Place& p, int32 split, int64 channel) {
+    return (static_cast<int64>(p.group) * p.splits + split) * p.channels + channel;
 }
-__device__ __forceinline__ int64 part_plane(const Place& p) { return p.groups * p.splits * p.channels; }
-__device__ __forceinline__ int64 slot_index(const Place& p, int64 group, int64 channel) {
+__device__ __forceinline__ int64 part_plane(const Place& p) {
+    return static_cast<int64>(p.groups) * p.splits * p.channels;
+}
+__device__ __forceinline__ int64 slot_index(const Place& p, int32 group, int64 channel) {
     return group * p.channels + channel;
 }
 __device__ __forceinline__ int64 slot_plane(const Place& p) { return p.groups * p.channels; }
 
 // Ends a split: true in the block that is to merge the splits of its slab and group.
 template <typename Arguments> __device__ __forceinline__ bool last_split(const Arguments& arguments, const Place& p) {
-    return last_block(arguments.counters + p.group * p.slabs + p.slab, static_cast<uint32>(p.splits));
+    return last_block(arguments.counters + static_cast<int64>(p.group) * p.slabs + p.slab, static_cast<uint32>(p.splits));
 }
 // Ends a group: true in the block that is to merge the groups of its slab.
 template <typename Arguments> __device__ __forceinline__ bool last_group(const Arguments& arguments, const Place& p) {
@@ -196,7 +228,7 @@ template <typename Arguments> __device__ __forceinline__ bool last_group(const A
         __syncthreads();
         return true;
     }
-    return last_block(arguments.counters + p.groups * p.slabs + p.slab, static_cast<uint32>(p.groups));
+    return last_block(arguments.counters + static_cast<int64>(p.groups) * p.slabs + p.slab, static_cast<uint32>(p.groups));
 }
 
 // ---- forward: statistics -------------------------------------------------------------------------------------------
@@ -214,26 +246,28 @@ __device__ __forceinline__ void moments_of_split(const Arguments& arguments, con
     GL_SHARED(A, counts, [largest]);
     GL_SHARED(A, means, [held][largest]);
     GL_SHARED(A, squares, [held][largest]);
-    A base[held], sum[held], square[held], values[ahead][width];
+    constexpr int32 ahead = 4;
+    A base[held], sum[held], square[held];
+    Packet values[ahead];
 #pragma unroll
     for (int32 i = 0; i < held; ++i) base[i] = sum[i] = square[i] = A(0);
     int32 seen = 0;
-    for_units(
+    for_units<ahead>(
         p, false,
         [&](int32 slot, int64 offset, int32 number) {
-            load<width>(arguments.x + offset, values[slot]);
-            if constexpr (KEEP) store<width>(own_copy(copies, number), values[slot]);
+            values[slot] = take(arguments.x + offset);
+            if constexpr (KEEP) put(own_copy(copies, number), values[slot]);
         },
         [&](int32 slot, int64) {
             if (seen == 0) {
 #pragma unroll
-                for (int32 i = 0; i < held; ++i) base[i] = values[slot][i];
+                for (int32 i = 0; i < held; ++i) base[i] = widen(values[slot].values[i]);
             }
             ++seen;
 #pragma unroll
             for (int32 i = 0; i < width; ++i) {
                 const int32 c = CHANNELS_LAST ? i : 0;
-                const A shifted = values[slot][i] - base[c];
+                const A shifted = widen(values[slot].values[i]) - base[c];
                 sum[c] += shifted;
                 square[c] += shifted * shifted;
             }
@@ -278,10 +312,10 @@ __device__ __forceinline__ void finish_group(const Arguments& arguments, const P
     const Column column(p);
     const double all = static_cast<double>(values_in_all(p));
     double sum = 0.0, square = 0.0;
-    for (int64 split = column.part; column.inside && split < p.splits; split += column.parts)
+    for (int32 split = column.part; column.inside && split < p.splits; split += column.parts)
         sum += static_cast<double>(values_in(p, split)) * arguments.parts[part_index(p, split, column.channel)];
     const double mean = column_sum(sum, column.columns) / all;
-    for (int64 split = column.part; column.inside && split < p.splits; split += column.parts) {
+    for (int32 split = column.part; column.inside && split < p.splits; split += column.parts) {
         const int64 index = part_index(p, split, column.channel);
         const double delta = arguments.parts[index] - mean;
         square += arguments.parts[index + part_plane(p)] + static_cast<double>(values_in(p, split)) * delta * delta;
@@ -332,7 +366,7 @@ __device__ __forceinline__ void finish_channel(
         if (r > rmax) r = rmax;
         if (d < -dmax) d = -dmax;
         if (d > dmax) d = dmax;
-        for (int64 group = 0; group < p.groups; ++group) {
+        for (int32 group = 0; group < p.groups; ++group) {
             arguments.saved[slot_index(p, group, c) + 3 * slot_plane(p)] = static_cast<A>(r);
             arguments.saved[slot_index(p, group, c) + 4 * slot_plane(p)] = static_cast<A>(d);
         }
@@ -359,7 +393,7 @@ template <typename Arguments>
 __device__ __forceinline__ void finish_channels(const Arguments& arguments, const Place& p) {
     const Column column(p);
     double mean = 0.0, variance = 0.0;
-    for (int64 group = column.part; column.inside && group < p.groups; group += column.parts) {
+    for (int32 group = column.part; column.inside && group < p.groups; group += column.parts) {
         mean += arguments.moments[slot_index(p, group, column.channel)];
         variance += arguments.moments[slot_index(p, group, column.channel) + slot_plane(p)];
     }
@@ -406,27 +440,29 @@ __device__ __forceinline__ void normalise_split(const Arguments& arguments, cons
 #pragma unroll
         for (int32 i = 0; i < held; ++i) affine[i] = affine_of(arguments, p, p.channel + i);
     }
-    A values[ahead][width], extra[ahead][width];
-    for_units(
+    constexpr int32 ahead = 2;
+    Packet values[ahead], extra[ahead];
+    for_units<ahead>(
         p, !KEPT,
         [&](int32 slot, int64 offset, int32 number) {
             if constexpr (KEPT) {
-                load<width>(own_copy(copies, number), values[slot]);
+                values[slot] = take(own_copy(copies, number));
             } else {
-                load<width, cache::streaming>(arguments.x + offset, values[slot]);
+                values[slot] = take<cache::streaming>(arguments.x + offset);
             }
-            if (arguments.residual) load<width, cache::streaming>(arguments.residual + offset, extra[slot]);
+            if (arguments.residual) extra[slot] = take<cache::streaming>(arguments.residual + offset);
         },
         [&](int32 slot, int64 offset) {
+            A result[width];
 #pragma unroll
             for (int32 i = 0; i < width; ++i) {
                 const Affine& f = affine[CHANNELS_LAST ? i : 0];
-                A value = (values[slot][i] - f.pivot) * f.a + f.b;
-                if (arguments.residual) value += extra[slot][i];
+                A value = (widen(values[slot].values[i]) - f.pivot) * f.a + f.b;
+                if (arguments.residual) value += widen(extra[slot].values[i]);
                 if (arguments.relu && value < A(0)) value = A(0);
-                values[slot][i] = value;
+                result[i] = value;
             }
-            store<width, cache::streaming>(arguments.y + offset, values[slot]);
+            store<width, cache::streaming>(arguments.y + offset, result);
         });
 }
 
@@ -447,34 +483,31 @@ __device__ __forceinline__ void sums_of_split(const Arguments& arguments, const 
         pivot[i] = affine.pivot;
         scale[i] = affine.a;
     }
-    A x[ahead][width], g[ahead][width];
-    for_units(
+    constexpr int32 ahead = 2;
+    Packet x[ahead], g[ahead];
+    for_units<ahead>(
         p, false,
         [&](int32 slot, int64 offset, int32 number) {
-            load<width>(arguments.x + offset, x[slot]);
-            load<width>(arguments.dy + offset, g[slot]);
-            if (arguments.y) {
-                A y[width];
-                load<width>(arguments.y + offset, y);
-#pragma unroll
-                for (int32 i = 0; i < width; ++i)
-                    if (!(y[i] > A(0))) g[slot][i] = A(0);
-            }
+            x[slot] = take(arguments.x + offset);
+            g[slot] = take(arguments.dy + offset);
+            if (arguments.y) mask(g[slot], take(arguments.y + offset));
             if constexpr (KEEP) {
-                store<width>(own_copy(copies, 2 * number), x[slot]);
-                store<width>(own_copy(copies, 2 * number + 1), g[slot]);
+                put(own_copy(copies, 2 * number), x[slot]);
+                put(own_copy(copies, 2 * number + 1), g[slot]);
             }
         },
         [&](int32 slot, int64 offset) {
-            if (arguments.dresidual) store<width>(arguments.dresidual + offset, g[slot]);
+            if (arguments.dresidual) put(arguments.dresidual + offset, g[slot]);
+            A scaled[width];
 #pragma unroll
             for (int32 i = 0; i < width; ++i) {
                 const int32 c = CHANNELS_LAST ? i : 0;
-                sum[c] += g[slot][i];
-                product[c] += g[slot][i] * (x[slot][i] - pivot[c]);
-                g[slot][i] *= scale[c];
+                const A gradient = widen(g[slot].values[i]);
+                sum[c] += gradient;
+                product[c] += gradient * (widen(x[slot].values[i]) - pivot[c]);
+                scaled[i] = gradient * scale[c];
             }
-            if (!arguments.tables) store<width, cache::streaming>(arguments.dx + offset, g[slot]);
+            if (!arguments.tables) store<width, cache::streaming>(arguments.dx + offset, scaled);
         });
     const int32 me = thread_number();
 #pragma unroll
@@ -509,7 +542,7 @@ template <typename Arguments>
 __device__ __forceinline__ void finish_group_sums(const Arguments& arguments, const Place& p) {
     const Column column(p);
     double sum = 0.0, product = 0.0;
-    for (int64 split = column.part; column.inside && split < p.splits; split += column.parts) {
+    for (int32 split = column.part; column.inside && split < p.splits; split += column.parts) {
         const int64 index = part_index(p, split, column.channel);
         sum += arguments.parts[index];
         product += arguments.parts[index + part_plane(p)];
@@ -546,7 +579,7 @@ template <typename Arguments>
 __device__ __forceinline__ void finish_channel_sums(const Arguments& arguments, const Place& p) {
     const Column column(p);
     double sum = 0.0, product = 0.0;
-    for (int64 group = column.part; column.inside && group < p.groups; group += column.parts) {
+    for (int32 group = column.part; column.inside && group < p.groups; group += column.parts) {
         sum += arguments.moments[slot_index(p, group, column.channel)];
         product += arguments.moments[slot_index(p, group, column.channel) + slot_plane(p)];
     }
@@ -571,31 +604,27 @@ __device__ __forceinline__ void apply_split(const Arguments& arguments, const Pl
             b[i] = arguments.tables[slot + 2 * plane];
         }
     }
-    A x[ahead][width], g[ahead][width];
-    for_units(
+    constexpr int32 ahead = 2;
+    Packet x[ahead], g[ahead];
+    for_units<ahead>(
         p, !KEPT,
         [&](int32 slot, int64 offset, int32 number) {
             if constexpr (KEPT) {
-                load<width>(own_copy(copies, 2 * number), x[slot]);
-                load<width>(own_copy(copies, 2 * number + 1), g[slot]);
+                x[slot] = take(own_copy(copies, 2 * number));
+                g[slot] = take(own_copy(copies, 2 * number + 1));
             } else {
-                load<width, cache::streaming>(arguments.x + offset, x[slot]);
-                load<width, cache::streaming>(arguments.dy + offset, g[slot]);
-                if (arguments.y) {
-                    A y[width];
-                    load<width, cache::streaming>(arguments.y + offset, y);
-#pragma unroll
-                    for (int32 i = 0; i < width; ++i)
-                        if (!(y[i] > A(0))) g[slot][i] = A(0);
-                }
+                x[slot] = take<cache::streaming>(arguments.x + offset);
+                g[slot] = take<cache::streaming>(arguments.dy + offset);
+                if (arguments.y) mask(g[slot], take<cache::streaming>(arguments.y + offset));
             }
         },
         [&](int32 slot, int64 offset) {
+            A result[width];
 #pragma unroll
             for (int32 i = 0; i < width; ++i) {
                 const int32 c = CHANNELS_LAST ? i : 0;
-                g[slot][i] = g[slot][i] * a[c] + (x[slot][i] - pivot[c]) * slope[c] + b[c];
+                result[i] = widen(g[slot].values[i]) * a[c] + (widen(x[slot].values[i]) - pivot[c]) * slope[c] + b[c];
             }
-            store<width, cache::streaming>(arguments.dx + offset, g[slot]);
+            store<width, cache::streaming>(arguments.dx + offset, result);
         });
 }

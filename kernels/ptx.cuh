@@ -19,8 +19,9 @@
 
 #ifdef GL_HOST
 // The launcher under test reads the largest block from the second symbol.
-#define GL_KERNEL(name, largest_block)                        \
-    extern "C" const int name##_largest_block = largest_block; \
+#define GL_FIRST(first, ...) first
+#define GL_KERNEL(name, ...)                                                     \
+    extern "C" const int name##_largest_block = GL_FIRST(__VA_ARGS__, 0); \
     extern "C" void name(const name##_arguments& arguments)
 // Each block owns its shared memory, also when several blocks are alive: a static would be shared between them.
 #define GL_SHARED(type, name, dimensions)         \
@@ -35,8 +36,9 @@
 #else
 #define GL_CLUSTER_ATTRIBUTE
 #endif
-#define GL_KERNEL(name, largest_block)                                         \
-    extern "C" __global__ void GL_CLUSTER_ATTRIBUTE __launch_bounds__(largest_block) \
+// GL_KERNEL(name, largest_block) or GL_KERNEL(name, largest_block, blocks): `blocks` that one multiprocessor shall hold.
+#define GL_KERNEL(name, ...)                                                   \
+    extern "C" __global__ void GL_CLUSTER_ATTRIBUTE __launch_bounds__(__VA_ARGS__) \
         name(const __grid_constant__ name##_arguments arguments)
 #define GL_SHARED(type, name, dimensions) __shared__ type name dimensions
 #define GL_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]

@@ -111,8 +111,8 @@ def describe(layout: Layout) -> str:
 SMALL_BYTES = 64 * 1024  # a slab of this size is summed and normalised by one block before the caches forget it
 SMALL_GROUPS = 16  # one block takes the groups one after another
 CLUSTER = 8  # the largest cluster that every device with clusters can place
-STATIC_SHARED = 40 * 1024  # an upper bound of what the kernels use besides the copies they keep
-THREADS = 512
+STATIC_SHARED = 20 * 1024  # an upper bound of what the kernels use besides the copies they keep
+THREADS = 256
 LANES_WIDE, LANES_NARROW = 16, 4  # 256 and 64 bytes of a row with 16-byte accesses
 AHEAD = 4  # accesses in flight per thread, as in batch_norm.cuh
 
@@ -182,7 +182,7 @@ def _choose(layout: Layout, itemsize: int, aligned: bool, device: Any, kept: int
         wide_enough = not channels_last or lanes_limit > LANES_NARROW
         if one_launch and device.has_clusters and layout.groups == 1 and wide_enough and fits:
             return Plan("cluster", vector, channels_last, lanes, depth, slabs, CLUSTER, shared)
-    blocks = 2 * device.multiprocessors
+    blocks = 4 * device.multiprocessors
     splits = max(1, min(-(-blocks // (slabs * layout.groups)), -(-units // (depth * AHEAD))))
     return Plan("sweeps", vector, channels_last, lanes, depth, slabs, splits, 0)
 
