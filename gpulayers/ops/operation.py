@@ -250,8 +250,9 @@ def _beside_bfloat16(inputs: Sequence[Any]) -> Sequence[Any]:
 
 def _probe(spec: Spec, size: int) -> Any:
     """A tiny stand-in for a value: all sizes `size`, right dtype; Python numbers as themselves."""
-    if isinstance(spec.dtype, type):  # a Python number's spec has its Python type
-        return spec.dtype(1)  # type: ignore[operator]
+    number: Any = spec.dtype  # a Python number's spec has its Python type; note that dtype("float64") == float
+    if isinstance(number, type):
+        return number(1)
     return np.ones((size,) * len(spec.shape or ()), spec.dtype)
 
 
