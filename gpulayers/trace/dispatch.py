@@ -11,7 +11,7 @@ import numpy as np
 
 from gpulayers.ops.operation import Operation, Recordable, cast_operation, set_dispatcher, state
 from gpulayers.trace.graph import active_graph
-from gpulayers.trace.stored import CompositeValue, StoredValue
+from gpulayers.trace.stored import CompositeValue, StoredValue, lend_aliased
 from gpulayers.trace.tape import active_tapes, record_on_tapes
 from gpulayers.trace.tensor import GraphTensor, RecordedTensor
 
@@ -52,7 +52,7 @@ def _resolve(value: Any) -> Any:
 def dispatch(operation: Operation, inputs: tuple[Any, ...], attributes: dict[str, Any]) -> Any:
     """Record or run one call."""
     if not state.recorders and not any(isinstance(value, GraphTensor) for value in inputs):
-        return operation.run([as_value(value) for value in inputs], attributes)
+        return _run(operation, inputs, attributes)
     if operation is not cast_operation:
         inputs = tuple(_resolve(value) for value in inputs)
     for value in inputs:
@@ -64,7 +64,13 @@ def dispatch(operation: Operation, inputs: tuple[Any, ...], attributes: dict[str
     tapes = active_tapes()
     if tapes:
         return record_on_tapes(tapes, operation, inputs, attributes)
-    return operation.run([as_value(value) for value in inputs], attributes)
+    return _run(operation, inputs, attributes)
+
+
+def _run(operation: Operation, inputs: tuple[Any, ...], attributes: dict[str, Any]) -> Any:
+    result = operation.run([as_value(value) for value in inputs], attributes)
+    lend_aliased(inputs, result)
+    return result
 
 
 def as_value(value: Any) -> Any:

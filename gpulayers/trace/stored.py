@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from gpulayers.errors import UninitializedError, message
 from gpulayers.ops.operation import Operation, Recordable, Spec
 from gpulayers.trace.tensor import RecordedTensor
 
-__all__ = ["CompositeValue", "StoredValue", "assign_stored", "read_stored"]
+__all__ = ["CompositeValue", "StoredValue", "assign_stored", "lend_aliased", "read_stored"]
 
 
 class CompositeValue(Recordable):
@@ -97,6 +98,21 @@ class StoredValue(Recordable):
     def initialized(self) -> bool:
         """Whether it has a value."""
         return self._array is not None
+
+
+def lend_aliased(inputs: Iterable[Any], result: Any) -> None:
+    """Lend the variables among `inputs` whose memory `result` shows (a view, or the array itself).
+
+    Whoever holds the result then keeps the value that was read: the next in-place update writes a copy.
+    """
+    results = result if isinstance(result, tuple | list) else (result,)
+    for value in inputs:
+        if isinstance(value, StoredValue):
+            array = value.read()
+            for one in results:
+                base = getattr(one, "base", None)
+                if one is array or (base is not None and (base is array or base is array.base)):
+                    value.lend()
 
 
 read_stored = Operation(

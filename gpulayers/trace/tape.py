@@ -13,7 +13,7 @@ from gpulayers.dtypes import is_floating
 from gpulayers.errors import GradientError, StateError, message
 from gpulayers.ops.operation import Operation, Recordable, state
 from gpulayers.trace.gradients import UnconnectedGradients, backpropagate, seed
-from gpulayers.trace.stored import StoredValue
+from gpulayers.trace.stored import StoredValue, lend_aliased
 from gpulayers.trace.tensor import GraphTensor, RecordedTensor
 
 __all__ = ["GradientTape", "active_tapes", "as_recorded", "record_on_tapes", "stop_recording"]
@@ -322,6 +322,8 @@ def record_on_tapes(tapes: list[GradientTape], operation: Operation, inputs: Seq
                     seen[index] = tensor
                     recording.append(tape)
     result = operation.run(values, attributes)
+    if reads:
+        lend_aliased(inputs, result)
     if not recording or operation.gradient is None:
         return result
     several = isinstance(result, tuple | list)

@@ -524,3 +524,30 @@ def test_uninitialized_slots_are_named():
         with pytest.raises(RuntimeError, match="Adam"):
             session.run(train)
         assert session.run(w).tolist() == [1.0]
+
+
+# --- in-place updates and what was read before ------------------------------------------------------------------------
+
+READS = {
+    "identity": ops.identity,
+    "read_value": lambda v: v.read_value(),
+    "reshape": lambda v: ops.reshape(v, (1, 2)),
+    "transpose": lambda v: ops.transpose(v),
+    "index": lambda v: v[:1],
+    "cast": lambda v: ops.cast(v, "float64"),
+    "split": lambda v: ops.split(v, 2)[0],
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_a_value_read_before_an_update_stays(name):
+    for recording in (False, True):
+        variable = Variable(np.array([1.0, 2.0]))
+        if recording:
+            with GradientTape():
+                before = READS[name](variable).value
+        else:
+            before = READS[name](variable)
+        kept = before.copy()
+        SGD(1.0).apply_gradients([(np.ones(2), variable)])
+        assert np.array_equal(before, kept) and variable.numpy().tolist() == [0.0, 1.0]
