@@ -1,0 +1,440 @@
+"""The batch normalisation kernels on the emulated launcher, against the formulas in float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from gpulayers.launch import DeviceProperties, register_launcher
+from gpulayers.launch import source as launch_source
+from gpulayers.ops import batch_norm_arrays as bn
+from gpulayers.ops import batch_norm_kernels
+from gpulayers.ops.batch_norm_plan import choose, collapse, plan_table
+from tests.kernels.emulation import H200_LIKE, SMALL, EmulatedLauncher, EmulationError
+from tests.kernels.emulation.build import compiler
+from tests.kernels.strict_array import launcher, xp
+from tests.ops import batch_norm_truth as truth
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++")
+ml_dtypes = pytest.importorskip("ml_dtypes")
+
+EPSILON = 1e-3
+TOLERANCE = {"float64": 1e-11, "float32": 1e-5, "float16": 6e-3, "bfloat16": 5e-2}
+PEOPLE = ("x", "dy", "residual")
+
+# shape, kept axes, sub-batches, regime forward on the large emulated GPU
+CASES = [
+    ((8, 16), (1,), 1, "small"),
+    ((1, 5), (1,), 1, "small"),
+    ((37, 1), (1,), 1, "small"),
+    ((40, 7), (1,), 1, "small"),
+    ((3, 8, 10, 4), (1,), 1, "small"),
+    ((3, 5, 7, 3), (1,), 1, "small"),
+    ((12, 8), (1,), 3, "small"),
+    ((6, 3, 8), (2,), 2, "small"),
+    ((6, 5, 2, 4), (1,), 3, "small"),
+    ((6, 5, 4, 8), (2,), 2, "small"),
+    ((4, 3, 5, 2), (3, 1), 1, "small"),
+    ((2, 8192), (1,), 1, "small"),
+    ((5000, 16), (1,), 1, "sweeps"),
+    ((9000, 3), (1,), 1, "sweeps"),
+    ((80, 16, 7, 8), (3,), 20, "sweeps"),
+    ((100, 13), (1,), 50, "sweeps"),
+    ((80, 3, 11, 8), (1,), 20, "sweeps"),
+    ((7, 3, 60, 67), (1,), 1, "sweeps"),
+]
+CLUSTER_CASES = [((1100, 288), (1,), 1), ((4100, 131), (1,), 1), ((17, 12, 40, 60), (1,), 1), ((17, 12, 37, 61), (1,), 1)]
+
+
+def make(shape, axis, dtype, seed=0):
+    """Return a layer's arrays in their dtypes, and the same numbers in float64."""
+    rng = np.random.default_rng(seed)
+    channels = int(np.prod([shape[a] for a in axis]))
+    values = {name: rng.normal(size=shape) for name in PEOPLE}
+    values["x"] = values["x"] * 2 + 1
+    for name in ("gamma", "beta", "mean"):
+        values[name] = rng.normal(size=channels)
+    values["variance"] = rng.uniform(0.5, 2, channels)
+    storage = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    parameter = np.dtype("float64" if dtype == "float64" else "float32")
+    cast = {name: v.astype(storage if name in PEOPLE else parameter) for name, v in values.items()}
+    return cast, {name: v.astype(np.float64) for name, v in cast.items()}
+
+
+def close(got, want, tolerance, what):
+    scale = max(1.0, float(np.abs(want).max(initial=0)))
+    error = np.abs(got.get().astype(np.float64) - want).max(initial=0)
+    assert error <= tolerance * scale, f"{what}: off by {error}, {tolerance * scale} allowed"
+
+
+def check(shape, axis, groups, dtype, residual=False, relu=False, seed=0):
+    """Run forward and backward of training and inference on the kernels and compare everything."""
+    values, exact = make(shape, axis, dtype, seed)
+    device = {name: xp.asarray(v) for name, v in values.items()}
+    options = {"axis": axis, "activation": "relu" if relu else None}
+    extra, exact_extra = (device["residual"], exact["residual"]) if residual else (None, None)
+    tolerance = TOLERANCE[dtype]
+    f = bn.forward(device["x"], device["gamma"], device["beta"], groups=groups, residual=extra, **options)
+    want = truth.forward(exact["x"], exact["gamma"], exact["beta"], axis, EPSILON, groups, residual=exact_extra, relu=relu)
+    assert f.y.dtype == values["x"].dtype and f.mean.dtype == values["gamma"].dtype
+    close(f.y, want.y, tolerance, "y")
+    close(f.mean, want.mean, min(tolerance, 2e-6), "mean")
+    close(f.variance, want.variance, min(tolerance, 1e-5), "variance")
+    y = f.y if relu else None
+    b = bn.backward(device["dy"], device["x"], device["gamma"], f.saved, groups=groups, y=y, residual=residual, **options)
+    mask = f.y.get().astype(np.float64) > 0 if relu else None
+    back = truth.backward(exact["dy"], exact["x"], exact["gamma"], axis, EPSILON, groups, mask=mask)
+    loose = tolerance * (300 if (np.asarray(want.variance) < 1e-2).any() else 4)
+    for name in ("dx", "dgamma", "dbeta"):
+        close(getattr(b, name), getattr(back, name), loose, name)
+    if residual and relu:
+        np.testing.assert_array_equal(b.dresidual.get(), np.where(mask, values["dy"], 0))
+    statistics = device["mean"], device["variance"]
+    y = bn.inference(device["x"], device["gamma"], device["beta"], *statistics, residual=extra, **options)
+    n = truth.normalised(exact["x"], exact["mean"], exact["variance"], axis, EPSILON)
+    plain = n * truth.along(exact["gamma"], n, axis) + truth.along(exact["beta"], n, axis)
+    close(y, truth.finish(plain, exact_extra, relu), tolerance, "inference")
+    b = bn.inference_backward(
+        device["dy"], device["x"], device["gamma"], *statistics, y=y if relu else None, residual=residual, **options
+    )
+    g = exact["dy"] * (y.get().astype(np.float64) > 0) if relu else exact["dy"]
+    reduced = truth.reduced_axes(g, axis)
+    close(b.dx, g * truth.along(exact["gamma"] / np.sqrt(exact["variance"] + EPSILON), n, axis), tolerance, "inference dx")
+    close(b.dgamma, (g * n).sum(axis=reduced).ravel(), 4 * tolerance, "inference dgamma")
+    close(b.dbeta, g.sum(axis=reduced).ravel(), 4 * tolerance, "inference dbeta")
+    mean, variance = bn.statistics(device["x"], axis=axis, groups=groups)
+    if groups == 1:
+        close(mean, want.mean, min(tolerance, 2e-6), "statistics: mean")
+        close(variance, want.variance, min(tolerance, 1e-5), "statistics: variance")
+
+
+@pytest.fixture(autouse=True)
+def emulated_gpu():
+    launcher.record.clear()
+    yield launcher
+    launcher.device = H200_LIKE
+    register_launcher("emulated", launcher)
+
+
+def regimes():
+    return {(specialisation.name, specialisation.cluster) for specialisation, *_ in launcher.record}
+
+
+EXPECTED = {
+    "small": {("gl_bn_forward", 1)},
+    "sweeps": {("gl_bn_statistics", 1), ("gl_bn_normalise", 1)},
+    "cluster": {("gl_bn_forward", 8)},
+}
+
+
+@pytest.mark.parametrize(("shape", "axis", "groups", "regime"), CASES)
+def test_layouts_and_regimes(shape, axis, groups, regime):
+    check(shape, axis, groups, "float32", residual=True, relu=True)
+    assert regimes() >= EXPECTED[regime]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+@pytest.mark.parametrize(("shape", "axis", "groups"), [((24, 16), (1,), 3), ((6, 5, 4, 8), (1,), 1)])
+def test_dtypes(shape, axis, groups, dtype):
+    check(shape, axis, groups, dtype)
+
+
+@pytest.mark.parametrize(("residual", "relu"), [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize(("shape", "axis"), [((40, 16), (1,)), ((5000, 16), (1,))])
+def test_options(shape, axis, residual, relu):
+    check(shape, axis, 1, "float32", residual, relu)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("shape", "axis", "groups", "regime"), CASES)
+@pytest.mark.parametrize(("residual", "relu"), list(itertools.product([False, True], repeat=2)))
+def test_everything(shape, axis, groups, regime, dtype, residual, relu):
+    check(shape, axis, groups, dtype, residual, relu)
+
+
+@pytest.mark.parametrize(("shape", "axis", "groups"), CLUSTER_CASES[::3])
+def test_clusters_keep_the_input(shape, axis, groups):
+    check(shape, axis, groups, "float32", relu=True)
+    assert regimes() >= EXPECTED["cluster"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("shape", "axis", "groups"), CLUSTER_CASES)
+def test_clusters_of_every_dtype(shape, axis, groups, dtype):
+    check(shape, axis, groups, dtype, residual=True, relu=True)
+
+
+def test_a_small_gpu_without_clusters():
+    launcher.device = SMALL
+    check((700, 40), (1,), 1, "float32")
+    assert regimes() >= EXPECTED["sweeps"] and not regimes() & EXPECTED["cluster"]
+
+
+@pytest.mark.parametrize("shape", [(33, 16), (5000, 16)])
+@pytest.mark.parametrize("offset", [1, 4])
+def test_addresses_that_are_not_aligned(shape, offset):
+    values, exact = make(shape, (1,), "float32")
+    memory = xp.empty(values["x"].size + offset, "float32")
+    memory[offset:] = xp.asarray(values["x"].ravel())
+    x = memory[offset:].reshape(shape)
+    y = bn.forward(x, None, None, axis=(1,)).y
+    close(y, truth.forward(exact["x"], 1.0, 0.0, (1,), EPSILON).y, 1e-5, "y")
+    vectors = {specialisation.defines["VECTOR"] for specialisation, *_ in launcher.record}
+    assert vectors == {offset % 4 == 0}
+
+
+CLIPS = [(None, None, None), (0.8, 1.2, 0.3)]
+
+
+@pytest.mark.parametrize("clips", [*CLIPS, "device"])
+@pytest.mark.parametrize(("shape", "axis", "groups"), [((12, 6), (1,), 3), ((5000, 9), (1,), 1), ((40, 9, 7), (2,), 20)])
+def test_renorm_and_moving_statistics(shape, axis, groups, clips):
+    values, exact = make(shape, axis, "float32")
+    channels = values["gamma"].size
+    rng = np.random.default_rng(1)
+    old = {k: rng.uniform(0.5, 2, channels).astype("f") for k in ("mean", "variance", "stddev", "renorm_mean", "renorm_stddev")}
+    old["renorm_stddev"][0] = 0.0
+    device = {name: xp.asarray(v.copy()) for name, v in old.items()}
+    moving = bn.MovingStatistics(
+        device["mean"], device["variance"], 0.1, stddev=device["stddev"], renorm_mean=device["renorm_mean"],
+        renorm_stddev=device["renorm_stddev"], renorm_decay=0.2,
+    )  # fmt: skip
+    numbers = (0.8, 1.2, 0.3) if clips == "device" else clips
+    given = [xp.asarray(np.float32(c)) for c in numbers] if clips == "device" else numbers
+    r, d, after = truth.renorm(exact["x"], axis, EPSILON, groups, {k: v.astype("d") for k, v in old.items()}, numbers, 0.1, 0.2)
+    renorm = bn.Renorm(device["renorm_mean"], device["renorm_stddev"], *given)
+    x, gamma, beta, dy = (xp.asarray(values[k]) for k in ("x", "gamma", "beta", "dy"))
+    f = bn.forward(x, gamma, beta, axis=axis, groups=groups, renorm=renorm, moving=moving)
+    want = truth.forward(exact["x"], exact["gamma"], exact["beta"], axis, EPSILON, groups, r=r, d=d)
+    close(f.y, want.y, 1e-5, "y")
+    for name, expected in after.items():
+        close(device[name], expected, 2e-6, name)
+    b = bn.backward(dy, x, gamma, f.saved, axis=axis, groups=groups)
+    back = truth.backward(exact["dy"], exact["x"], exact["gamma"], axis, EPSILON, groups, r=r, d=d)
+    for name in ("dx", "dgamma", "dbeta"):
+        close(getattr(b, name), getattr(back, name), 4e-5, name)
+
+
+@pytest.mark.parametrize("shape", [(60, 5), (9000, 5)])
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nonfinite_values_stay_in_their_channel(shape, skip, bad):
+    x = np.random.default_rng(6).normal(size=shape).astype("f")
+    clean = truth.forward(x.astype("d"), 1.0, 0.0, (1,), EPSILON)
+    x[3, 2] = bad
+    skipped = xp.asarray(np.zeros(1, np.int64))
+    moving = bn.MovingStatistics(
+        xp.asarray(np.zeros(5, "f")), xp.asarray(np.ones(5, "f")), 0.5, unbiased=True, skip_nonfinite=skip, skipped=skipped
+    )
+    f = bn.forward(xp.asarray(x), None, None, axis=(1,), moving=moving)
+    others = [0, 1, 3, 4]
+    assert np.isnan(f.y.get()[:, 2]).any()
+    assert np.abs(f.y.get()[:, others] - clean.y[:, others]).max() < 1e-5
+    factor = shape[0] / (shape[0] - 1)
+    np.testing.assert_allclose(moving.variance.get()[others], 0.5 + clean.variance[others] * factor / 2, rtol=1e-5)
+    if skip:
+        assert moving.mean.get()[2] == 0 and moving.variance.get()[2] == 1
+    else:
+        assert not np.isfinite(moving.mean.get()[2])
+    assert skipped.get()[0] == int(skip)
+
+
+@pytest.mark.parametrize("shape", [(900, 16), (9000, 3), (20, 3, 40, 40)])
+@pytest.mark.parametrize("ratio", [100, 1e4])
+def test_float32_far_from_zero(shape, ratio):
+    x = (np.random.default_rng(3).normal(size=shape) + ratio).astype("f")
+    f = bn.forward(xp.asarray(x), None, None, axis=(1,), epsilon=0.0)
+    want = truth.forward(x.astype("d"), 1.0, 0.0, (1,), 0.0)
+    np.testing.assert_allclose(f.variance.get(), want.variance, rtol=1e-5)
+    assert np.abs(f.y.get() - want.y).max() <= 2e-6
+    y = bn.inference(xp.asarray(x), None, None, f.mean, f.variance, axis=(1,), epsilon=0.0)
+    mean, variance = f.mean.get().astype("d"), f.variance.get().astype("d")
+    assert np.abs(y.get() - truth.normalised(x.astype("d"), mean, variance, (1,), 0.0)).max() <= 2e-6
+
+
+def test_an_outlier_in_front_does_not_spoil_the_variance():
+    x = np.random.default_rng(5).normal(size=(9000, 4)).astype("f")
+    x[0] = 3000.0
+    variance = bn.statistics(xp.asarray(x), axis=(1,))[1]
+    np.testing.assert_allclose(variance.get(), x.astype("d").var(axis=0), rtol=1e-5)
+
+
+def test_weights_on_the_device():
+    values, exact = make((6, 4, 3), (2,), "float64")
+    weights = np.random.default_rng(2).integers(0, 3, (6, 4, 1)).astype("d")
+    f = bn.forward(xp.asarray(values["x"]), None, None, axis=(2,), weights=xp.asarray(weights))
+    host = bn.forward(values["x"], None, None, axis=(2,), weights=weights)
+    np.testing.assert_allclose(f.y.get(), host.y, atol=1e-12)
+    b = bn.backward(xp.asarray(values["dy"]), xp.asarray(values["x"]), None, f.saved, axis=(2,), weights=xp.asarray(weights))
+    np.testing.assert_allclose(b.dx.get(), bn.backward(values["dy"], values["x"], None, host.saved, axis=(2,), weights=weights).dx, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_empty(shape):
+    x = xp.empty(shape, "float32")
+    channels = shape[1]
+    moving = bn.MovingStatistics(xp.asarray(np.full(channels, 3.0, "f")), xp.asarray(np.full(channels, 4.0, "f")), 0.5)
+    f = bn.forward(x, None, None, axis=(1,), moving=moving)
+    assert f.y.shape == shape and (moving.mean.get() == 3).all()
+    assert bn.backward(x, x, None, f.saved, axis=(1,)).dx.shape == shape
+    assert bn.inference(x, None, None, moving.mean, moving.variance, axis=(1,)).shape == shape
+    assert not launcher.record
+
+
+def test_one_launch_or_two():
+    x = xp.asarray(np.ones((8, 16), "f"))
+    f = bn.forward(x, None, None, axis=(1,))
+    bn.backward(x, x, None, f.saved, axis=(1,))
+    assert [s.name for s, *_ in launcher.record] == ["gl_bn_forward", "gl_bn_backward"]
+    launcher.record.clear()
+    bn.inference(x, None, None, f.mean, f.variance, axis=(1,))
+    bn.inference_backward(x, x, None, f.mean, f.variance, axis=(1,))
+    assert [s.name for s, *_ in launcher.record] == ["gl_bn_normalise", "gl_bn_sums"]
+
+
+# ---- the plan ------------------------------------------------------------------------------------------------------
+
+A100_LIKE = DeviceProperties("emulated A100", 80, 108, 163 * 1024, 164 * 1024, 65536, 2048, 1024, 40 * 2**20)
+
+
+def test_the_plan_as_a_table():
+    shapes = [((256, 64), (1,), 1), ((32, 14, 14, 1024), (3,), 1), ((32, 56, 56, 64), (3,), 1), ((32, 64, 56, 56), (1,), 1)]
+    assert plan_table(shapes, 2, H200_LIKE).splitlines()[1].startswith("(256, 64), (1,), 1 | small")
+    regimes = [[choose(collapse(*case), 2, True, device).regime for case in shapes] for device in (H200_LIKE, A100_LIKE)]
+    assert regimes == [["small", "cluster", "sweeps", "cluster"], ["small", "sweeps", "sweeps", "sweeps"]]
+
+
+@pytest.mark.parametrize("device", [H200_LIKE, A100_LIKE, SMALL], ids=lambda d: d.name)
+def test_every_plan_can_be_launched(device):
+    sizes = [1, 2, 3, 7, 8, 31, 64, 100, 513, 2048, 8192, 100_000]
+    for rows, channels, inner in itertools.product(sizes, sizes, (1, 3, 8, 49, 3136)):
+        for itemsize, aligned, kept in itertools.product((2, 4, 8), (False, True), (1, 2)):
+            layout = collapse((rows, channels, inner), (1,))
+            plan = choose(layout, itemsize, aligned, device, kept)
+            columns = plan.lanes * (16 // itemsize if plan.vector and plan.channels_last else 1)
+            assert plan.lanes * plan.depth <= 256 and plan.depth >= columns // plan.lanes
+            assert plan.lanes & (plan.lanes - 1) == 0 and plan.depth & (plan.depth - 1) == 0
+            assert (plan.slabs - 1) * columns < channels <= plan.slabs * columns
+            assert plan.shared + 20 * 1024 <= device.shared_per_block
+            assert plan.regime != "cluster" or device.has_clusters
+            if plan.regime == "cluster":
+                units = layout.count // (16 // itemsize if plan.vector and not plan.channels_last else 1)
+                largest = max(units * (s + 1) // plan.splits - units * s // plan.splits for s in range(plan.splits))
+                width = 16 // itemsize if plan.vector else 1
+                assert -(-largest // plan.depth) * plan.lanes * plan.depth * width * itemsize * kept <= plan.shared
+
+
+# ---- broken copies must be caught ----------------------------------------------------------------------------------
+
+def forward_of(shape, groups=1, far=0.0):
+    """Check y and the variance of a training forward alone."""
+    x = (np.random.default_rng(3).normal(size=shape) + far).astype("f")
+    f = bn.forward(xp.asarray(x), None, None, axis=(1,), epsilon=0.0, groups=groups)
+    want = truth.forward(x.astype("d"), 1.0, 0.0, (1,), 0.0, groups)
+    np.testing.assert_allclose(f.variance.get(), want.variance, rtol=1e-5)
+    assert np.abs(f.y.get() - want.y).max() <= 4e-6
+
+
+def backward_of(shape):
+    """Check the gradients behind a ReLU whose output is often exactly 0."""
+    x, dy = (np.random.default_rng(seed).normal(size=shape).astype("f") for seed in (3, 4))
+    y = np.maximum(x, 0)
+    saved = bn.forward(x, None, None, axis=(1,)).saved
+    b = bn.backward(xp.asarray(dy), xp.asarray(x), None, xp.asarray(saved), axis=(1,), y=xp.asarray(y), activation="relu")
+    want = truth.backward(dy.astype("d"), x.astype("d"), 1.0, (1,), EPSILON, mask=y > 0)
+    close(b.dx, want.dx, 1e-5, "dx")
+
+
+SMALL_SLAB, TWO_SWEEPS, SUB_BATCHES = ((300, 19),), ((5000, 3),), ((40, 6), 20)
+
+# what is broken: (right text, wrong text, the check that sees it, its arguments)
+MUTANTS = {
+    "a barrier before the tree is missing": (
+        "squares[i][me] = seen ? square[i] - sum[i] * mean : A(0);\n    }\n    __syncthreads();",
+        "squares[i][me] = seen ? square[i] - sum[i] * mean : A(0);\n    }",
+        forward_of, SMALL_SLAB,
+    ),
+    "a barrier inside the tree is missing": (
+        "counts[me] = total;\n        }\n        __syncthreads();",
+        "counts[me] = total;\n        }",
+        forward_of, SMALL_SLAB,
+    ),
+    "a barrier of the column sums is missing": (
+        "sums[me] = value;\n    __syncthreads();", "sums[me] = value;", forward_of, TWO_SWEEPS,
+    ),
+    "one unit too few": ("+ step - 1) / step : 0;", "+ step - 2) / step : 0;", forward_of, ((257, 1),)),
+    "one unit too many": ("+ step - 1) / step : 0;", "+ step) / step : 0;", forward_of, SMALL_SLAB),
+    "the merge forgets the distance": (
+        "square += other_square + delta * delta * count * share;", "square += other_square;", forward_of, SMALL_SLAB,
+    ),
+    "the merge weighs wrongly": ("mean += delta * share;", "mean += delta * A(0.5);", forward_of, SMALL_SLAB),
+    "the means are not relative to the channel's first value": ("base[i] - first[i]", "base[i]", forward_of, SMALL_SLAB),
+    "the last block does not wait": (
+        "if (!last_split(arguments, p)) return;\n    finish_group(", "if (p.split != 0) return;\n    finish_group(",
+        forward_of, TWO_SWEEPS,
+    ),
+    "the channel is not checked": ("inside = channel < p.channels;", "inside = true;", forward_of, TWO_SWEEPS),
+    "the mask lets zero pass": ("if (!(widen(y.values[i]) > A(0)))", "if (!(widen(y.values[i]) >= A(0)))", backward_of, SMALL_SLAB),
+    "the groups are contiguous": (
+        "return (row * p.groups + p.group) * length;", "return (p.group * p.rows + row) * length;", forward_of, SUB_BATCHES,
+    ),
+    "the offset is lost": ("result.b -= arguments.saved[slot + plane] * result.a;", "", forward_of, (*SMALL_SLAB, 1, 1e4)),
+}  # fmt: skip
+
+
+OUT_OF_BOUNDS = {"one unit too many", "the channel is not checked"}  # in a process of their own, watched
+
+
+@pytest.mark.parametrize("case", [(f, a) for f, a in dict.fromkeys((m[2], m[3]) for m in MUTANTS.values())], ids=str)
+def test_the_right_text_passes_the_mutants_checks(case):
+    case[0](*case[1])
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_mutants_are_caught(monkeypatch, mutant):
+    """Each broken copy fails a check that the right text passes."""
+    right, wrong, run, arguments = MUTANTS[mutant]
+    read = launch_source.read_source
+    assert right in "".join(read("batch_norm.cu")), "the kernel changed: change the mutant too"
+
+    def broken(name):
+        return tuple(part.replace(right, wrong) for part in read(name))
+
+    with_mutant(monkeypatch, broken, "address" if mutant in OUT_OF_BOUNDS else "fibers")
+    with pytest.raises((AssertionError, EmulationError)):
+        run(*arguments)
+
+
+def with_mutant(monkeypatch, read, build):
+    """Make the kernels read their text through `read`, with nothing remembered from before."""
+    import gpulayers.launch.kernel as kernel_module
+
+    monkeypatch.setattr(kernel_module._source, "read_source", read)
+    for value in vars(batch_norm_kernels).values():
+        if type(value).__name__ == "Kernel":
+            monkeypatch.setattr(value, "_specialisations", {})
+    runs = ((0, 0xFF, 1),) if build == "address" else EmulatedLauncher().runs
+    register_launcher("emulated", EmulatedLauncher(build=build, runs=runs))
+
+
+# ---- sanitizers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("shape", "axis", "groups"), [((33, 20), (1,), 1), ((3000, 9), (1,), 1), ((4, 3, 5, 7), (1,), 2), ((5, 3, 6, 8), (1,), 1)])
+def test_under_address_and_undefined_behaviour_sanitizer(shape, axis, groups):
+    register_launcher("emulated", EmulatedLauncher(build="address", runs=((0, 0xFF, 1),)))
+    check(shape, axis, groups, "float32", residual=True, relu=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("shape", "axis"), [((20, 6), (1,)), ((3000, 3), (1,))])
+def test_under_thread_sanitizer(shape, axis):
+    register_launcher("emulated", EmulatedLauncher(build="threads", runs=((0, 0xFF, 2),)))
+    x = np.random.default_rng(0).normal(size=shape).astype("f")
+    y = bn.forward(xp.asarray(x), None, None, axis=axis).y
+    close(y, truth.forward(x.astype("d"), 1.0, 0.0, axis, EPSILON).y, 1e-5, "y")
