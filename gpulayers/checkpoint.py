@@ -1,8 +1,8 @@
 """Weights in a file: ``.npz``, or ``.safetensors`` where that package is installed.
 
-A file holds arrays under their names and a note of the library, the format and each array's dtype; nothing in it is ever
-executed (no pickle is written or read). It is written beside its place and then renamed, so that a program that dies while
-writing leaves the old file. Loading reads and checks everything before it changes the first variable.
+A file holds arrays under their names and a note of the library, the format and each array's dtype; nothing in it is
+ever executed (no pickle is written or read). It is written beside its place and then renamed, so that a program that
+dies while writing leaves the old file. Loading reads and checks everything before it changes the first variable.
 """
 
 from __future__ import annotations
@@ -96,10 +96,10 @@ def _host(variable: Any) -> np.ndarray:
 def save_weights(path: Any, named_variables: Any) -> Path:
     """Write variables to `path` and return it.
 
-    Parameters: `path`, ``.safetensors`` in its name chooses that format, anything else is ``.npz``'s; `named_variables`,
-    a dictionary, or variables, which go by their names without ``:0``. A partitioned variable is written as a whole.
-    Raises CheckpointError for a name taken twice and for safetensors where the package is missing; OSError as the system
-    does. The file appears complete or not at all.
+    Parameters: `path`, ``.safetensors`` in its name chooses that format, anything else is ``.npz``'s;
+    `named_variables`, a dictionary, or variables, which go by their names without ``:0``. A partitioned variable is
+    written as a whole. Raises CheckpointError for a name taken twice and for safetensors where the package is missing;
+    OSError as the system does. The file appears complete or not at all.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -246,10 +246,10 @@ def _read_safetensors(path: Path, content: bytes) -> dict[str, np.ndarray]:
 def load_weights(path: Any, named_variables: Any, strict: bool = True) -> LoadReport:
     """Give variables the values in a checkpoint, and return what was loaded.
 
-    `named_variables` as for `save_weights`. With `strict`, every variable must be in the file and every entry of the file
-    must be wanted, with the variable's shape and dtype. Otherwise what does not fit is left alone, and a dtype is
-    converted. Raises CheckpointError with everything that does not fit, or if the file is damaged or foreign; no variable
-    is changed then.
+    `named_variables` as for `save_weights`. With `strict`, every variable must be in the file and every entry of the
+    file must be wanted, with the variable's shape and dtype. Otherwise what does not fit is left alone, and a dtype is
+    converted. Raises CheckpointError with everything that does not fit, or if the file is damaged or foreign; no
+    variable is changed then.
     """
     variables, arrays = _named(named_variables), read_arrays(path)
     report = _compare(variables, arrays, strict)
@@ -360,7 +360,10 @@ class Saver:
 
 
 def latest_checkpoint(checkpoint_dir: Any, latest_filename: str | None = None) -> str | None:
-    """Return the path that a `Saver` wrote last in a folder, or None. Source: ``tf.compat.v1.train.latest_checkpoint``."""
+    """Return the path that a `Saver` wrote last in a folder, or None.
+
+    Source: ``tf.compat.v1.train.latest_checkpoint``.
+    """
     folder = Path(checkpoint_dir)
     try:
         state = json.loads((folder / (latest_filename or STATE_FILE)).read_text(encoding="utf-8"))

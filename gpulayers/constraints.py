@@ -38,7 +38,9 @@ class Constraint:
 
 
 class MaxNorm(Constraint):
-    """``w * clip(n, 0, max_value) / (eps + n)`` with the norms ``n`` along `axis`. Source: ``tf.keras.constraints.MaxNorm``.
+    """``w * clip(n, 0, max_value) / (eps + n)`` with the norms ``n`` along `axis`.
+
+    Source: ``tf.keras.constraints.MaxNorm``.
 
     >>> import numpy as np
     >>> MaxNorm(1.0)(np.array([[3.0, 0.3], [4.0, 0.4]])).round(6)

@@ -138,8 +138,8 @@ class OrthogonalRegularizer(Regularizer):
     With ``u_i`` the rows divided by their length: ``factor * mean |u_i . u_j|`` over the pairs ``i < j``. A matrix with
     one row has no pair and gives 0 (NaN in TensorFlow).
 
-    Parameters: `factor`; `mode`, ``"rows"`` or ``"columns"``. Raises ValueError for another mode, and when called on what
-    is not a matrix. Source: ``tf.keras.regularizers.OrthogonalRegularizer``.
+    Parameters: `factor`; `mode`, ``"rows"`` or ``"columns"``. Raises ValueError for another mode, and when called on
+    what is not a matrix. Source: ``tf.keras.regularizers.OrthogonalRegularizer``.
 
     >>> float(OrthogonalRegularizer(1.0)(np.array([[2.0, 0.0], [3.0, 4.0]]))).__round__(6)
     0.6
@@ -223,7 +223,8 @@ def get(identifier: Any) -> Any:
         return deserialize(identifier)
     if callable(identifier):
         return identifier() if isinstance(identifier, type) else identifier
-    raise ValueError(message("regularizers.get", "cannot be made a regularizer", "a name or callable", repr(identifier)))
+    wanted = "a name or callable"
+    raise ValueError(message("regularizers.get", "cannot be made a regularizer", wanted, repr(identifier)))
 
 
 def deserialize(config: Any, custom_objects: dict[str, Any] | None = None) -> Any:

@@ -95,7 +95,7 @@ def serialize(thing: Any) -> Any:
     """Return plain data from which `deserialize` makes `thing` again.
 
     An object with `get_config` gives ``{"module", "class_name", "config", "registered_name"}``; a function or a class
-    gives its name; None gives None. Raises ValueError for anything else, a lambda included: it has no name to find it by.
+    gives its name; None gives None. Raises ValueError for anything else, a lambda included: it has no name.
 
     >>> from gpulayers import regularizers
     >>> serialize(regularizers.L1(0.5))["config"]
@@ -157,8 +157,8 @@ def deserialize(
     """Return the object that `config` describes.
 
     - a name of a function: the function; a name of a class: an instance made without arguments;
-    - ``{"class_name": ..., "config": {...}}``, with or without the other entries of `serialize`: an instance made by the
-      class's `from_config`, or by calling the class with the entries of ``config``;
+    - ``{"class_name": ..., "config": {...}}``, with or without the other entries of `serialize`: an instance made by
+      the class's `from_config`, or by calling the class with the entries of ``config``;
     - None: None.
 
     Names are looked up in `custom_objects`, the enclosing `custom_object_scope`, what was registered, and `table`.
@@ -175,7 +175,8 @@ def deserialize(
         found = find(config, custom_objects, table, what)
         return found() if inspect.isclass(found) else found
     if not isinstance(config, Mapping) or not isinstance(config.get("class_name"), str):
-        raise ValueError(message(what, "not a configuration", "a name, or a dictionary with class_name", repr(config)))
+        wanted = "a name, or a dictionary with class_name"
+        raise ValueError(message(what, "not a configuration", wanted, repr(config)))
     settings = config.get("config")
     if config["class_name"] == "function" and isinstance(settings, str):
         return find(config.get("registered_name") or settings, custom_objects, table, what)

@@ -90,7 +90,7 @@ def truncated(generator: np.random.Generator, shape: Shape, dtype: np.dtype, mea
 
 
 def check_scaling(name: str, scale: float, mode: str, distribution: str) -> tuple[str, str]:
-    """Return mode and distribution in lower case. Raises ValueError for unknown ones and a scale that is not positive."""
+    """Return mode and distribution in lower case. Raises ValueError for unknown ones and a scale of 0 or less."""
     if not scale > 0:
         raise ValueError(message(name, "scale is not positive", "more than 0", scale))
     mode, distribution = str(mode).lower(), str(distribution).lower()
@@ -131,7 +131,7 @@ def _floating(name: str, dtype: np.dtype) -> np.dtype:
 
 
 def orthogonal(generator: np.random.Generator, shape: Shape, dtype: np.dtype, gain: float) -> np.ndarray:
-    """Return `gain` times a matrix (leading axes together, last axis) whose rows or columns, the fewer, are orthonormal.
+    """Return `gain` times a matrix (leading axes as one, last axis) whose rows or columns, the fewer, are orthonormal.
 
     The factor Q of a normal matrix, with the signs of R's diagonal, so that it is uniformly distributed.
     Raises ValueError for fewer than two axes.

@@ -1,7 +1,7 @@
 """The family of ``tf.compat.v1``: other defaults, a dtype of their own, and new values at every call.
 
-The maths is that of the modern family (`draws`). With a seed, an instance starts a fixed sequence and each call takes the
-next numbers from it. For a part of a partitioned variable, variance scaling counts the inputs and outputs of the whole.
+The maths is that of the modern family (`draws`). With a seed, an instance starts a fixed sequence and each call takes
+the next numbers from it. For a part of a partitioned variable, variance scaling counts the fans of the whole.
 The class names are TensorFlow's function-like ones.
 """
 

@@ -17,9 +17,9 @@ __all__ = ["Adam", "AdamW"]
 class Adam(Optimizer):
     """``m <- beta_1 m + (1 - beta_1) g``, ``v <- beta_2 v + (1 - beta_2) g^2``, ``w -= a m / (sqrt(v) + epsilon)``.
 
-    ``a = learning_rate sqrt(1 - beta_2^t) / (1 - beta_1^t)``, t the number of the update, from 1. The slots are ``m`` and
-    ``v``. `epsilon` is TensorFlow's, added to the uncorrected root; PyTorch adds its own to the corrected one, so equal
-    epsilons differ a little there in the first updates.
+    ``a = learning_rate sqrt(1 - beta_2^t) / (1 - beta_1^t)``, t the number of the update, from 1. The slots are ``m``
+    and ``v``. `epsilon` is TensorFlow's, added to the uncorrected root; PyTorch adds its own to the corrected one, so
+    equal epsilons differ a little there in the first updates.
     Raises ValueError for betas outside [0, 1) and a negative epsilon.
     Source: ``tf.keras.optimizers.Adam``; Kingma and Ba 2015.
 

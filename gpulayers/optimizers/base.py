@@ -58,7 +58,7 @@ class Optimizer:
       `global_clipnorm`: the length of all together. At most one of the two lengths.
     - `name`: begins the names of the optimizer's variables.
 
-    State written: the variables, in place; `iterations`, the number of updates made, which lives on the host; and slots,
+    State written: the variables, in place; `iterations`, the number of updates made, which lives on the host; slots,
     variables that start from 0 (float32 for 16-bit variables). Constraints of variables are applied after each update.
 
     The update is the same eagerly and in a graph or `function`, where `apply_gradients` returns a node that does it.
@@ -161,7 +161,9 @@ class Optimizer:
 
     # --- updating -----------------------------------------------------------------------------------------------------
 
-    def minimize(self, loss: Any, var_list: Any = None, tape: GradientTape | None = None, name: str | None = None) -> Any:
+    def minimize(
+        self, loss: Any, var_list: Any = None, tape: GradientTape | None = None, name: str | None = None
+    ) -> Any:
         """Compute the gradients of `loss` and apply them.
 
         `loss`: a function without arguments; or a value recorded on `tape`; or a graph tensor. `var_list`: variables,
@@ -195,15 +197,16 @@ class Optimizer:
                 )
             )
         else:
-            variables = list(tape.watched_variables()) if variables is None else variables
+            if variables is None:
+                variables = [variable for variable in tape.watched_variables() if isinstance(variable, Variable)]
             found = tape.gradient(loss, variables, grad_loss)
         return list(zip(found, variables, strict=True))
 
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Variable]], name: str | None = None) -> Any:
         """Update the variables. Returns None, or in a graph the node that updates.
 
-        Pairs whose gradient is None are left out with a warning. Raises ValueError if all are, for a gradient of another
-        shape, a variable given twice, or one that is not a floating Variable; nothing is changed then.
+        Pairs whose gradient is None are left out with a warning. Raises ValueError if all are, for a gradient of
+        another shape, a variable given twice, or one that is not a floating Variable; nothing is changed then.
         """
         return self._apply(grads_and_vars, None)
 
@@ -308,7 +311,8 @@ class Optimizer:
         if isinstance(rate, schedules.LearningRateSchedule):
             rate = serialization.serialize(rate)
         elif isinstance(rate, GraphTensor) or (callable(rate) and not isinstance(rate, Variable)):
-            raise ValueError(message(self.name, "its learning rate has no data form", "a number or a schedule", repr(rate)))
+            wanted = "a number or a schedule"
+            raise ValueError(message(self.name, "its learning rate has no data form", wanted, repr(rate)))
         else:
             rate = self._rate(0, None)
         return {

@@ -14,7 +14,7 @@ __all__ = ["SGD", "Momentum"]
 
 
 class SGD(Optimizer):
-    """``w -= a g``; with momentum ``b <- momentum b + g`` and ``w -= a b``, with `nesterov` ``w -= a (g + momentum b)``.
+    """``w -= a g``; with momentum ``b <- momentum b + g``, ``w -= a b``, with `nesterov` ``w -= a (g + momentum b)``.
 
     The slot ``momentum`` holds b. Keras keeps ``a b`` instead, which differs only while the learning rate changes; this
     is the form of ``tf.compat.v1.train.MomentumOptimizer`` and of PyTorch.

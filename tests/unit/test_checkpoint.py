@@ -82,7 +82,8 @@ def test_equal_weights_give_equal_files(tmp_path):
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_strict_loading_lists_everything_and_changes_nothing(tmp_path, suffix):
     path = tmp_path / f"weights{some(suffix)}"
-    save_weights(path, {"same": Variable([1.0]), "extra": Variable([1.0]), "shape": Variable([1.0]), "kind": Variable([1])})
+    ones = {name: Variable([1.0]) for name in ("same", "extra", "shape")}
+    save_weights(path, {**ones, "kind": Variable([1])})
     same, shape = Variable([0.0]), Variable([0.0, 0.0])
     wanted = {"same": same, "lacking": Variable([0.0]), "shape": shape, "kind": Variable([0.0])}
     with pytest.raises(CheckpointError) as error:

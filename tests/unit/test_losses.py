@@ -32,7 +32,12 @@ ERROR = np.abs(LOGITS - TARGETS)
 TABLE = {
     "mse": (losses.mean_squared_error, TARGETS, {}, (ERROR**2).mean(-1)),
     "mae": (losses.mean_absolute_error, TARGETS, {}, ERROR.mean(-1)),
-    "huber": (losses.huber, TARGETS, {"delta": 1.5}, np.where(ERROR <= 1.5, ERROR**2 / 2, 1.5 * ERROR - 1.125).mean(-1)),
+    "huber": (
+        losses.huber,
+        TARGETS,
+        {"delta": 1.5},
+        np.where(ERROR <= 1.5, ERROR**2 / 2, 1.5 * ERROR - 1.125).mean(-1),
+    ),
     "binary": (losses.binary_crossentropy, TARGETS, {"from_logits": True}, binary(TARGETS, sigmoid(LOGITS))),
     "binary smooth": (
         losses.binary_crossentropy,

@@ -128,3 +128,15 @@ def test_names_configurations_and_variables():
 def test_a_wrapped_function():
     metric = MeanMetricWrapper(lambda a, b, power: ops.absolute(a - b) ** power, name="error", power=2)
     assert float(metric([1.0], [3.0])) == 4.0
+
+
+def test_on_symbolic_tensors_of_the_graph_of_inputs():
+    from gpulayers.trace import Plan, execute, symbolic_graph
+    from gpulayers.trace.graph import new_placeholder
+
+    x = new_placeholder(symbolic_graph(), "float32", (None, 2))
+    mean = Mean(name="max")
+    result = mean(ops.max(x))  # recorded, although nothing was entered: the totals are read when it runs
+    plan = Plan([result], [x])
+    assert execute(plan, {x: np.array([[1, 2]], np.float32)})[0] == 2.0
+    assert execute(plan, {x: np.array([[3, 4]], np.float32)})[0] == 3.0

@@ -180,7 +180,8 @@ def test_sixteen_bit_variables_have_float32_slots(name, dtype):
     assert variable.numpy().dtype.name == dtype
     assert all(slot.dtype == np.float32 for slot in optimizer.variables[1:])
     expected = loop(kind, np.ones(3), grads, 0.125, **settings)
-    np.testing.assert_allclose(variable.numpy().astype(np.float64), expected, rtol=2.0**-8 if "b" in dtype else 2.0**-10)
+    rounding = 2.0**-8 if "b" in dtype else 2.0**-10
+    np.testing.assert_allclose(variable.numpy().astype(np.float64), expected, rtol=rounding)
 
 
 def test_updates_are_in_place_and_count():
