@@ -24,7 +24,7 @@ ORDER = [
     ["trace"],
     ["initializers", "regularizers", "constraints"],
     ["variables", "scopes"],
-    ["metrics", "losses"],
+    ["metrics", "losses", "legacy_losses"],
     ["layers"],
     ["nn"],
     ["optimizers", "checkpoint", "model", "report"],
