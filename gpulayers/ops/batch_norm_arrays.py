@@ -4,14 +4,14 @@ No layers, no tapes, no variables: arrays in, arrays out, for the operations bui
 fused kernels only. NumPy arrays are worked on by NumPy, device arrays by the kernels of ``kernels/batch_norm*.cu``.
 
 Shapes. `x` has any rank; `axis` names the axes that are *kept* (the channels, C in all), every other axis is averaged
-over. Per-channel arguments hold C values in any shape (they are read flat); with several axes the values are in the order
-of the axes in memory, whatever order `axis` has. Per-channel results are 1-D, of length C, except those that say
-(groups, C). With ``groups = G > 1`` row i of axis 0 belongs to sub-batch ``i mod G``, and every sub-batch is normalised by
-itself. An array whose kept axes do not lie side by side is copied once, transposed.
+over. Per-channel arguments hold C values in any shape (they are read flat); with several axes the values are in the
+order of the axes in memory, whatever order `axis` has. Per-channel results are 1-D, of length C, except those that say
+(groups, C). With ``groups = G > 1`` row i of axis 0 belongs to sub-batch ``i mod G``, and every sub-batch is
+normalised by itself. An array whose kept axes do not lie side by side is copied once, transposed.
 
-Dtypes. float16, bfloat16, float32 or float64 `x`; outputs have x's dtype. Arithmetic, statistics and per-channel results
-are float32 for 16-bit x, else x's dtype. Sums are taken around a pivot, never as E[x^2] - E[x]^2. Deterministic: same
-bits on every run.
+Dtypes. float16, bfloat16, float32 or float64 `x`; outputs have x's dtype. Arithmetic, statistics and per-channel
+results are float32 for 16-bit x, else x's dtype. Sums are taken around a pivot, never as E[x^2] - E[x]^2.
+Deterministic: same bits on every run.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ __all__ = [
 class Forward(NamedTuple):
     """What a training step returns.
 
-    `y`: shape and dtype of x. `mean`, `variance`: (C,), the batch moments, biased, averaged over sub-batches. `saved`: what
-    `backward` needs, shape (3, groups, C): pivot, mean - pivot, 1 / sqrt(variance + epsilon); with renorm (5, groups, C),
-    then also r and d.
+    `y`: shape and dtype of x. `mean`, `variance`: (C,), the batch moments, biased, averaged over sub-batches.
+    `saved`: what `backward` needs, shape (3, groups, C): pivot, mean - pivot, 1 / sqrt(variance + epsilon); with
+    renorm (5, groups, C), then also r and d.
     """
 
     y: Any
@@ -55,7 +55,9 @@ class Forward(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """`dx`: shape and dtype of x. `dgamma`, `dbeta`: (C,). `dresidual`: shape and dtype of x, or None without residual."""
+    """`dx`: shape and dtype of x. `dgamma`, `dbeta`: (C,). `dresidual`: shape and dtype of x, or None without
+    residual.
+    """
 
     dx: Any
     dgamma: Any
@@ -79,22 +81,24 @@ def forward(
 ) -> Forward:
     """Normalise `x` with its own statistics: ``y = activation((n r + d) gamma + beta + residual)``.
 
-    ``n = (x - mean) / sqrt(variance + epsilon)``, the variance biased (divided by the count), per channel and sub-batch.
+    ``n = (x - mean) / sqrt(variance + epsilon)``, the variance biased (divided by the count), per channel and
+    sub-batch.
 
-    Parameters: `x`, contiguous or not; `gamma`, `beta`, C values or None (1 and 0); `axis`, the kept axes; `epsilon` > 0 or
-    0; `groups`, see the module; `weights`, broadcastable to x, frequencies of the values in the moments (0 leaves one out,
-    NaN included; all are normalised still); `renorm`, the old renorm statistics and clips, from which r and d are made
-    (see `Renorm`); `residual`, like x; `activation`, None or ``"relu"``; `moving`, statistics to update in place in the same
-    kernel (see `MovingStatistics`).
+    Parameters: `x`, contiguous or not; `gamma`, `beta`, C values or None (1 and 0); `axis`, the kept axes; `epsilon`
+    > 0 or 0; `groups`, see the module; `weights`, broadcastable to x, frequencies of the values in the moments (0
+    leaves one out, NaN included; all are normalised still); `renorm`, the old renorm statistics and clips, from which
+    r and d are made (see `Renorm`); `residual`, like x; `activation`, None or ``"relu"``; `moving`, statistics to
+    update in place in the same kernel (see `MovingStatistics`).
 
-    Returns `Forward`. One value per channel has variance 0, so y = beta (plus residual). An empty x gives an empty y, zeros for the
-    moments, and leaves `moving` alone. A channel with an infinity or NaN becomes NaN; no other channel does.
+    Returns `Forward`. One value per channel has variance 0, so y = beta (plus residual). An empty x gives an empty y,
+    zeros for the moments, and leaves `moving` alone. A channel with an infinity or NaN becomes NaN; no other channel
+    does.
 
-    Raises DTypeError for a dtype that is not floating or an unknown activation; ShapeError for a bad axis, groups that do not
-    divide the batch, or arguments of the wrong size.
+    Raises DTypeError for a dtype that is not floating or an unknown activation; ShapeError for a bad axis, groups
+    that do not divide the batch, or arguments of the wrong size.
 
-    Source: arXiv 1502.03167, algorithm 1; 1702.03275, algorithm 1 (renorm). Against float64 at mean / sigma = 1e4 a float32
-    variance is within 1e-5 relative, the output within 2e-6.
+    Source: arXiv 1502.03167, algorithm 1; 1702.03275, algorithm 1 (renorm). Against float64 at mean / sigma = 1e4 a
+    float32 variance is within 1e-5 relative, the output within 2e-6.
 
     >>> x = np.array([[3.0], [5.0]], np.float32)
     >>> forward(x, None, None, axis=(1,), epsilon=0.0).y
@@ -130,14 +134,15 @@ def backward(
 ) -> Gradients:
     """Return the gradients of a training step, through the mean and the variance; renorm's r and d are constants.
 
-    With ``g = dy`` (where y > 0, with ReLU), ``n`` the normalised value, M the mean over a sub-batch and ``G = g gamma r``:
-    ``dx = (G - M(G) - n M(G n)) / sqrt(variance + epsilon)``, ``dgamma = sum g (n r + d)``, ``dbeta = sum g``.
+    With ``g = dy`` (where y > 0, with ReLU), ``n`` the normalised value, M the mean over a sub-batch and ``G = g
+    gamma r``: ``dx = (G - M(G) - n M(G n)) / sqrt(variance + epsilon)``, ``dgamma = sum g (n r + d)``, ``dbeta = sum
+    g``.
 
-    Parameters: `dy`, like x; `x`, `gamma`, `axis`, `groups`, `weights`, `activation` as given to `forward`; `saved` from it; `y`, its
-    output, required with an activation; `residual`, whether there was one.
+    Parameters: `dy`, like x; `x`, `gamma`, `axis`, `groups`, `weights`, `activation` as given to `forward`; `saved`
+    from it; `y`, its output, required with an activation; `residual`, whether there was one.
 
-    Returns `Gradients`. `dresidual` is `dy` itself (not a copy) where there was no activation. dgamma and dbeta come even
-    where gamma was None.
+    Returns `Gradients`. `dresidual` is `dy` itself (not a copy) where there was no activation. dgamma and dbeta come
+    even where gamma was None.
 
     >>> x = np.array([[3.0], [5.0], [4.0]])
     >>> f = forward(x, None, None, axis=(1,))
@@ -168,9 +173,11 @@ def inference(
     residual: Any = None,
     activation: str | None = None,
 ) -> Any:
-    """Normalise `x` with given statistics: ``activation((x - mean) / sqrt(variance + epsilon) gamma + beta + residual)``.
+    """Normalise `x` with given statistics.
 
-    Arguments as for `forward`; `moving_mean`, `moving_variance`: C values each. Returns an array like x. Raises as `forward`.
+    ``y = activation((x - mean) / sqrt(variance + epsilon) gamma + beta + residual)``.
+    Arguments as for `forward`; `moving_mean`, `moving_variance`: C values each. Returns an array like x. Raises as
+    `forward`.
 
     >>> inference(np.array([[3.0]]), None, None, np.array([1.0]), np.array([4.0]), axis=(1,), epsilon=0.0)
     array([[1.]])

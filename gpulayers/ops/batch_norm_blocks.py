@@ -1,8 +1,8 @@
 """Cutting an array into blocks that stay in a core's cache, and running them on a small thread pool.
 
 A block is 256 KB: its input, its scratch copy and its output fit the second-level cache together, so a chain of NumPy
-calls on it costs one trip to memory. Which blocks there are, and which of them are summed together, depends on the shape
-alone, never on the number of threads: results are the same bits on any machine with the same NumPy.
+calls on it costs one trip to memory. Which blocks there are, and which of them are summed together, depends on the
+shape alone, never on the number of threads: results are the same bits on any machine with the same NumPy.
 
 No call made inside a task may start threads of its own: sums use ufuncs and ``vecdot`` on rows too short for a
 threaded BLAS.

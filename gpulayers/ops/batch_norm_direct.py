@@ -71,7 +71,9 @@ def shift(x: Any, layout: Layout, pivot: Any, dtype: Any) -> Any:
 
 
 def backward_sums(dy: Any, layout: Layout, shifted: Any, y: Any) -> tuple[Any, Any, Any]:
-    """Return (g, sum of g, sum of ``g * shifted``); g is dy in the working dtype, masked where y <= 0 (y None: no ReLU)."""
+    """Return (g, sum of g, sum of ``g * shifted``); g is dy in the working dtype, masked where y <= 0 (y None: no
+    ReLU).
+    """
     shape, axes, _ = _view(layout)
     g = dy.reshape(shape)
     if g.dtype != shifted.dtype:
@@ -87,7 +89,9 @@ def backward_sums(dy: Any, layout: Layout, shifted: Any, y: Any) -> tuple[Any, A
 
 
 def backward_apply(g: Any, layout: Layout, a: Any, shifted: Any, slope: Any, b: Any) -> Any:
-    """Return ``g * a + shifted * slope + b`` in the working dtype; overwrites `shifted`. `slope` None: only the first."""
+    """Return ``g * a + shifted * slope + b`` in the working dtype; overwrites `shifted`. `slope` None: only the
+    first.
+    """
     table = _view(layout)[2]
     result = g * a.reshape(table)
     if slope is not None:

@@ -1,7 +1,8 @@
 """The kernel body of batch normalisation: the five functions of ``batch_norm_numpy`` on device arrays.
 
 What is launched is decided by `gpulayers.ops.batch_norm_plan.choose`; what the kernels do stands in
-``kernels/batch_norm.cu``. Nothing is allocated but outputs; partial sums live in the workspace of the device and stream.
+``kernels/batch_norm.cu``. Nothing is allocated but outputs; partial sums live in the workspace of the device and
+stream.
 """
 
 from __future__ import annotations
@@ -77,9 +78,7 @@ class _Launch:
         x = arrays[0]
         self.layout, self.dtype, self.x = layout, dtype, x
         present = [array for array in arrays if array is not None]
-        self.plan: Plan = choose(
-            layout, x.dtype.itemsize, is_aligned(*present), device_properties(x), kept, one_launch
-        )
+        self.plan: Plan = choose(layout, x.dtype.itemsize, is_aligned(*present), device_properties(x), kept, one_launch)
         geometry = dict(zip(("rows", "groups", "spread", "channels", "inner"), layout, strict=False))
         self.shared_values: dict[str, Any] = {**geometry, "splits": self.plan.splits}
         self.defines: dict[str, Any] = {
@@ -185,7 +184,7 @@ def _statistics_values(
         "old_stddev": None if renorm is None else _parameter(renorm.stddev, dtype),
         "epsilon": float(epsilon),
         **_limits(renorm, dtype),
-        **_moving(moving, layout.count),
+        **_moving(moving, layout.samples),
     }
 
 

@@ -22,11 +22,12 @@ class Renorm(NamedTuple):
 class MovingStatistics(NamedTuple):
     """Arrays that a training step updates in place, C values each, contiguous, and how.
 
-    Every update is ``v <- v - (v - value) * decay``. `mean` takes the batch mean; `variance` the biased batch variance, or
-    with `unbiased` that times ``N / max(N - 1, 1)``. With renorm, `renorm_mean` and `renorm_stddev` take the batch mean and
-    ``s = sqrt(variance + epsilon)`` with `renorm_decay`, `stddev` takes s with `decay`, and `variance` becomes
-    ``max(stddev**2 - epsilon, 0)``. With `skip_nonfinite`, a channel whose batch mean or variance is not finite keeps its
-    statistics, and `skipped` (one int64 or int32, or None) grows by the number of such channels.
+    Every update is ``v <- v - (v - value) * decay``. `mean` takes the batch mean; `variance` the biased batch
+    variance, or with `unbiased` that times ``N / max(N - 1, 1)``. With renorm, `renorm_mean` and `renorm_stddev` take
+    the batch mean and ``s = sqrt(variance + epsilon)`` with `renorm_decay`, `stddev` takes s with `decay`, and
+    `variance` becomes ``max(stddev**2 - epsilon, 0)``. With `skip_nonfinite`, a channel whose batch mean or variance
+    is not finite keeps its statistics, and `skipped` (one int64 or int32, or None) grows by the number of such
+    channels.
     """
 
     mean: Any
@@ -74,7 +75,9 @@ def _kept(moving: MovingStatistics, mean: Any, variance: Any, xp: Any) -> Any:
 
 
 def update_mean(moving: MovingStatistics, mean: Any, variance: Any, epsilon: float, count: int, xp: Any = np) -> None:
-    """Take the mean's half of a step: renorm's mean where there is one, then the moving mean; counts skipped channels."""
+    """Take the mean's half of a step: renorm's mean where there is one, then the moving mean; counts skipped
+    channels.
+    """
     keep = _kept(moving, mean, variance, xp)
     if keep is not None and moving.skipped is not None:
         moving.skipped[...] += keep.sum().astype(moving.skipped.dtype)

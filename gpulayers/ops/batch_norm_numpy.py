@@ -45,7 +45,8 @@ def channel_tables(
     """Turn moments of shape (groups, C) into ``y = (x - pivot) * a + b`` and what backward needs.
 
     ``a = gamma r / s``, ``b = beta + gamma d - offset a``, ``s = sqrt(variance + epsilon)``; r = 1 and d = 0 without
-    renorm. `offset` None says that `pivot` is the mean itself, to all its digits; `b` is then beta + gamma d, or None. `saved` has shape (3, groups, C): pivot, offset, 1 / s; with renorm (5, groups, C): also r and d.
+    renorm. `offset` None says that `pivot` is the mean itself, to all its digits; `b` is then beta + gamma d, or
+    None. `saved` has shape (3, groups, C): pivot, offset, 1 / s; with renorm (5, groups, C): also r and d.
     """
     groups, channels = pivot.shape
     inverse = 1 / xp.sqrt(variance + epsilon)
@@ -132,7 +133,7 @@ def forward(
             affine = sweeps.Affine(pivot, tables.a, tables.b)
             sweeps.normalise(x, y, layout, affine, residual, relu, dtype)
         if moving is not None:
-            batch_norm_moving.update(moving, tables.mean, tables.variance, epsilon, layout.count)
+            batch_norm_moving.update(moving, tables.mean, tables.variance, epsilon, layout.samples)
     return y, tables.mean, tables.variance, tables.saved
 
 
@@ -148,12 +149,12 @@ def backward(
         if direct.suits(layout):
             shifted = direct.shift(x, layout, saved[0], dtype)
             g, *sums = direct.backward_sums(dy, layout, shifted, y)
-            a, slope, b, dgamma, dbeta = gradient_tables(np, (sums[0], sums[1]), saved, gamma, layout.count)
+            a, slope, b, dgamma, dbeta = gradient_tables(np, (sums[0], sums[1]), saved, gamma, layout.samples)
             dx = direct.backward_apply(g, layout, a, shifted, slope, b).astype(x.dtype, copy=False).reshape(x.shape)
             dresidual = g.astype(x.dtype, copy=False).reshape(x.shape) if own_residual else dy
         else:
             double = sweeps.backward_sums(dy, x, layout, saved[0], y, dtype)
-            a, slope, b, dgamma, dbeta = gradient_tables(np, double, saved, gamma, layout.count)
+            a, slope, b, dgamma, dbeta = gradient_tables(np, double, saved, gamma, layout.samples)
             dx, dresidual = np.empty_like(x), np.empty_like(x) if own_residual else None
             affine = sweeps.Affine(saved[0], a, b)
             sweeps.backward_apply(dy, x, dx, dresidual, layout, affine, slope, y, dtype)

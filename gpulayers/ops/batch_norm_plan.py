@@ -33,7 +33,7 @@ class Layout(NamedTuple):
     order: tuple[int, ...] | None = None
 
     @property
-    def count(self) -> int:
+    def samples(self) -> int:
         """Number of values behind one statistic."""
         return self.rows * self.spread * self.inner
 
@@ -45,7 +45,7 @@ class Layout(NamedTuple):
     @property
     def size(self) -> int:
         """Number of elements."""
-        return self.count * self.slots
+        return self.samples * self.slots
 
 
 @functools.lru_cache(maxsize=4096)
@@ -120,10 +120,10 @@ AHEAD = 4  # accesses in flight per thread, as in batch_norm.cuh
 class Plan(NamedTuple):
     """How kernels work on a layout.
 
-    `regime`: ``"small"`` (one launch, one block per slab), ``"cluster"`` (one launch, a cluster per slab, the input kept in
-    shared memory) or ``"sweeps"`` (two launches). `vector`: 16-byte accesses. `channels_last`: threads hold neighbouring
-    channels. `lanes`, `depth`: the block. `splits`: blocks per slab and group. `slabs`: slabs of channels. `shared`:
-    dynamic shared memory in bytes.
+    `regime`: ``"small"`` (one launch, one block per slab), ``"cluster"`` (one launch, a cluster per slab, the input
+    kept in shared memory) or ``"sweeps"`` (two launches). `vector`: 16-byte accesses. `channels_last`: threads hold
+    neighbouring channels. `lanes`, `depth`: the block. `splits`: blocks per slab and group. `slabs`: slabs of
+    channels. `shared`: dynamic shared memory in bytes.
     """
 
     regime: str
@@ -136,24 +136,22 @@ class Plan(NamedTuple):
     shared: int
 
 
-def choose(
-    layout: Layout, itemsize: int, aligned: bool, device: Any, kept: int = 1, one_launch: bool = True
-) -> Plan:
+def choose(layout: Layout, itemsize: int, aligned: bool, device: Any, kept: int = 1, one_launch: bool = True) -> Plan:
     """Choose the regime, the block and the grid: a function of shape, dtype size, alignment and device alone.
 
-    Parameters: `aligned`, whether all addresses are multiples of 16; `device`, a `gpulayers.launch.DeviceProperties`; `kept`,
-    arrays that a cluster would keep (1 forward, 2 backward); `one_launch`, whether the operation has two sweeps at all
-    (inference has one, and then nothing is gained by doing them in one launch).
+    Parameters: `aligned`, whether all addresses are multiples of 16; `device`, a `gpulayers.launch.DeviceProperties`;
+    `kept`, arrays that a cluster would keep (1 forward, 2 backward); `one_launch`, whether the operation has two
+    sweeps at all (inference has one, and then nothing is gained by doing them in one launch).
 
     >>> from gpulayers.launch import DeviceProperties
     >>> h200 = DeviceProperties("H200", 90, 132, 232448, 233472, 65536, 2048, 1024, 50 * 2**20)
     >>> for shape, axis in [((256, 64), 1), ((32, 14, 14, 1024), 3), ((32, 56, 56, 64), 3), ((32, 64, 56, 56), 1)]:
     ...     p = choose(collapse(shape, (axis,)), 2, True, h200)
     ...     print(p.regime, p.lanes, p.depth, p.slabs, p.splits)
-    small 4 128 2 1
-    cluster 8 64 16 8
-    sweeps 8 64 1 264
-    cluster 1 512 64 8
+    small 4 64 2 1
+    cluster 8 32 16 8
+    sweeps 8 32 1 528
+    cluster 1 256 64 8
     """
     return _choose(layout, itemsize, aligned, device, kept, one_launch)
 
@@ -169,9 +167,9 @@ def _choose(layout: Layout, itemsize: int, aligned: bool, device: Any, kept: int
         lanes = lanes if channels_last else 1
         columns = lanes * (width if channels_last else 1)
         slabs = -(-layout.channels // columns)
-        slab_bytes = layout.count * columns * itemsize
+        slab_bytes = layout.samples * columns * itemsize
         small = layout.groups <= SMALL_GROUPS and slab_bytes * layout.groups <= SMALL_BYTES
-        units = layout.count // (1 if channels_last else width)
+        units = layout.samples // (1 if channels_last else width)
         least = max(width if channels_last else 1, 32 // lanes)
         depth = max(least, min(THREADS // lanes, _power_of_two(units)))
         if one_launch and small:

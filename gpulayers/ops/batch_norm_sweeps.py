@@ -173,7 +173,8 @@ def _first_pivot(x: Any, layout: Layout, dtype: Any) -> Any:
 def moments(x: Any, layout: Layout, dtype: Any) -> tuple[Any, Any, Any]:
     """Return (pivot, mean - pivot, biased variance), each of shape (groups, channels).
 
-    `x` is contiguous. `pivot` has `dtype`, which the arithmetic is done in (float32 or float64); the others are float64.
+    `x` is contiguous. `pivot` has `dtype`, which the arithmetic is done in (float32 or float64); the others are
+    float64.
     """
     view = view_of(layout)
     pivot = _first_pivot(x, layout, dtype)
@@ -187,7 +188,7 @@ def moments(x: Any, layout: Layout, dtype: Any) -> tuple[Any, Any, Any]:
 
 
 def _from_sums(sums: Any, layout: Layout) -> tuple[Any, Any]:
-    offset, square = sums.reshape(2, layout.groups, layout.channels) / layout.count
+    offset, square = sums.reshape(2, layout.groups, layout.channels) / layout.samples
     return offset, np.maximum(square - offset * offset, 0)
 
 

@@ -79,7 +79,7 @@ def forward(
         if relu:
             y = xp.maximum(y, 0)
         if moving is not None:
-            batch_norm_moving.update(moving, tables.mean, tables.variance, epsilon, layout.count, xp)
+            batch_norm_moving.update(moving, tables.mean, tables.variance, epsilon, layout.samples, xp)
     return y.astype(x.dtype), tables.mean, tables.variance, tables.saved
 
 

@@ -45,7 +45,12 @@ CASES = [
     ((80, 3, 11, 8), (1,), 20, "sweeps"),
     ((7, 3, 60, 67), (1,), 1, "sweeps"),
 ]
-CLUSTER_CASES = [((1100, 288), (1,), 1), ((4100, 131), (1,), 1), ((17, 12, 40, 60), (1,), 1), ((17, 12, 37, 61), (1,), 1)]
+CLUSTER_CASES = [
+    ((1100, 288), (1,), 1),
+    ((4100, 131), (1,), 1),
+    ((17, 12, 40, 60), (1,), 1),
+    ((17, 12, 37, 61), (1,), 1),
+]
 
 
 def make(shape, axis, dtype, seed=0):
@@ -77,13 +82,17 @@ def check(shape, axis, groups, dtype, residual=False, relu=False, seed=0):
     extra, exact_extra = (device["residual"], exact["residual"]) if residual else (None, None)
     tolerance = TOLERANCE[dtype]
     f = bn.forward(device["x"], device["gamma"], device["beta"], groups=groups, residual=extra, **options)
-    want = truth.forward(exact["x"], exact["gamma"], exact["beta"], axis, EPSILON, groups, residual=exact_extra, relu=relu)
+    want = truth.forward(
+        exact["x"], exact["gamma"], exact["beta"], axis, EPSILON, groups, residual=exact_extra, relu=relu
+    )
     assert f.y.dtype == values["x"].dtype and f.mean.dtype == values["gamma"].dtype
     close(f.y, want.y, tolerance, "y")
     close(f.mean, want.mean, min(tolerance, 2e-6), "mean")
     close(f.variance, want.variance, min(tolerance, 1e-5), "variance")
     y = f.y if relu else None
-    b = bn.backward(device["dy"], device["x"], device["gamma"], f.saved, groups=groups, y=y, residual=residual, **options)
+    b = bn.backward(
+        device["dy"], device["x"], device["gamma"], f.saved, groups=groups, y=y, residual=residual, **options
+    )
     mask = f.y.get().astype(np.float64) > 0 if relu else None
     back = truth.backward(exact["dy"], exact["x"], exact["gamma"], axis, EPSILON, groups, mask=mask)
     loose = tolerance * (300 if (np.asarray(want.variance) < 1e-2).any() else 4)
@@ -101,7 +110,9 @@ def check(shape, axis, groups, dtype, residual=False, relu=False, seed=0):
     )
     g = exact["dy"] * (y.get().astype(np.float64) > 0) if relu else exact["dy"]
     reduced = truth.reduced_axes(g, axis)
-    close(b.dx, g * truth.along(exact["gamma"] / np.sqrt(exact["variance"] + EPSILON), n, axis), tolerance, "inference dx")
+    close(
+        b.dx, g * truth.along(exact["gamma"] / np.sqrt(exact["variance"] + EPSILON), n, axis), tolerance, "inference dx"
+    )
     close(b.dgamma, (g * n).sum(axis=reduced).ravel(), 4 * tolerance, "inference dgamma")
     close(b.dbeta, g.sum(axis=reduced).ravel(), 4 * tolerance, "inference dbeta")
     mean, variance = bn.statistics(device["x"], axis=axis, groups=groups)
@@ -191,12 +202,17 @@ CLIPS = [(None, None, None), (0.8, 1.2, 0.3)]
 
 
 @pytest.mark.parametrize("clips", [*CLIPS, "device"])
-@pytest.mark.parametrize(("shape", "axis", "groups"), [((12, 6), (1,), 3), ((5000, 9), (1,), 1), ((40, 9, 7), (2,), 20)])
+@pytest.mark.parametrize(
+    ("shape", "axis", "groups"), [((12, 6), (1,), 3), ((5000, 9), (1,), 1), ((40, 9, 7), (2,), 20)]
+)
 def test_renorm_and_moving_statistics(shape, axis, groups, clips):
     values, exact = make(shape, axis, "float32")
     channels = values["gamma"].size
     rng = np.random.default_rng(1)
-    old = {k: rng.uniform(0.5, 2, channels).astype("f") for k in ("mean", "variance", "stddev", "renorm_mean", "renorm_stddev")}
+    old = {
+        k: rng.uniform(0.5, 2, channels).astype("f")
+        for k in ("mean", "variance", "stddev", "renorm_mean", "renorm_stddev")
+    }
     old["renorm_stddev"][0] = 0.0
     device = {name: xp.asarray(v.copy()) for name, v in old.items()}
     moving = bn.MovingStatistics(
@@ -205,7 +221,9 @@ def test_renorm_and_moving_statistics(shape, axis, groups, clips):
     )  # fmt: skip
     numbers = (0.8, 1.2, 0.3) if clips == "device" else clips
     given = [xp.asarray(np.float32(c)) for c in numbers] if clips == "device" else numbers
-    r, d, after = truth.renorm(exact["x"], axis, EPSILON, groups, {k: v.astype("d") for k, v in old.items()}, numbers, 0.1, 0.2)
+    r, d, after = truth.renorm(
+        exact["x"], axis, EPSILON, groups, {k: v.astype("d") for k, v in old.items()}, numbers, 0.1, 0.2
+    )
     renorm = bn.Renorm(device["renorm_mean"], device["renorm_stddev"], *given)
     x, gamma, beta, dy = (xp.asarray(values[k]) for k in ("x", "gamma", "beta", "dy"))
     f = bn.forward(x, gamma, beta, axis=axis, groups=groups, renorm=renorm, moving=moving)
@@ -228,7 +246,12 @@ def test_nonfinite_values_stay_in_their_channel(shape, skip, bad):
     x[3, 2] = bad
     skipped = xp.asarray(np.zeros(1, np.int64))
     moving = bn.MovingStatistics(
-        xp.asarray(np.zeros(5, "f")), xp.asarray(np.ones(5, "f")), 0.5, unbiased=True, skip_nonfinite=skip, skipped=skipped
+        xp.asarray(np.zeros(5, "f")),
+        xp.asarray(np.ones(5, "f")),
+        0.5,
+        unbiased=True,
+        skip_nonfinite=skip,
+        skipped=skipped,
     )
     f = bn.forward(xp.asarray(x), None, None, axis=(1,), moving=moving)
     others = [0, 1, 3, 4]
@@ -269,8 +292,12 @@ def test_weights_on_the_device():
     f = bn.forward(xp.asarray(values["x"]), None, None, axis=(2,), weights=xp.asarray(weights))
     host = bn.forward(values["x"], None, None, axis=(2,), weights=weights)
     np.testing.assert_allclose(f.y.get(), host.y, atol=1e-12)
-    b = bn.backward(xp.asarray(values["dy"]), xp.asarray(values["x"]), None, f.saved, axis=(2,), weights=xp.asarray(weights))
-    np.testing.assert_allclose(b.dx.get(), bn.backward(values["dy"], values["x"], None, host.saved, axis=(2,), weights=weights).dx, atol=1e-12)
+    b = bn.backward(
+        xp.asarray(values["dy"]), xp.asarray(values["x"]), None, f.saved, axis=(2,), weights=xp.asarray(weights)
+    )
+    np.testing.assert_allclose(
+        b.dx.get(), bn.backward(values["dy"], values["x"], None, host.saved, axis=(2,), weights=weights).dx, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
@@ -302,9 +329,16 @@ A100_LIKE = DeviceProperties("emulated A100", 80, 108, 163 * 1024, 164 * 1024, 6
 
 
 def test_the_plan_as_a_table():
-    shapes = [((256, 64), (1,), 1), ((32, 14, 14, 1024), (3,), 1), ((32, 56, 56, 64), (3,), 1), ((32, 64, 56, 56), (1,), 1)]
+    shapes = [
+        ((256, 64), (1,), 1),
+        ((32, 14, 14, 1024), (3,), 1),
+        ((32, 56, 56, 64), (3,), 1),
+        ((32, 64, 56, 56), (1,), 1),
+    ]
     assert plan_table(shapes, 2, H200_LIKE).splitlines()[1].startswith("(256, 64), (1,), 1 | small")
-    regimes = [[choose(collapse(*case), 2, True, device).regime for case in shapes] for device in (H200_LIKE, A100_LIKE)]
+    regimes = [
+        [choose(collapse(*case), 2, True, device).regime for case in shapes] for device in (H200_LIKE, A100_LIKE)
+    ]
     assert regimes == [["small", "cluster", "sweeps", "cluster"], ["small", "sweeps", "sweeps", "sweeps"]]
 
 
@@ -322,13 +356,14 @@ def test_every_plan_can_be_launched(device):
             assert plan.shared + 20 * 1024 <= device.shared_per_block
             assert plan.regime != "cluster" or device.has_clusters
             if plan.regime == "cluster":
-                units = layout.count // (16 // itemsize if plan.vector and not plan.channels_last else 1)
+                units = layout.samples // (16 // itemsize if plan.vector and not plan.channels_last else 1)
                 largest = max(units * (s + 1) // plan.splits - units * s // plan.splits for s in range(plan.splits))
                 width = 16 // itemsize if plan.vector else 1
                 assert -(-largest // plan.depth) * plan.lanes * plan.depth * width * itemsize * kept <= plan.shared
 
 
 # ---- broken copies must be caught ----------------------------------------------------------------------------------
+
 
 def forward_of(shape, groups=1, far=0.0):
     """Check y and the variance of a training forward alone."""
@@ -344,7 +379,9 @@ def backward_of(shape):
     x, dy = (np.random.default_rng(seed).normal(size=shape).astype("f") for seed in (3, 4))
     y = np.maximum(x, 0)
     saved = bn.forward(x, None, None, axis=(1,)).saved
-    b = bn.backward(xp.asarray(dy), xp.asarray(x), None, xp.asarray(saved), axis=(1,), y=xp.asarray(y), activation="relu")
+    b = bn.backward(
+        xp.asarray(dy), xp.asarray(x), None, xp.asarray(saved), axis=(1,), y=xp.asarray(y), activation="relu"
+    )
     want = truth.backward(dy.astype("d"), x.astype("d"), 1.0, (1,), EPSILON, mask=y > 0)
     close(b.dx, want.dx, 1e-5, "dx")
 
@@ -356,34 +393,62 @@ MUTANTS = {
     "a barrier before the tree is missing": (
         "squares[i][me] = seen ? square[i] - sum[i] * mean : A(0);\n    }\n    __syncthreads();",
         "squares[i][me] = seen ? square[i] - sum[i] * mean : A(0);\n    }",
-        forward_of, SMALL_SLAB,
+        forward_of,
+        SMALL_SLAB,
     ),
     "a barrier inside the tree is missing": (
         "counts[me] = total;\n        }\n        __syncthreads();",
         "counts[me] = total;\n        }",
-        forward_of, SMALL_SLAB,
+        forward_of,
+        SMALL_SLAB,
     ),
     "a barrier of the column sums is missing": (
-        "sums[me] = value;\n    __syncthreads();", "sums[me] = value;", forward_of, TWO_SWEEPS,
+        "sums[me] = value;\n    __syncthreads();",
+        "sums[me] = value;",
+        forward_of,
+        TWO_SWEEPS,
     ),
     "one unit too few": ("+ step - 1) / step : 0;", "+ step - 2) / step : 0;", forward_of, ((257, 1),)),
     "one unit too many": ("+ step - 1) / step : 0;", "+ step) / step : 0;", forward_of, SMALL_SLAB),
     "the merge forgets the distance": (
-        "square += other_square + delta * delta * count * share;", "square += other_square;", forward_of, SMALL_SLAB,
+        "square += other_square + delta * delta * count * share;",
+        "square += other_square;",
+        forward_of,
+        SMALL_SLAB,
     ),
     "the merge weighs wrongly": ("mean += delta * share;", "mean += delta * A(0.5);", forward_of, SMALL_SLAB),
-    "the means are not relative to the channel's first value": ("base[i] - first[i]", "base[i]", forward_of, SMALL_SLAB),
+    "the means are not relative to the channel's first value": (
+        "base[i] - first[i]",
+        "base[i]",
+        forward_of,
+        SMALL_SLAB,
+    ),
     "the last block does not wait": (
-        "if (!last_split(arguments, p)) return;\n    finish_group(", "if (p.split != 0) return;\n    finish_group(",
-        forward_of, TWO_SWEEPS,
+        "if (!last_split(arguments, p)) return;\n    finish_group(",
+        "if (p.split != 0) return;\n    finish_group(",
+        forward_of,
+        TWO_SWEEPS,
     ),
     "the channel is not checked": ("inside = channel < p.channels;", "inside = true;", forward_of, TWO_SWEEPS),
-    "the mask lets zero pass": ("if (!(widen(y.values[i]) > A(0)))", "if (!(widen(y.values[i]) >= A(0)))", backward_of, SMALL_SLAB),
-    "the groups are contiguous": (
-        "return (row * p.groups + p.group) * length;", "return (p.group * p.rows + row) * length;", forward_of, SUB_BATCHES,
+    "the mask lets zero pass": (
+        "if (!(widen(y.values[i]) > A(0)))",
+        "if (!(widen(y.values[i]) >= A(0)))",
+        backward_of,
+        SMALL_SLAB,
     ),
-    "the offset is lost": ("result.b -= arguments.saved[slot + plane] * result.a;", "", forward_of, (*SMALL_SLAB, 1, 1e4)),
-}  # fmt: skip
+    "the groups are contiguous": (
+        "return (row * p.groups + p.group) * length;",
+        "return (p.group * p.rows + row) * length;",
+        forward_of,
+        SUB_BATCHES,
+    ),
+    "the offset is lost": (
+        "result.b -= arguments.saved[slot + plane] * result.a;",
+        "",
+        forward_of,
+        (*SMALL_SLAB, 1, 1e4),
+    ),
+}
 
 
 OUT_OF_BOUNDS = {"one unit too many", "the channel is not checked"}  # in a process of their own, watched
@@ -425,7 +490,10 @@ def with_mutant(monkeypatch, read, build):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shape", "axis", "groups"), [((33, 20), (1,), 1), ((3000, 9), (1,), 1), ((4, 3, 5, 7), (1,), 2), ((5, 3, 6, 8), (1,), 1)])
+@pytest.mark.parametrize(
+    ("shape", "axis", "groups"),
+    [((33, 20), (1,), 1), ((3000, 9), (1,), 1), ((4, 3, 5, 7), (1,), 2), ((5, 3, 6, 8), (1,), 1)],
+)
 def test_under_address_and_undefined_behaviour_sanitizer(shape, axis, groups):
     register_launcher("emulated", EmulatedLauncher(build="address", runs=((0, 0xFF, 1),)))
     check(shape, axis, groups, "float32", residual=True, relu=True)

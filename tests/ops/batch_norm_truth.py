@@ -79,7 +79,9 @@ def renorm(x, axis, epsilon, groups, old, clips, decay, renorm_decay) -> tuple[A
     mean, variance = (np.mean([p[i] for p in parts], axis=0) for i in (0, 1))
     s = np.sqrt(variance + epsilon)
     q = np.maximum(old["renorm_stddev"], np.sqrt(epsilon))
-    rmin, rmax, dmax = (default if clip is None else float(clip) for clip, default in zip(clips, (0, np.inf, np.inf), strict=True))
+    rmin, rmax, dmax = (
+        default if clip is None else float(clip) for clip, default in zip(clips, (0, np.inf, np.inf), strict=True)
+    )
     r, d = np.clip(s / q, rmin, rmax), np.clip((mean - old["renorm_mean"]) / q, -dmax, dmax)
     stddev = old["stddev"] - (old["stddev"] - s) * decay
     after = {

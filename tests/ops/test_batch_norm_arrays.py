@@ -100,7 +100,9 @@ def test_forward_and_backward(shape, axis, groups, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "axis"), [((8, 16), (1,)), ((1200, 37), (1,)), ((10, 16, 15, 20), (1,)), ((4, 3, 5, 2), (3, 1))])
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((8, 16), (1,)), ((1200, 37), (1,)), ((10, 16, 15, 20), (1,)), ((4, 3, 5, 2), (3, 1))]
+)
 @pytest.mark.parametrize(("residual", "activation"), [(False, "relu"), (True, None), (True, "relu")])
 def test_residual_and_relu(shape, axis, dtype, residual, activation):
     values, exact = _cast(_make(shape, axis), dtype)
@@ -111,9 +113,7 @@ def test_residual_and_relu(shape, axis, dtype, residual, activation):
     want = truth.forward(exact["x"], exact["gamma"], exact["beta"], axis, EPSILON, residual=exact_extra, relu=relu)
     tolerance = DTYPES[dtype]
     _close(got.y, want.y, tolerance, "y")
-    back = bn.backward(
-        values["dy"], values["x"], values["gamma"], got.saved, y=got.y, residual=residual, **options
-    )
+    back = bn.backward(values["dy"], values["x"], values["gamma"], got.saved, y=got.y, residual=residual, **options)
     mask = got.y.astype(np.float64) > 0 if relu else None
     expected = truth.backward(exact["dy"], exact["x"], exact["gamma"], axis, EPSILON, mask=mask)
     for name in ("dx", "dgamma", "dbeta"):
@@ -158,7 +158,10 @@ CLIPS = [(None, None, None), (0.8, 1.2, 0.3), (None, 1.1, None), (np.float64(0.9
 
 
 @pytest.mark.parametrize("clips", CLIPS)
-@pytest.mark.parametrize(("shape", "axis", "groups"), [((8, 6), (1,), 1), ((12, 6), (1,), 3), ((20, 6, 30, 20), (1,), 1), ((600, 9, 7), (2,), 4)])
+@pytest.mark.parametrize(
+    ("shape", "axis", "groups"),
+    [((8, 6), (1,), 1), ((12, 6), (1,), 3), ((20, 6, 30, 20), (1,), 1), ((600, 9, 7), (2,), 4)],
+)
 def test_renorm(shape, axis, groups, clips):
     values = _make(shape, axis)
     channels = values["gamma"].size
@@ -172,7 +175,9 @@ def test_renorm(shape, axis, groups, clips):
     )  # fmt: skip
     renorm = bn.Renorm(moving.renorm_mean, moving.renorm_stddev, *clips)
     r, d, after = truth.renorm(values["x"], axis, EPSILON, groups, old, clips, 0.1, 0.2)
-    got = bn.forward(values["x"], values["gamma"], values["beta"], axis=axis, groups=groups, renorm=renorm, moving=moving)
+    got = bn.forward(
+        values["x"], values["gamma"], values["beta"], axis=axis, groups=groups, renorm=renorm, moving=moving
+    )
     want = truth.forward(values["x"], values["gamma"], values["beta"], axis, EPSILON, groups, r=r, d=d)
     np.testing.assert_allclose(got.y, want.y, rtol=1e-9, atol=1e-9)
     for name, expected in after.items():
@@ -339,7 +344,12 @@ def test_both_numpy_bodies_agree(monkeypatch, shape, axis, groups):
     for small in (True, False):
         monkeypatch.setattr(batch_norm_direct, "suits", lambda layout, small=small: small)
         got = bn.forward(values["x"], values["gamma"], values["beta"], axis=axis, groups=groups)
-        results.append((*got[:3], *bn.backward(values["dy"], values["x"], values["gamma"], got.saved, axis=axis, groups=groups)[:3]))
+        results.append(
+            (
+                *got[:3],
+                *bn.backward(values["dy"], values["x"], values["gamma"], got.saved, axis=axis, groups=groups)[:3],
+            )
+        )
     for one, other in zip(*results, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-8, atol=1e-8)
 
