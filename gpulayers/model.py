@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -253,14 +254,19 @@ class Model(Layer):
             print_fn(text)
 
     def named_weights(self) -> dict[str, Any]:
-        """Return the variables by unique names: the layer's place and the variable's name."""
+        """Return the variables by names that a second model of the same make has too.
+
+        A variable's own name, its layers' names numbered anew from the model's first layer on: automatic numbers count
+        all layers of a program, and would differ.
+        """
         named: dict[str, Any] = {}
+        prefixes: dict[str, str] = {}
         for variable in self.weights:
-            base = name = variable.name.partition(":")[0]
-            number = 1
-            while name in named:
-                name, number = f"{base}_{number}", number + 1
-            named[name] = variable
+            prefix, _, own = variable.name.partition(":")[0].rpartition("/")
+            if prefix not in prefixes:
+                bare = "/".join(re.sub(r"_\d+$", "", part) for part in prefix.split("/"))
+                prefixes[prefix] = _unused(bare, prefixes.values())
+            named[_unused(f"{prefixes[prefix]}/{own}" if prefix else own, named)] = variable
         return named
 
     def save_weights(self, path: Any) -> None:
@@ -302,6 +308,15 @@ def _check_input(name: str, value: Any, tensor: GraphTensor) -> None:
             f"Input 0 of layer {name} is incompatible with the layer: expected shape={tuple(tensor.shape)}, "
             f"found shape={tuple(shape)}"
         )
+
+
+def _unused(name: str, taken: Collection[str]) -> str:
+    """Return `name`, with a number behind it if it is taken."""
+    number, candidate = 0, name
+    while candidate in taken:
+        number += 1
+        candidate = f"{name}_{number}"
+    return candidate
 
 
 def _shown_shape(layer: Any) -> str:
@@ -368,12 +383,14 @@ class Sequential(Model):
         """Build every layer for inputs of this shape."""
         if not self._stack:
             raise LayerError(message(self._name, "has no layers", do="Add one first."))
-        if self._bottom is None:
-            self.compute_output_shape(input_shape)
         self.built = True
+        if self._bottom is None and not call_context.depth:  # in a call, the layers are built as they are reached
+            self.compute_output_shape(input_shape)
 
     def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
         """Call the layers one after the other."""
+        if self._replay is not None:
+            return super().call(inputs, training, mask)
         for layer in self._stack:
             inputs = layer(inputs)
         return inputs

@@ -167,6 +167,7 @@ def variable_scope(
     opened_before = dict(state.opened)
     if isinstance(name_or_scope, VariableScope):
         name, source = name_or_scope.name, name_or_scope
+        part = name.rpartition("/")[2]
     else:
         if name_or_scope is None and default_name is None:
             raise LayerError(message("variable_scope", "has no name", "name_or_scope or default_name"))
@@ -191,11 +192,10 @@ def variable_scope(
         original = source.original_name_scope if by_object else ""
         graph = active_graph()
         if graph is not None and auxiliary_name_scope:
-            last = name.rpartition("/")[2]
-            prefix = stack.enter_context(graph.name_scope(last or None))
+            prefix = stack.enter_context(graph.name_scope(part or None))
             original = original if by_object else prefix
         elif not by_object:
-            original = f"{graph.current_name_scope if graph is not None else ''}{name.rpartition('/')[2]}/"
+            original = f"{graph.current_name_scope if graph is not None else ''}{part}/"
         scope = VariableScope(name, original, **defaults)
         state.opened[name] = state.opened.get(name, 0) + 1
         state.current = scope

@@ -80,7 +80,7 @@ class ConvolutionMixin(KernelMixin):
         if further and shape is not None:
             lead = [-1 if size is None else size for size in shape[: further + 1]]
             outputs = ops.reshape(outputs, (*lead, *(static_shape(outputs) or ())[1:]))
-        return self.activation(outputs)
+        return self._activated(outputs)
 
     def _convolve(self, inputs: Any) -> Any:
         return ops.convolution(

@@ -209,14 +209,14 @@ class CoreLayer(VariablesPart, LossesPart, NodesPart, ConfigPart):
             if not self.built:
                 self._build_for(inputs)
             outputs = self._call_in_dtype(inputs, args, kwargs)
+            if outputs is None:
+                raise LayerError(
+                    message(self._name, "A layer's `call` method should return a tensor or a list of tensors, not None")
+                )
+            if self.activity_regularizer is not None:
+                self._add_activity_losses(inputs, outputs)
         finally:
             context.depth, context.training, context.name_prefix = saved
-        if outputs is None:
-            raise LayerError(
-                message(self._name, "A layer's `call` method should return a tensor or a list of tensors, not None")
-            )
-        if self.activity_regularizer is not None:
-            self._add_activity_losses(inputs, outputs)
         self._set_output_masks(inputs, kwargs.get("mask"), outputs)
         if symbolic:
             outputs = self._record_node(inputs, args, kwargs, outputs)

@@ -46,8 +46,8 @@ class DenseMixin(KernelMixin):
         """Return ``activation(inputs @ kernel + bias)``."""
         outputs = _times(self._in_compute_dtype(inputs), self.kernel, self.units)
         if self.bias is not None:
-            outputs = outputs + self.bias
-        return self.activation(outputs)
+            outputs = ops.bias_add(outputs, self.bias)
+        return self._activated(outputs)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """Return the shape with `units` at its end. Raises TypeError for no shape, ValueError if it does not fit."""

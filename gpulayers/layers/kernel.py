@@ -79,6 +79,10 @@ class KernelMixin(CoreLayer):
         dtype = as_dtype(self.compute_dtype or "float32")
         return inputs if inputs.dtype == dtype else ops.cast(inputs, dtype)
 
+    def _activated(self, outputs: Any) -> Any:
+        """Return the activation of `outputs`; without one they are the result themselves."""
+        return outputs if self.activation is ops.activations.linear else self.activation(outputs)
+
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
         config: dict[str, Any] = {"activation": ops.activations.serialize(self.activation), "use_bias": self.use_bias}

@@ -172,11 +172,22 @@ def dropout(x: Any, rate: float, noise_shape: Any = None, seed: int | None = Non
     return x if rate == 0 else x * dropout_mask(x, rate, noise_shape, seed)
 
 
+_bias_add = Operation(
+    "bias_add",
+    lambda xp, value, bias: value + bias,
+    spec=elementwise(lambda xp, value, bias: value + bias),
+    gradient=(lambda c, g: g,),
+    broadcasts=True,
+    type="BiasAdd",
+    doc="Return `value` plus a bias that broadcasts to it.",
+)
+
+
 def bias_add(value: Any, bias: Any, data_format: str | None = None) -> Any:
     """Return `value` plus a vector along its channels: the last axis, or axis 1 with a channels-first `data_format`."""
     if parse_format("bias_add", data_format):
-        return value + bias
+        return _bias_add(value, bias)
     shape = static_shape(value)
     if shape is None:
         raise ShapeError(message("bias_add", "the rank is unknown", do="Give the tensor a shape: t.set_shape(...)."))
-    return value + reshape(bias, (-1, *[1] * (len(shape) - 2)))
+    return _bias_add(value, reshape(bias, (-1, *[1] * (len(shape) - 2))))
