@@ -180,14 +180,15 @@ class Operation:
         if callable(rule):
             result = rule(context, *cotangents)
             found = result if isinstance(result, tuple) else (result,)
-            return [_in_dtype_of(x, gradient) for gradient, x in zip(found, context.inputs, strict=False)]
+            # An input without a gradient is not looked at: it may be a variable that has changed since.
+            return [None if g is None else _in_dtype_of(context.inputs[i], g) for i, g in enumerate(found)]
         gradients = []
         for index, needed in enumerate(context.needs):
             one = rule[min(index, len(rule) - 1)] if needed else None
             gradient = None if one is None else one(context, cotangents[0])
             if gradient is not None and self.broadcasts:
                 gradient = match(gradient, context.inputs[index])
-            gradients.append(_in_dtype_of(context.inputs[index], gradient))
+            gradients.append(None if gradient is None else _in_dtype_of(context.inputs[index], gradient))
         return gradients
 
 
