@@ -132,3 +132,15 @@ def test_gpu(case):
     with warnings.catch_warnings(), device("gpu"):
         warnings.simplefilter("ignore", UserWarning)
         run_eagerly(case)
+
+
+# Every recorded case that came with the behaviour reference, and each seventh of the pairwise ones, on the kernels.
+EMULATED = [c for i, c in enumerate(CASES) if not c.name.startswith("bn_pair") or i % 7 == 0]
+
+
+@pytest.mark.parametrize("case", EMULATED, ids=str)
+def test_emulated_kernels(case):
+    pytest.importorskip("tests.kernels.strict_array")
+    with warnings.catch_warnings(), device("emulated"):
+        warnings.simplefilter("ignore", UserWarning)
+        run_eagerly(case)
