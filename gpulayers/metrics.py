@@ -84,6 +84,7 @@ class Metric:
         self.name = name or _snake(type(self).__name__)
         self.dtype = as_dtype("float32" if dtype is None else dtype)
         self.variables: list[Variable] = []
+        self.last_result: Any = None  # by which a layer that adds the result as a metric finds this object
 
     def add_weight(self, name: str, shape: Any = (), initializer: Callable[..., Any] | None = None) -> Variable:
         """Make a variable of the metric, starting from zeros unless `initializer` says otherwise."""
@@ -127,7 +128,8 @@ class Metric:
         with _recorder(arguments, keywords):
             update = self.update_state(*arguments, **keywords)
             with control_dependencies([] if update is None else [update]):
-                return self.result()
+                self.last_result = self.result()
+                return self.last_result
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments."""

@@ -12,7 +12,7 @@ from gpulayers.errors import message
 from gpulayers.layers.books import Entry, reachable, unique
 from gpulayers.layers.calling import call_context
 from gpulayers.layers.hooks import LayerHooks
-from gpulayers.metrics import Mean
+from gpulayers.metrics import Mean, Metric
 from gpulayers.ops.operation import Recordable
 from gpulayers.trace import GraphTensor, Node, active_graph, autocast
 
@@ -115,8 +115,8 @@ class LossesPart(LayerHooks):
 
     @property
     def metrics(self) -> list[Any]:
-        """Metric objects: own first, then those of tracked sub-layers."""
-        found = list(self._metrics)
+        """Metric objects: own first (attributes, then those of `add_metric`), then those of tracked sub-layers."""
+        found = self._attribute_metrics() + self._metrics
         for child in self._children():
             found += child.metrics
         return unique(found)
@@ -124,13 +124,15 @@ class LossesPart(LayerHooks):
     def add_metric(self, value: Any, name: str | None = None, aggregation: str | None = None, **_: Any) -> None:
         """Follow a value over calls: a `Mean` metric called `name`, updated at each call.
 
-        Raises ValueError without a name, for an `aggregation` other than None and ``"mean"``, and in eager mode outside
+        The result of a metric that is an attribute of the layer needs no name: that metric follows it already.
+        Raises ValueError without a name otherwise, for an `aggregation` other than None and ``"mean"``, and in eager mode outside
         `call`, where there is no call to follow.
         """
         if aggregation not in (None, "mean"):
             raise ValueError(message(self._name, "unknown aggregation", "None or 'mean'", repr(aggregation)))
-        metric = getattr(value, "_metric_object", None)
-        if name is None and metric is None:
+        if name is None:
+            if any(metric.last_result is value for metric in self._attribute_metrics()):
+                return
             raise ValueError(
                 f"{self._name}: Please provide a name for your metric like `self.add_metric(value, name='x')`."
             )
@@ -145,6 +147,9 @@ class LossesPart(LayerHooks):
                 found = Mean(name=name)
                 self._metrics.append(found)
         self._follow_metric(found, value)
+
+    def _attribute_metrics(self) -> list[Any]:
+        return [value for value in vars(self).values() if isinstance(value, Metric)]
 
 
 def _select(entries: list[Entry], inputs: Any) -> list[Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from gpulayers import ops
+from gpulayers.ops.operation import Recordable
 
 __all__ = ["NN", "TOP"]
 
@@ -205,6 +206,11 @@ def tensordot(a: Any, b: Any, axes: Any, name: str | None = None) -> Any:
     return ops.tensordot(a, b, axes)
 
 
+def convert_to_tensor(value: Any, dtype: Any = None, dtype_hint: Any = None, name: str | None = None) -> Any:
+    """Return numbers, lists or an array as an array of the default device (in a graph, as a tensor)."""
+    return ops.cast(value, dtype or value.dtype) if isinstance(value, Recordable) else ops.constant(value, dtype)
+
+
 def add_n(inputs: Any, name: str | None = None) -> Any:
     """Return the sum of arrays of one shape."""
     return ops.sum(ops.stack(inputs), 0)
@@ -233,7 +239,8 @@ TOP: dict[str, Callable[..., Any]] = {
     "argmax": _arg(ops.argmax),
     "argmin": _arg(ops.argmin),
     **{function.__name__: function for function in (
-        add_n, boolean_mask, broadcast_to, cast, clip_by_value, concat, cumsum, expand_dims, eye, fill, gather, matmul,
+        add_n, boolean_mask, broadcast_to, cast, clip_by_value, concat, convert_to_tensor, cumsum, expand_dims,
+        eye, fill, gather, matmul,
         one_hot, pad, range, rank, repeat, reshape, reverse, roll, shape, size, split, squeeze, stack, tensordot, tile,
         transpose, unstack, where,
     )},

@@ -60,6 +60,7 @@ CALLS: dict[str, tuple[Any, Any]] = {
     "argmax": (lambda f: f(X), [1, 1, 1]),
     "argmin": (lambda f: f(X, 1), [0, 0]),
     "constant": (lambda f: f(X, shape=[3, 2]), X.reshape(3, 2)),
+    "convert_to_tensor": (lambda f: f([1, 2], "float64"), [1.0, 2.0]),
     "einsum": (lambda f: f("ij->j", X), X.sum(0)),
     "ones": (lambda f: f([2], "int32"), [1, 1]),
     "zeros": (lambda f: f((2,)), [0, 0]),
