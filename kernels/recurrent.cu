@@ -255,31 +255,36 @@ __device__ __forceinline__ void backward(const gl_gru_backward_arguments& argume
     const place p = own_place<N>(arguments.rows, arguments.units);
     if (!p.inside) return;
     A d_h[N], z[N], r[N], n[N], inner[N], h[N];
-    const bool on = gather_cotangents<N>(arguments, p, d_h);
     const int64 at = p.row * 3 * units + p.column;
-    load<N, cache::streaming>(arguments.gates + at, z);
     load<N, cache::streaming>(arguments.gates + at + units, r);
     load<N, cache::streaming>(arguments.gates + at + 2 * units, n);
     load<N, cache::streaming>(arguments.inner + p.at, inner);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {  // n becomes the candidate, r the reset gate's value: fewer registers live at once
+        A slope;
+        r[i] = gate(r[i], arguments.hard, slope);
+        n[i] = hyperbolic_tangent(n[i] + r[i] * inner[i]);
+        inner[i] *= slope;
+    }
+    const bool on = gather_cotangents<N>(arguments, p, d_h);
+    load<N, cache::streaming>(arguments.gates + at, z);
     load<N>(arguments.h + p.at, h);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-        A slope_z, slope_r;
-        const A keep = gate(z[i], arguments.hard, slope_z), reset = gate(r[i], arguments.hard, slope_r);
-        const A candidate = hyperbolic_tangent(n[i] + reset * inner[i]);
-        const A d_n = on ? d_h[i] * (A(1) - keep) * (A(1) - candidate * candidate) : A(0);
-        z[i] = on ? d_h[i] * (h[i] - candidate) * slope_z : A(0);
-        r[i] = on ? d_n * inner[i] * slope_r : A(0);
-        n[i] = d_n;
-        inner[i] = d_n * (on ? reset : A(0));
+        A slope;
+        const A keep = gate(z[i], arguments.hard, slope);
+        z[i] = on ? d_h[i] * (h[i] - n[i]) * slope : A(0);
+        n[i] = on ? d_h[i] * (A(1) - keep) * (A(1) - n[i] * n[i]) : A(0);
+        inner[i] = on ? n[i] * inner[i] : A(0);
+        r[i] = on ? n[i] * r[i] : A(0);
         d_h[i] = on ? d_h[i] * keep : d_h[i];
     }
     store<N>(arguments.d_input + at, z);
-    store<N>(arguments.d_input + at + units, r);
+    store<N>(arguments.d_input + at + units, inner);
     store<N>(arguments.d_input + at + 2 * units, n);
     store<N>(arguments.d_state + at, z);
-    store<N>(arguments.d_state + at + units, r);
-    store<N>(arguments.d_state + at + 2 * units, inner);
+    store<N>(arguments.d_state + at + units, inner);
+    store<N>(arguments.d_state + at + 2 * units, r);
     store<N>(arguments.carry + p.at, d_h);
 }
 GL_KERNEL(gl_gru_backward, 256) {

@@ -152,7 +152,8 @@ MUTANTS = [
     ("gl_lstm_backward", "d_h[i] = on ? A(0) : d_h[i];", "d_h[i] = A(0);"),
     ("gl_lstm_backward", "slope = y >= A(0) && y <= A(1) ? A(0.2) : A(0);", "slope = A(0.2);"),
     ("gl_gru_forward", "candidate + keep * (h[i] - candidate)", "candidate + keep * h[i]"),
-    ("gl_gru_backward", "inner[i] = d_n * (on ? reset : A(0));", "inner[i] = d_n;"),
+    ("gl_gru_backward", "r[i] = on ? n[i] * r[i] : A(0);", "r[i] = n[i];"),
+    ("gl_gru_backward", "inner[i] *= slope;", ""),
     ("gl_gru_reset_forward", "h[i] *= gate(r[i]", "h[i] *= gate(z[i]"),
     ("gl_gru_candidate_backward", "d_h[i] = on ? d_h[i] * keep", "d_h[i] = on ? d_h[i]"),
     ("gl_gru_reset_backward", "reset * factor", "reset"),
@@ -189,3 +190,16 @@ def test_mutants_are_noticed(name, old, new, monkeypatch):
     monkeypatch.setitem(recurrent_kernels.KERNELS, name, original)
     for variant in ("mask", "lengths", "all"):
         compare(case, variants_of(case)[variant], 1e-10, gates)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", ["plain", "mask", "all"])
+def test_on_a_gpu(cell, dtype, variant, monkeypatch):
+    """The same comparison on CuPy arrays, through CuPy's launcher and cuBLAS."""
+    cupy = pytest.importorskip("cupy")
+    monkeypatch.setitem(globals(), "xp", cupy)
+    monkeypatch.setitem(globals(), "StrictArray", cupy.ndarray)
+    case = Case(cell, time=4, batch=5, depth=16, units=16, dtype=np.dtype(dtype))
+    compare(case, variants_of(case)[variant], DTYPES[dtype])
