@@ -19,6 +19,7 @@ from gpulayers import nest as nest
 from gpulayers import nn as nn
 from gpulayers import ops as ops
 from gpulayers import regularizers as regularizers
+from gpulayers.cuda_graph import cuda_graph as cuda_graph
 from gpulayers.device import Device as Device
 from gpulayers.device import array_module as array_module
 from gpulayers.device import asarray as asarray

@@ -10,10 +10,11 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
+import warnings
 from types import ModuleType
 from typing import Any
 
-__all__ = ["cublas", "cupy", "installed", "is_device_array", "unusable_reason"]
+__all__ = ["configuration", "cublas", "cupy", "installed", "is_device_array", "unusable_reason"]
 
 
 @functools.cache
@@ -58,6 +59,14 @@ def unusable_reason() -> str:
         text = " ".join(str(error).split())
         return f"CuPy {module.__version__} is installed, but no GPU answers ({type(error).__name__}: {text})."
     return ""
+
+
+def configuration() -> str:
+    """Return CuPy's description of its configuration, a line for each component. Raises ImportError without CuPy."""
+    cupy()
+    with warnings.catch_warnings():  # it warns where no driver answers: `unusable_reason` says that
+        warnings.simplefilter("ignore")
+        return str(importlib.import_module("cupyx").get_runtime_info())
 
 
 def cublas(module: Any) -> ModuleType | None:

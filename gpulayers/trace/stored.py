@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,32 @@ from gpulayers.errors import UninitializedError, message
 from gpulayers.ops.operation import Operation, Recordable, Spec
 from gpulayers.trace.tensor import RecordedTensor
 
-__all__ = ["CompositeValue", "StoredValue", "assign_stored", "lend_aliased", "read_stored"]
+__all__ = ["CompositeValue", "StoredValue", "assign_stored", "lend_aliased", "observe", "read_stored"]
+
+_observed = threading.local()
+_readers: list[Callable[[StoredValue], None]] = []  # of all threads: asking a list is what every read can afford
+
+
+@contextlib.contextmanager
+def observe(reading: Callable[[StoredValue], None], writing: Callable[[StoredValue, Any], None]) -> Iterator[None]:
+    """Call ``reading(value)`` before any read and ``writing(value, previous_array)`` when this thread prepares a write.
+
+    In `writing`, `value.read()` is the array for the new contents: `previous_array` itself if it is changed in place.
+    """
+    outer = getattr(_observed, "writing", None)
+    _observed.writing = writing
+    _readers.append(reading)
+    try:
+        yield
+    finally:
+        _readers.remove(reading)
+        _observed.writing = outer
+
+
+def _tell(value: StoredValue, previous: Any) -> None:
+    writing = getattr(_observed, "writing", None)
+    if writing is not None:
+        writing(value, previous)
 
 
 class CompositeValue(Recordable):
@@ -58,6 +85,8 @@ class StoredValue(Recordable):
 
     def read(self) -> Any:
         """Return the device array. Raises UninitializedError before the first value."""
+        for reading in _readers:
+            reading(self)
         if self._array is None:
             raise UninitializedError(
                 message(
@@ -75,21 +104,25 @@ class StoredValue(Recordable):
 
     def store(self, array: Any) -> None:
         """Replace the array."""
-        self._array = array
+        previous, self._array = self._array, array
         self._lent = False
         self.version += 1
+        _tell(self, previous)
 
     def writable(self) -> Any:
         """Return the array to write into. Its present value counts as changed."""
-        array = self.read()
+        previous = array = self.read()
         if self._lent:
             self._array = array = array.copy()
             self._lent = False
         self.version += 1
+        _tell(self, previous)
         return array
 
     def tensor(self) -> RecordedTensor:
         """Return the tensor that stands for the present version on tapes."""
+        for reading in _readers:
+            reading(self)
         if self._tensor is None or self._tensor_version != self.version:
             self._tensor, self._tensor_version = RecordedTensor(self.read()), self.version
         return self._tensor

@@ -27,7 +27,7 @@ ORDER = [
     ["metrics", "losses", "legacy_losses"],
     ["layers"],
     ["nn"],
-    ["optimizers", "checkpoint", "model", "report"],
+    ["optimizers", "checkpoint", "model", "cuda_graph", "report"],
     ["keras", "compat", "__init__"],
     ["examples", "__main__"],
 ]

@@ -1,0 +1,227 @@
+"""`cuda_graph`: record a step of fixed shapes once as a CUDA graph, then run it with one launch per call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from gpulayers import _cupy, nest
+from gpulayers.device import current_device, is_array, kind_of
+from gpulayers.errors import message
+from gpulayers.trace import active_graph, active_tapes
+from gpulayers.trace.stored import StoredValue, observe
+
+__all__ = ["CudaGraph", "cuda_graph"]
+
+_PLAIN_CALLS = 2  # the first builds and compiles, the second shows what every further call does
+
+
+class CudaGraph:
+    """A function that is captured and replayed; made by `cuda_graph`.
+
+    `reason` says why the last call was a plain one, and is empty where it was a replay. `captures` counts the graphs
+    made, one for each set of shapes, dtypes and other arguments.
+    """
+
+    def __init__(self, function: Callable[..., Any], plain_calls: int = _PLAIN_CALLS) -> None:
+        if not callable(function):
+            raise TypeError(message("cuda_graph", "not a function", "a callable", type(function).__name__))
+        if plain_calls < 2:
+            raise ValueError(message("cuda_graph", "too few plain calls", "2 or more", plain_calls))
+        functools.update_wrapper(self, function, updated=())
+        self._function, self._plain_calls = function, plain_calls
+        self._steps: dict[Any, _Step] = {}
+        self.reason = ""
+
+    @property
+    def captures(self) -> int:
+        """The number of graphs made so far."""
+        return sum(step.graph is not None for step in self._steps.values())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the step once: plainly, or as a replay of its graph."""
+        leaves = nest.flatten([args, kwargs])
+        self.reason = self._obstacle(leaves)
+        if self.reason:
+            return self._function(*args, **kwargs)
+        try:
+            key = (str(nest.map_structure(lambda leaf: 0, [args, kwargs])), *map(_description, leaves))
+            step = self._steps.get(key)
+        except TypeError:
+            self.reason = "an argument is neither an array nor hashable"
+            return self._function(*args, **kwargs)
+        if step is None or step.is_stale():
+            step = self._steps[key] = _Step()
+        if step.graph is None and not step.reason and step.calls >= self._plain_calls:
+            step.capture(self._function, args, kwargs)
+        if step.graph is None:
+            self.reason = step.reason or f"call {step.calls + 1} of {self._plain_calls} before the capture"
+            return step.plain(self._function, args, kwargs)
+        return step.replay(leaves)
+
+    def _obstacle(self, leaves: list[Any]) -> str:
+        """Return why a call with these arguments cannot even be considered, or an empty string."""
+        if not any(map(_cupy.is_device_array, leaves)) and current_device().kind != "gpu":
+            return "the arrays are on the host, where there are no CUDA graphs"
+        if active_graph() is not None or active_tapes():
+            return "a tape or a graph is recording, which a replay would bypass"
+        return ""
+
+
+class _Step:
+    """One set of shapes: its plain calls, then its graph with the memory that belongs to it."""
+
+    def __init__(self) -> None:
+        cuda = _cupy.cupy().cuda
+        # Memory freed during a capture must never be handed to anybody else, and the launcher's workspace is kept per
+        # stream: both are private to the graph.
+        self.stream, self.pool = cuda.Stream(non_blocking=True), cuda.MemoryPool()
+        self.calls, self.reason = 0, ""
+        self.graph: Any = None
+        self.buffers: list[Any] = []
+        self.results: Any = None
+        self.variables: list[tuple[StoredValue, Any]] = []
+        self._last_stream: Any = None
+
+    def plain(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Call the function on the graph's stream and memory, or, once a capture was given up, just call it."""
+        if self.reason:
+            return function(*args, **kwargs)
+        cuda = _cupy.cupy().cuda
+        outer, seen = cuda.get_current_stream(), _Variables()
+        self.stream.wait_event(outer.record())
+        with observe(seen.reading, seen.writing), cuda.using_allocator(self.pool.malloc), self.stream:
+            results = function(*args, **kwargs)
+        outer.wait_event(self.stream.record())
+        self.calls += 1
+        if self.calls > 1:  # the first call also makes slots and other state
+            self.reason = seen.complaint()
+        return results
+
+    def capture(self, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        """Record the function into `graph`; where that fails, say why in `reason` and leave the state as it was."""
+        cupy = _cupy.cupy()
+        cuda, seen = cupy.cuda, _Variables()
+        graph = results = error = None
+        given = [args, kwargs]
+        leaves = nest.flatten(given)
+        buffers = [cupy.array(leaf) if is_array(leaf) else leaf for leaf in leaves]
+        args, kwargs = nest.pack_sequence_as(given, buffers)
+        cuda.get_current_stream().synchronize()  # the buffers are filled, and nothing else is under way
+        with observe(seen.reading, seen.writing), cuda.using_allocator(self.pool.malloc), self.stream:
+            self.stream.begin_capture()
+            try:
+                results = function(*args, **kwargs)
+            except Exception as raised:  # refusals have many types; the caller's own errors come again plainly
+                error = raised
+            try:
+                graph = self.stream.end_capture()
+            except Exception as raised:
+                error = error or raised
+        self.reason = f"{type(error).__name__}: {error}" if error is not None else seen.complaint()
+        if self.reason:
+            seen.restore()
+            return
+        self.graph, self.buffers, self.results, self.variables = graph, buffers, results, seen.arrays()
+
+    def is_stale(self) -> bool:
+        """Say whether a variable that the graph reads was given a new array since the capture."""
+        return self.graph is not None and any(value.read() is not array for value, array in self.variables)
+
+    def replay(self, leaves: list[Any]) -> Any:
+        """Copy the arguments into the buffers and launch the graph on the current stream."""
+        stream = _cupy.cupy().cuda.get_current_stream()
+        if self._last_stream is not None and self._last_stream.ptr != stream.ptr:
+            stream.wait_event(self._last_stream.record())  # the buffers may still be read
+        self._last_stream = stream
+        for buffer, leaf in zip(self.buffers, leaves, strict=True):
+            if leaf is buffer or not is_array(leaf):
+                continue
+            if _cupy.is_device_array(leaf):
+                buffer[...] = leaf
+            else:
+                buffer.set(leaf)
+        self.graph.launch()
+        return self.results
+
+
+class _Variables:
+    """The variables that a call reads and writes: a graph repeats device work at the same addresses, and no more."""
+
+    def __init__(self) -> None:
+        self._read: dict[int, StoredValue] = {}
+        self._previous: dict[int, tuple[StoredValue, Any]] = {}
+
+    def reading(self, value: StoredValue) -> None:
+        self._read[id(value)] = value
+
+    def writing(self, value: StoredValue, previous: Any) -> None:
+        self._previous.setdefault(id(value), (value, previous))
+
+    def arrays(self) -> list[tuple[StoredValue, Any]]:
+        return [(value, value.read()) for value in self._read.values()]
+
+    def complaint(self) -> str:
+        for value, previous in self._previous.values():
+            if kind_of(value.read()) == "cpu":
+                return f"{value.name} lives on the host and changes in every call: leave its update outside"
+            if value.read() is not previous:
+                return f"{value.name} gets a new array in every call: a graph would go on reading the old one"
+        return ""
+
+    def restore(self) -> None:
+        for value, previous in self._previous.values():
+            if value.read() is not previous:
+                value.store(previous)
+
+
+def _description(leaf: Any) -> Any:
+    if is_array(leaf):
+        return ("array", tuple(leaf.shape), np.dtype(leaf.dtype).str)
+    hash(leaf)
+    return (type(leaf), leaf)
+
+
+def cuda_graph(function: Callable[..., Any], *, plain_calls: int = _PLAIN_CALLS) -> CudaGraph:
+    """Return a function that runs `function` as a CUDA graph: one launch per call instead of one per kernel.
+
+    For steps of a few microseconds per kernel, where the host is what takes the time. Every call runs the step exactly
+    once: the first `plain_calls` with the same shapes are plain, the next one is captured and launched, all others are
+    launched. On NumPy every call is a plain one.
+
+    Parameters: `function`, of arrays, in any nested structure, and of hashable values, which become part of the graph;
+    `plain_calls`, at least 2: the first compiles and makes state, the second is observed.
+
+    Returns a `CudaGraph`; its `reason` says why the last call was plain. Results of a replay are the graph's own
+    arrays, which the next call overwrites: write ``.copy()`` to keep one. Arguments, host arrays too, are copied into
+    buffers. A graph keeps its buffers and temporaries, in memory of its own, as long as it lives.
+
+    A graph repeats device work and nothing else. What the host computes is frozen at the capture: learning rates of
+    schedules, Adam's bias correction, random seeds. Hence calls stay plain, with the reason, where a variable on the
+    host changes (an optimizer's `iterations`: capture the forward and the gradients, and call `apply_gradients`
+    outside), where a variable gets a new array in every call, and where CuPy refuses a capture. It refuses every call
+    into cuBLAS, cuRAND, cuSOLVER and cuSPARSE, hence `matmul`, `Dense`, convolutions and recurrent cells. A cuBLAS
+    handle of our own does not help: CuPy's wrappers set the current stream before each call and refuse one that is
+    capturing. Batch normalisation, residual additions, activations and pooling can be captured; functions that wait
+    for the device (``asnumpy``, ``float(x)``) cannot. After a refused capture the function has run once more than the
+    step on the device. A variable that is assigned a new array outside is noticed, and the step is captured anew.
+
+    Inside a tape or graph every call is plain: a replay would record nothing. Calls on several streams wait for each
+    other.
+
+    Raises TypeError for something that cannot be called, ValueError for fewer than 2 plain calls; what `function`
+    raises is raised.
+
+    Source: CUDA programming guide, "CUDA graphs". The relative is ``torch.cuda.make_graphed_callables``, whose warm-up
+    runs the step more often than it is called; this one does not.
+
+    >>> double = cuda_graph(lambda x: x * 2)
+    >>> double(np.ones(2))
+    array([2., 2.])
+    >>> double.reason
+    'the arrays are on the host, where there are no CUDA graphs'
+    """
+    return CudaGraph(function, plain_calls)

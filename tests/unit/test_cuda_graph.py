@@ -1,0 +1,343 @@
+"""CUDA graphs on a double of CuPy's streams and memory pools: when a step is captured, replayed, or left plain."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import gpulayers as gl
+from gpulayers import _cupy
+from gpulayers.trace.stored import StoredValue
+
+
+class FakeArray(np.ndarray):
+    """Stands for cupy.ndarray."""
+
+    def set(self, host):
+        np.copyto(self, host)
+
+
+class Machine:
+    """A device with one stream that may be capturing; work is a list of functions."""
+
+    def __init__(self):
+        self.work, self.current, self.serial, self.allocators = None, None, 0, []
+        self.log = []
+
+    def launch(self, function):
+        """Run a kernel, or record it while a stream is capturing."""
+        if self.work is None:
+            function()
+        else:
+            self.work.append(function)
+
+
+def fake_cupy(machine):
+    class Event:
+        pass
+
+    class Graph:
+        def __init__(self, work):
+            self.work = work
+
+        def launch(self):
+            machine.log.append("launch")
+            for function in self.work:
+                function()
+
+    class Stream:
+        def __init__(self, non_blocking=False):
+            machine.serial += 1
+            self.ptr, self.non_blocking, self.outer = machine.serial, non_blocking, []
+
+        def __enter__(self):
+            self.outer.append(machine.current)
+            machine.current = self
+
+        def __exit__(self, *_):
+            machine.current = self.outer.pop()
+
+        def record(self):
+            return Event()
+
+        def wait_event(self, event):
+            assert isinstance(event, Event)
+            machine.log.append(f"stream {self.ptr} waits")
+
+        def synchronize(self):
+            assert machine.work is None
+
+        def begin_capture(self):
+            assert self.non_blocking and machine.current is self and machine.work is None
+            machine.work = []
+
+        def end_capture(self):
+            work, machine.work = machine.work, None
+            machine.log.append("captured")
+            return Graph(work)
+
+    class MemoryPool:
+        def malloc(self, size):
+            raise AssertionError("the double allocates nothing")
+
+    @contextmanager
+    def using_allocator(allocator):
+        machine.allocators.append(allocator)
+        try:
+            yield
+        finally:
+            machine.allocators.pop()
+
+    machine.current = Stream()
+    cuda = SimpleNamespace(
+        Stream=Stream,
+        MemoryPool=MemoryPool,
+        using_allocator=using_allocator,
+        get_current_stream=lambda: machine.current,
+    )
+    return SimpleNamespace(cuda=cuda, ndarray=FakeArray, array=lambda a: np.array(a).view(FakeArray))
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    machine = Machine()
+    module = fake_cupy(machine)
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    monkeypatch.setattr(_cupy, "cupy", lambda: module)
+    machine.array = module.array
+    machine.Stream = module.cuda.Stream
+    return machine
+
+
+def doubling(machine, counts):
+    """Return a function that doubles on the device, and counts how often the host and the device ran it."""
+
+    def double(x, factor=2):
+        counts["host"] += 1
+        out = np.zeros_like(x)
+
+        def kernel():
+            counts["device"] += 1
+            np.multiply(x, factor, out=out)
+
+        machine.launch(kernel)
+        return {"out": out}
+
+    return double
+
+
+def test_every_call_runs_the_step_once(machine):
+    counts = {"host": 0, "device": 0}
+    graph = gl.cuda_graph(doubling(machine, counts))
+    reasons = []
+    for number in range(6):
+        result = graph(machine.array([number, 1.0]))
+        assert result["out"].tolist() == [2.0 * number, 2.0]
+        assert counts["device"] == number + 1
+        reasons.append(graph.reason)
+    assert counts["host"] == 3 and graph.captures == 1
+    assert reasons[0].startswith("call 1 of 2") and reasons[1].startswith("call 2 of 2") and reasons[2:] == [""] * 4
+    assert machine.log.count("captured") == 1 and machine.log.count("launch") == 4
+    assert not machine.allocators
+
+
+def test_results_are_the_graphs_own_arrays(machine):
+    graph = gl.cuda_graph(doubling(machine, {"host": 0, "device": 0}))
+    for _ in range(3):
+        first = graph(machine.array([1.0]))["out"]
+    second = graph(machine.array([5.0]))["out"]
+    assert second is first and first.tolist() == [10.0]
+
+
+def test_each_shape_dtype_and_value_has_its_graph(machine):
+    graph = gl.cuda_graph(doubling(machine, {"host": 0, "device": 0}))
+    calls = [((machine.array([1.0]),), {}), ((machine.array([1.0, 2.0]),), {}), ((machine.array([1]),), {})]
+    calls += [((machine.array([1.0]),), {"factor": 3}), ((machine.array([1.0]),), {"factor": 3.0})]
+    for number, (args, kwargs) in enumerate(calls, 1):
+        for _ in range(4):
+            out = graph(*args, **kwargs)["out"]
+        assert out.tolist() == [value * kwargs.get("factor", 2) for value in args[0].tolist()]
+        assert graph.captures == number
+
+
+def test_host_arguments_are_copied_into_the_buffers(machine):
+    counts = {"host": 0, "device": 0}
+    double = doubling(machine, counts)
+    graph = gl.cuda_graph(lambda x, bias: double(x)["out"])
+    for number in range(5):
+        out = graph(np.full(2, float(number)), machine.array([0.0]))
+    assert out.tolist() == [8.0, 8.0] and graph.reason == ""
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("cuBLAS calls during capture"), RuntimeError("invalidated")])
+def test_a_refused_capture_leaves_plain_calls_with_the_reason(machine, error):
+    calls = []
+
+    def step(x):
+        calls.append(machine.work is not None)
+        if machine.work is not None:
+            raise error
+        return x + 1
+
+    graph = gl.cuda_graph(step)
+    for number in range(5):
+        assert graph(machine.array([number]))[0] == number + 1
+    assert calls == [False, False, True, False, False, False]  # tried once
+    assert graph.reason == f"{type(error).__name__}: {error}" and graph.captures == 0
+    assert machine.work is None
+
+
+def test_errors_of_the_function_are_raised(machine):
+    graph = gl.cuda_graph(lambda x: {}["missing"])
+    for _ in range(4):
+        with pytest.raises(KeyError):
+            graph(machine.array([1.0]))
+    assert not machine.allocators
+
+
+def stored(array, name="state:0"):
+    return StoredValue(array, name, False, array.shape, array.dtype)
+
+
+def on_device(monkeypatch):
+    """Let StoredValues with a FakeArray count as device arrays."""
+    module = sys.modules["gpulayers.cuda_graph"]  # gl.cuda_graph is the function
+    monkeypatch.setattr(module, "kind_of", lambda array: "gpu" if isinstance(array, FakeArray) else "cpu")
+
+
+def test_a_variable_on_the_host_that_changes_keeps_calls_plain(machine):
+    counter = stored(np.zeros(1), "iterations:0")
+
+    def step(x):
+        counter.writable()[...] += 1
+        return x
+
+    graph = gl.cuda_graph(step)
+    for _ in range(5):
+        graph(machine.array([1.0]))
+    assert counter.read()[0] == 5
+    assert graph.reason.startswith("iterations:0 lives on the host") and "captured" not in machine.log
+
+
+def test_a_variable_updated_in_place_is_captured(machine, monkeypatch):
+    on_device(monkeypatch)
+    state = stored(machine.array([0.0]))
+
+    def step(x):
+        array = state.writable()
+        machine.launch(lambda: np.add(array, x, out=array))
+        return x
+
+    graph = gl.cuda_graph(step)
+    for number in range(1, 6):
+        graph(machine.array([1.0]))
+        assert state.read()[0] == number
+    assert graph.reason == "" and graph.captures == 1
+
+
+def test_a_variable_that_gets_a_new_array_keeps_calls_plain(machine, monkeypatch):
+    on_device(monkeypatch)
+    state = stored(machine.array([0.0]))
+
+    def step(x):
+        state.store(state.read() + x)
+        return x
+
+    graph = gl.cuda_graph(step)
+    for number in range(1, 6):
+        graph(machine.array([1.0]))
+        assert state.read()[0] == number
+    assert "gets a new array" in graph.reason
+
+
+def test_a_new_array_during_the_capture_alone_is_undone(machine, monkeypatch):
+    on_device(monkeypatch)
+    state = stored(machine.array([0.0]))
+
+    def step(x):
+        if machine.work is not None:
+            state.store(machine.array([np.nan]))
+        return state.read() + x
+
+    graph = gl.cuda_graph(step)
+    for _ in range(4):
+        assert graph(machine.array([1.0]))[0] == 1.0
+    assert state.read()[0] == 0.0 and "gets a new array" in graph.reason
+
+
+def test_a_variable_assigned_outside_is_noticed(machine, monkeypatch):
+    on_device(monkeypatch)
+    scale = stored(machine.array([2.0]))
+
+    def step(x):
+        array, out = scale.read(), np.zeros_like(x)
+        machine.launch(lambda: np.multiply(array, x, out=out))
+        return out
+
+    graph = gl.cuda_graph(step)
+    for _ in range(4):
+        assert graph(machine.array([3.0]))[0] == 6.0
+    scale.store(machine.array([10.0]))
+    for _ in range(4):
+        assert graph(machine.array([3.0]))[0] == 30.0
+    assert graph.reason == "" and machine.log.count("captured") == 2
+
+
+def test_replays_on_two_streams_wait_for_each_other(machine):
+    graph = gl.cuda_graph(doubling(machine, {"host": 0, "device": 0}))
+    for _ in range(4):
+        graph(machine.array([1.0]))
+    before = len(machine.log)
+    with machine.Stream(non_blocking=True):
+        stream = machine.current
+        graph(machine.array([1.0]))
+    assert f"stream {stream.ptr} waits" in machine.log[before:]
+
+
+def test_under_a_tape_calls_are_plain(machine):
+    graph = gl.cuda_graph(lambda x: x + 1)
+    with gl.GradientTape():
+        graph(machine.array([1.0]))
+    assert graph.reason.startswith("a tape or a graph is recording")
+
+
+def test_an_argument_that_cannot_be_a_key(machine):
+    graph = gl.cuda_graph(lambda x, y: x)
+    graph(machine.array([1.0]), {1, 2})
+    assert graph.reason == "an argument is neither an array nor hashable"
+
+
+def test_on_numpy_it_does_nothing():
+    layer = gl.layers.BatchNormalization()
+    graph = gl.cuda_graph(lambda x: layer(x, training=True))
+    x = np.arange(6, dtype=np.float32).reshape(3, 2)
+    with gl.device("cpu"):
+        results = [graph(x) for _ in range(4)]
+    assert results[0] is not results[1] and np.array_equal(results[0], results[3])
+    assert graph.captures == 0 and graph.reason == "the arrays are on the host, where there are no CUDA graphs"
+    assert layer.moving_mean.version >= 4
+
+
+def test_wrong_arguments():
+    with pytest.raises(TypeError, match="cuda_graph: not a function"):
+        gl.cuda_graph(3)
+    with pytest.raises(ValueError, match="2 or more; got 1"):
+        gl.cuda_graph(abs, plain_calls=1)
+
+
+@pytest.mark.gpu
+def test_batch_normalisation_is_captured_on_a_gpu():
+    cupy = _cupy.cupy()
+    rng = np.random.default_rng(0)
+    batches = [rng.standard_normal((16, 8)).astype(np.float32) for _ in range(6)]
+    plain_layer, layer = gl.layers.BatchNormalization(), gl.layers.BatchNormalization()
+    graph = gl.cuda_graph(lambda x: layer(x, training=True))
+    for batch in batches:
+        x = cupy.asarray(batch)
+        assert cupy.array_equal(graph(x), plain_layer(x, training=True))
+    assert graph.captures == 1, graph.reason
+    assert cupy.array_equal(layer.moving_mean.value, plain_layer.moving_mean.value)
