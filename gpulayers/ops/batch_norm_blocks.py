@@ -1,6 +1,6 @@
 """Cutting an array into blocks that stay in a core's cache, and running them on a small thread pool.
 
-A block is 256 KB: its input, its scratch copy and its output fit the second-level cache together, so a chain of NumPy
+A block is 128 KB: its inputs, scratch copies, tables and output fit the second-level cache together, so a chain of NumPy
 calls on it costs one trip to memory. Which blocks there are, and which of them are summed together, depends on the
 shape alone, never on the number of threads: results are the same bits on any machine with the same NumPy.
 
@@ -20,9 +20,9 @@ import numpy as np
 
 from gpulayers.ops.batch_norm_plan import Layout
 
-__all__ = ["BLOCK_BYTES", "Block", "View", "run_tasks", "view_of"]
+__all__ = ["Block", "View", "block_rows", "run_tasks", "view_of"]
 
-BLOCK_BYTES = 256 * 1024
+ELEMENTS = 128 * 1024 // 4
 WIDE = 2048  # elements of a wide row: enough that a ufunc's inner loop hides its start
 NARROW_INNER = 64  # below this, channels-first rows are too short for a loop of their own
 THREADED_BYTES = 1 << 20  # below this, waking a thread costs more than it saves
@@ -85,13 +85,20 @@ def tasks_of(view: View) -> tuple[tuple[Block, ...], ...]:
     return tuple(blocks[len(blocks) * i // count : len(blocks) * (i + 1) // count] for i in range(count))
 
 
+def _block_slots(view: View) -> int:
+    """Return how many slots a block spans: all, unless one row of them is more than a block."""
+    if view.columns or view.slots * view.inner <= ELEMENTS:
+        return view.slots
+    return max(1, ELEMENTS // view.inner)
+
+
+def block_rows(view: View) -> int:
+    """Return how many rows a block has at most, a multiple of the tile."""
+    return max(1, ELEMENTS // (_block_slots(view) * view.inner) // view.tile) * view.tile
+
+
 def _blocks(view: View) -> Iterator[Block]:
-    elements = BLOCK_BYTES // 4
-    row = view.slots * view.inner
-    slots_at_once = view.slots
-    if not view.columns and row > elements:
-        slots_at_once = max(1, elements // view.inner)
-    rows_at_once = max(1, elements // (slots_at_once * view.inner) // view.tile) * view.tile
+    slots_at_once, rows_at_once = _block_slots(view), block_rows(view)
     even = view.length - view.length % view.tile  # the rest cannot be laid side by side
     for segment in range(view.segments):
         for stop, start in ((even, 0), (view.length, even)):
@@ -135,8 +142,3 @@ def run_tasks(work: Callable[[tuple[Block, ...]], Result], view: View, itemsize:
     futures = [pool[0].submit(guarded, task) for task in tasks[half:]]
     results = [guarded(task) for task in tasks[:half]]
     return results + [future.result() for future in futures]
-
-
-def scratch(dtype: np.dtype, count: int, elements: int) -> list[Any]:
-    """Return `count` flat arrays of `elements` values."""
-    return [np.empty(elements, dtype) for _ in range(count)]

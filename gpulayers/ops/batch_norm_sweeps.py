@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpulayers.ops.batch_norm_blocks import Block, View, run_tasks, view_of
+from gpulayers.ops.batch_norm_blocks import Block, View, block_rows, run_tasks, view_of
 from gpulayers.ops.batch_norm_plan import Layout
 
 __all__ = ["Affine", "backward_apply", "backward_sums", "moments", "near_zero", "normalise"]
 
 FAR_PIVOT = 16.0  # (mean - pivot)^2 / variance above which float32 sums and factors lose digits: take a nearer pivot
+REPEATED = 1 << 18  # elements that a table may be blown up to
 SAMPLE = 4096  # elements of the sample, at least one row of it
 SHORT_ROW = 8192  # BLAS dot products start threads above 10000 elements
 
@@ -39,8 +40,10 @@ class _Tables:
         if view.columns:
             if view.inner > 1:
                 shaped = np.repeat(shaped, view.inner, axis=1)
-            self.wide = np.tile(shaped, (1, view.tile)) if view.tile > 1 else shaped
-            self.plain = shaped
+            # Whole blocks of repeated rows: NumPy's loops are twice as fast on equal shapes as on broadcast ones.
+            rows = block_rows(view)
+            self.wide = _repeated(np.tile(shaped, (1, view.tile)), rows // view.tile)
+            self.plain = shaped[:, None] if view.tile > 1 else self.wide
         else:
             self.plain = self.wide = shaped[:, :, None]
 
@@ -48,7 +51,17 @@ class _Tables:
         table = block.segment % self.view.tables
         if not self.view.columns:
             return self.plain[table, block.left : block.right]
-        return (self.wide if _tiled(self.view, block) else self.plain)[table]
+        rows = block.last - block.first
+        if self.view.tile == 1:
+            return self.wide[table, :rows]
+        return self.wide[table, : rows // self.view.tile] if _tiled(self.view, block) else self.plain[table]
+
+
+def _repeated(rows: Any, times: int) -> Any:
+    """Return (tables, width) rows as (tables, times, width), each repeated, or as one that broadcasts if that is large."""
+    if rows.size * times > REPEATED:
+        return rows[:, None]
+    return np.repeat(rows[:, None], times, axis=1)
 
 
 def _tiled(view: View, block: Block) -> bool:
@@ -110,12 +123,19 @@ def _two_sums(view: View, task: Any, itemsize: int) -> Any:
 
     def work(blocks: tuple[Block, ...]) -> Any:
         total = np.zeros((2, view.tables, view.slots))
+        width = view.tile * view.slots * view.inner
+        wide = np.zeros((2, view.tables, width)) if view.columns and view.tables * width <= REPEATED else None
         one = task()
         for block in blocks:
-            first, second = one(block)
-            rows = total[:, block.segment % view.tables, block.left : block.right]
-            rows[0] += _fold(view, block, first)
-            rows[1] += _fold(view, block, second)
+            sums = one(block)
+            table = block.segment % view.tables
+            for which in (0, 1):
+                if wide is not None and sums[which].size == width:  # the columns are added up at the end, not per block
+                    wide[which, table] += sums[which]
+                else:
+                    total[which, table, block.left : block.right] += _fold(view, block, sums[which])
+        if wide is not None:
+            total += wide.reshape(2, view.tables, view.tile, view.slots, view.inner).sum(axis=(2, 4))
         return total
 
     parts = run_tasks(work, view, itemsize)
@@ -131,9 +151,10 @@ def _shifted(view: View, x: Any, block: Block, table: _Tables | None, scratch: _
     if table is None and part.dtype == dtype:
         return part
     shifted = scratch.like(part, 0)
-    np.copyto(shifted, part)
-    if table is not None:
-        np.subtract(shifted, table.row(block), out=shifted)
+    if table is None:
+        np.copyto(shifted, part)
+    else:
+        np.subtract(part, table.row(block), out=shifted, dtype=dtype)
     return shifted
 
 
@@ -217,10 +238,10 @@ def normalise(x: Any, y: Any, layout: Layout, factors: Affine, residual: Any, re
         for block in reversed(blocks):
             target = _cut(view, y, block)
             result = target if direct else scratch.like(target, 0)
-            np.copyto(result, _cut(view, x, block))
+            source = _cut(view, x, block)
             if shift is not None:
-                np.subtract(result, shift.row(block), out=result)
-            np.multiply(result, scale.row(block), out=result)
+                source = np.subtract(source, shift.row(block), out=result, dtype=dtype)
+            np.multiply(source, scale.row(block), out=result, dtype=dtype)
             np.add(result, bias.row(block), out=result)
             if residual is not None:
                 np.add(result, _cut(view, residual, block), out=result, dtype=dtype)
@@ -296,14 +317,13 @@ def backward_apply(
             result = target if direct else scratch.like(target, 2)
             if dresidual is not None:
                 np.copyto(_cut(view, dresidual, block), g, casting="unsafe")
-            np.copyto(result, g)
-            np.multiply(result, scale.row(block), out=result)
+            np.multiply(g, scale.row(block), out=result)
             if slopes is not None:
                 shifted = scratch.like(target, 0)
-                np.copyto(shifted, _cut(view, x, block))
+                source = _cut(view, x, block)
                 if shift is not None:
-                    np.subtract(shifted, shift.row(block), out=shifted)
-                np.multiply(shifted, slopes.row(block), out=shifted)
+                    source = np.subtract(source, shift.row(block), out=shifted, dtype=dtype)
+                np.multiply(source, slopes.row(block), out=shifted, dtype=dtype)
                 np.add(result, shifted, out=result)
                 np.add(result, bias.row(block), out=result)
             if not direct:
