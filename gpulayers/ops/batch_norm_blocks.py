@@ -1,8 +1,8 @@
 """Cutting an array into blocks that stay in a core's cache, and running them on a small thread pool.
 
-A block is 128 KB: its inputs, scratch copies, tables and output fit the second-level cache together, so a chain of NumPy
-calls on it costs one trip to memory. Which blocks there are, and which of them are summed together, depends on the
-shape alone, never on the number of threads: results are the same bits on any machine with the same NumPy.
+A block is 128 KB: its inputs, scratch copies, tables and output fit the second-level cache together, so a chain of
+NumPy calls on it costs one trip to memory. Which blocks there are, and which of them are summed together, depends on
+the shape alone, never on the number of threads: results are the same bits on any machine with the same NumPy.
 
 No call made inside a task may start threads of its own: sums use ufuncs and ``vecdot`` on rows too short for a
 threaded BLAS.
@@ -14,7 +14,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 

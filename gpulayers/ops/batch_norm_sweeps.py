@@ -58,7 +58,9 @@ class _Tables:
 
 
 def _repeated(rows: Any, times: int) -> Any:
-    """Return (tables, width) rows as (tables, times, width), each repeated, or as one that broadcasts if that is large."""
+    """Return (tables, width) rows as (tables, times, width), each repeated, or as one that broadcasts if that is
+    large.
+    """
     if rows.size * times > REPEATED:
         return rows[:, None]
     return np.repeat(rows[:, None], times, axis=1)
