@@ -96,6 +96,10 @@ class GradientContext:
         """The first output."""
         return self.outputs[0]
 
+    def like(self, index: int) -> Any:
+        """Return input `index` for its shape and dtype only: its contents may have changed since it was recorded."""
+        return getattr(self.inputs, "unchecked", self.inputs)[index]
+
     def __getitem__(self, name: str) -> Any:
         return self.attributes[name]
 
@@ -180,15 +184,14 @@ class Operation:
         if callable(rule):
             result = rule(context, *cotangents)
             found = result if isinstance(result, tuple) else (result,)
-            # An input without a gradient is not looked at: it may be a variable that has changed since.
-            return [None if g is None else _in_dtype_of(context.inputs[i], g) for i, g in enumerate(found)]
+            return [None if g is None else _in_dtype_of(context.like(i), g) for i, g in enumerate(found)]
         gradients = []
         for index, needed in enumerate(context.needs):
             one = rule[min(index, len(rule) - 1)] if needed else None
             gradient = None if one is None else one(context, cotangents[0])
             if gradient is not None and self.broadcasts:
-                gradient = match(gradient, context.inputs[index])
-            gradients.append(None if gradient is None else _in_dtype_of(context.inputs[index], gradient))
+                gradient = match(gradient, context.like(index))
+            gradients.append(None if gradient is None else _in_dtype_of(context.like(index), gradient))
         return gradients
 
 

@@ -53,10 +53,10 @@ class _CheckedInputs(Sequence[Any]):
     """A record's inputs; looking at a variable that has changed since it was recorded raises."""
 
     def __init__(self, values: Sequence[Any], record: TapeRecord) -> None:
-        self._values, self._record = values, record
+        self.unchecked, self._record = values, record
 
     def __len__(self) -> int:
-        return len(self._values)
+        return len(self.unchecked)
 
     def __getitem__(self, index: Any) -> Any:
         for position, stored, version in self._record.reads:
@@ -68,7 +68,7 @@ class _CheckedInputs(Sequence[Any]):
                         do="Call tape.gradient before assigning, or keep the old value with gl.identity(variable).",
                     )
                 )
-        return self._values[index]
+        return self.unchecked[index]
 
 
 class GradientTape:
