@@ -5,7 +5,7 @@ from gpulayers.layers.activation import Activation as Activation
 from gpulayers.layers.activation import LeakyReLU as LeakyReLU
 from gpulayers.layers.activation import ReLU as ReLU
 from gpulayers.layers.activation import Softmax as Softmax
-from gpulayers.layers.batch_normalization import BatchNormalization as BatchNormalization
+from gpulayers.layers.batch_normalization_layers import BatchNormalization as BatchNormalization
 from gpulayers.layers.convolution import Conv1D as Conv1D
 from gpulayers.layers.convolution import Conv2D as Conv2D
 from gpulayers.layers.dense_layers import Dense as Dense
@@ -33,6 +33,14 @@ from gpulayers.layers.reshaping import Flatten as Flatten
 from gpulayers.layers.reshaping import Permute as Permute
 from gpulayers.layers.reshaping import Reshape as Reshape
 from gpulayers.layers.spec import InputSpec as InputSpec
+from gpulayers.nn.cells_modern import GRUCell as GRUCell
+from gpulayers.nn.cells_modern import LSTMCell as LSTMCell
+from gpulayers.nn.cells_modern import SimpleRNNCell as SimpleRNNCell
+from gpulayers.nn.rnn_layer import RNN as RNN
+from gpulayers.nn.rnn_layers import GRU as GRU
+from gpulayers.nn.rnn_layers import LSTM as LSTM
+from gpulayers.nn.rnn_layers import SimpleRNN as SimpleRNN
+from gpulayers.nn.stacked import StackedRNNCells as StackedRNNCells
 
 __all__ = [
     "Activation",
@@ -48,6 +56,8 @@ __all__ = [
     "Dropout",
     "ELU",
     "Flatten",
+    "GRU",
+    "GRUCell",
     "GlobalAveragePooling1D",
     "GlobalAveragePooling2D",
     "GlobalMaxPooling1D",
@@ -55,6 +65,8 @@ __all__ = [
     "Input",
     "InputLayer",
     "InputSpec",
+    "LSTM",
+    "LSTMCell",
     "Layer",
     "LeakyReLU",
     "Masking",
@@ -64,8 +76,12 @@ __all__ = [
     "Minimum",
     "Multiply",
     "Permute",
+    "RNN",
     "ReLU",
     "Reshape",
+    "SimpleRNN",
+    "SimpleRNNCell",
     "Softmax",
+    "StackedRNNCells",
     "Subtract",
 ]

@@ -11,10 +11,14 @@ _LATER = {
     "RNNCellDeviceWrapper": "gpulayers.nn.wrappers",
     "RNNCellDropoutWrapper": "gpulayers.nn.wrappers",
     "RNNCellResidualWrapper": "gpulayers.nn.wrappers",
+    "dynamic_rnn": "gpulayers.nn.unrolled",
+    "static_rnn": "gpulayers.nn.unrolled",
 }
 
 
 def __getattr__(name: str) -> _Any:
     if name in _LATER:  # half of the package's import time, and not every program has recurrent cells
         return getattr(_importlib.import_module(_LATER[name]), name)
+    if name == "rnn_cell":
+        return _importlib.import_module("gpulayers.nn.rnn_cell")
     raise AttributeError(f"module 'gpulayers.nn' has no attribute {name!r}")

@@ -1,0 +1,57 @@
+"""Build cells before a loop runs them, so that no variable is made inside it."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from gpulayers import nest
+from gpulayers.device import device
+from gpulayers.dtypes import TensorShape, as_dtype
+from gpulayers.layers.calling import call_context, signature_of
+from gpulayers.layers.core import CoreLayer
+from gpulayers.layers.legacy import LegacyLayer
+
+__all__ = ["Outline", "build_cell", "build_inside"]
+
+
+class Outline:
+    """Shape and dtype of inputs that need not exist yet."""
+
+    __slots__ = ("dtype", "shape")
+
+    def __init__(self, shape: Any, dtype: Any) -> None:
+        self.shape, self.dtype = TensorShape(shape), as_dtype(dtype)
+
+
+def build_cell(cell: Any, shape: Any, dtype: Any) -> None:
+    """Build `cell` for inputs of `shape` as its first call would: in its own scope, under its own name.
+
+    A cell that is built stays as it is. Objects that are not layers are left alone.
+    """
+    own = getattr(cell, "_build_as_cell", None)
+    if own is not None:
+        own(shape, dtype)
+        return
+    if not isinstance(cell, CoreLayer) or cell.built:
+        return
+    around = cell._around_call(signature_of(cell.call), {}, symbolic=False)
+    before, call_context.name_prefix = call_context.name_prefix, f"{call_context.name_prefix}{cell.name}/"
+    try:
+        with contextlib.nullcontext() if around is None else around:
+            cell._build_for(nest.map_structure(lambda one: Outline(one, dtype), shape))
+    finally:
+        call_context.name_prefix = before
+
+
+def build_inside(cell: Any, shape: Any, dtype: Any) -> None:
+    """Build a wrapped `cell` under the names of the layer that is being built. A built cell stays as it is."""
+    if isinstance(cell, LegacyLayer):
+        build_cell(cell, shape, dtype)
+    elif isinstance(cell, CoreLayer):
+        if not cell.built:
+            with device(cell._device):
+                cell.build(shape)
+            cell.built = True
+    elif hasattr(cell, "build") and not getattr(cell, "built", False):
+        cell.build(shape)

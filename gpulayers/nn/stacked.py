@@ -1,0 +1,114 @@
+"""StackedRNNCells: modern cells one above the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gpulayers import nest
+from gpulayers.dtypes import TensorShape
+from gpulayers.errors import StructureError, message
+from gpulayers.layers.calling import signature_of
+from gpulayers.layers.modern import Layer
+from gpulayers.nn import registry
+from gpulayers.nn.building import build_cell
+from gpulayers.nn.states import initial_state, require_cell, size_of
+
+__all__ = ["StackedRNNCells"]
+
+
+class StackedRNNCells(Layer):
+    """Cells one above the other, as one cell: the output of each is the input of the next.
+
+    Parameters: `cells`, a list; `reverse_state_order` lists the states of the last cell first. `state_size` is the
+    tuple of the cells'; `output_size` the last one's. Raises ValueError for a cell without `call` or `state_size`.
+    Source: ``tf.keras.layers.StackedRNNCells``.
+
+    >>> import gpulayers as gl
+    >>> gl.keras.layers.StackedRNNCells([gl.keras.layers.GRUCell(2), gl.keras.layers.LSTMCell(3)]).state_size
+    (2, [3, 3])
+    """
+
+    def __init__(self, cells: Any, reverse_state_order: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not cells:
+            raise ValueError(message(self._name, "there are no cells", "at least one"))
+        for cell in cells:
+            require_cell(cell, self._name, ("call", "state_size"), ValueError)
+        self.cells, self.reverse_state_order = list(cells), bool(reverse_state_order)
+
+    @property
+    def state_size(self) -> Any:
+        """Tuple of the cells' sizes."""
+        return tuple(cell.state_size for cell in self._in_state_order())
+
+    @property
+    def output_size(self) -> Any:
+        """The last cell's."""
+        last = self.cells[-1]
+        if getattr(last, "output_size", None) is not None:
+            return last.output_size
+        return nest.flatten(last.state_size)[0]
+
+    def _in_state_order(self) -> list[Any]:
+        return self.cells[::-1] if self.reverse_state_order else self.cells
+
+    def get_initial_state(self, inputs: Any = None, batch_size: Any = None, dtype: Any = None) -> Any:
+        """Return the tuple of the cells' initial states."""
+        states = []
+        for cell in self._in_state_order():
+            own = getattr(cell, "get_initial_state", None)
+            found = own(inputs=inputs, batch_size=batch_size, dtype=dtype) if own else None
+            states.append(initial_state(cell.state_size, inputs, batch_size, dtype) if found is None else found)
+        return tuple(states)
+
+    def build(self, input_shape: Any) -> None:
+        """Build each cell for the output size of the one below."""
+        shape = TensorShape(input_shape[0] if isinstance(input_shape, list) else input_shape)
+        for cell in self.cells:
+            build_cell(cell, shape, self.compute_dtype or "float32")
+            width = getattr(cell, "output_size", None)
+            width = nest.flatten(cell.state_size)[0] if width is None else width
+            shape = TensorShape((shape[0], *size_of(width)))
+        self.built = True
+
+    def call(self, inputs: Any, states: Any, constants: Any = None, training: Any = None, **kwargs: Any) -> tuple[Any, Any]:
+        """Run the cells one after the other; return the last output and the new states, in the structure of `state_size`."""
+        leaves = nest.flatten(states)
+        if len(leaves) != len(nest.flatten(self.state_size)):
+            raise StructureError(message(self._name, "the number of states does not fit", self.state_size, len(leaves)))
+        own = list(nest.pack_sequence_as(self.state_size, leaves))
+        own = own[::-1] if self.reverse_state_order else own
+        current, new_states = inputs, []
+        for cell, state in zip(self.cells, own, strict=True):
+            nested = nest.is_nested(state)
+            current, new_state = cell(current, state if nested else [state], **self._keywords(cell, constants, training, kwargs))
+            flat = nest.flatten(new_state)
+            new_states.append(nest.pack_sequence_as(cell.state_size, flat))
+        return current, tuple(new_states[::-1] if self.reverse_state_order else new_states)
+
+    @staticmethod
+    def _keywords(cell: Any, constants: Any, training: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        signature = signature_of(getattr(cell, "call", cell))
+        keywords = dict(kwargs)
+        if training is not None and signature.training:
+            keywords["training"] = training
+        if constants is not None and "constants" in signature.names:
+            keywords["constants"] = constants
+        return keywords
+
+    def _fused_cells(self) -> list[Any] | None:
+        """Return the cells, if running each over the whole sequence is the same as calling this one at each step."""
+        plain = type(self).call is StackedRNNCells.call and not self.reverse_state_order
+        return self.cells if plain else None
+
+    def get_config(self) -> dict[str, Any]:  # noqa: D102
+        config = {**super().get_config(), "cells": [registry.cell_config(cell) for cell in self.cells]}
+        return {**config, "reverse_state_order": True} if self.reverse_state_order else config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Any:
+        """Make the cells and stack them."""
+        return cls(**{**config, "cells": [registry.make_cell(one, custom_objects) for one in config["cells"]]})
+
+
+registry.register_cells(StackedRNNCells)

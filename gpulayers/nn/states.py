@@ -1,0 +1,130 @@
+"""States of cells: their sizes, zeros of those sizes, and checks of what is passed in."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from gpulayers import nest, ops
+from gpulayers.device import asarray, is_array
+from gpulayers.dtypes import TensorShape, as_dtype
+from gpulayers.errors import LayerError, ShapeError, StructureError, message
+from gpulayers.ops.operation import Recordable
+
+__all__ = ["LSTMStateTuple", "check_states", "initial_state", "require_cell", "size_of", "zeros_for"]
+
+
+class LSTMStateTuple(NamedTuple):
+    """State of the legacy LSTM cells: the memory `c` and the output `h`, in this order.
+
+    >>> LSTMStateTuple(c=1, h=2)
+    LSTMStateTuple(c=1, h=2)
+    """
+
+    c: Any
+    h: Any
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of both. Raises TypeError if they differ."""
+        if self.c.dtype != self.h.dtype:
+            raise TypeError(message("LSTMStateTuple", "c and h have different dtypes", self.c.dtype, self.h.dtype))
+        return self.c.dtype
+
+
+def size_of(size: Any) -> tuple[int, ...]:
+    """Return one state's shape without the batch axis, for an int or a shape.
+
+    >>> size_of(3), size_of((2, 4))
+    ((3,), (2, 4))
+    """
+    shape = TensorShape(size)
+    if not shape.is_fully_defined():
+        raise ShapeError(message("state_size", "is not fully known", got=shape))
+    return tuple(shape)  # type: ignore[arg-type]
+
+
+def _map_sizes(function: Any, sizes: Any) -> Any:
+    """Map over a structure of sizes, whose leaves are ints and shapes."""
+    return nest.map_structure(lambda size: function(size_of(size)), sizes)
+
+
+def zeros_for(state_size: Any, batch_size: Any, dtype: Any) -> Any:
+    """Return zeros of shape ``[batch_size] + size`` in the structure of `state_size`. The batch may be a tensor."""
+    return _map_sizes(lambda size: ops.zeros((batch_size, *size), as_dtype(dtype)), state_size)
+
+
+def batch_of(inputs: Any, axis: int = 0) -> Any:
+    """Return the size of the batch axis: an int, or a scalar tensor where it is not known yet."""
+    first = nest.flatten(inputs)[0]
+    static = tuple(first.shape)[axis]
+    return ops.shape_of(first)[axis] if static is None else static
+
+
+def initial_state(state_size: Any, inputs: Any = None, batch_size: Any = None, dtype: Any = None) -> Any:
+    """Return the zero state of a cell, for `inputs` (batch first) or for `batch_size` and `dtype`.
+
+    Raises ValueError if neither says what batch and dtype are.
+    """
+    if inputs is not None:
+        batch_size = batch_of(inputs)
+        dtype = nest.flatten(inputs)[0].dtype
+    if batch_size is None or dtype is None:
+        raise LayerError(
+            "get_initial_state: batch_size and dtype cannot be None while constructing initial state. "
+            f"Expected both, or inputs; got batch_size={batch_size}, dtype={dtype}."
+        )
+    return zeros_for(state_size, batch_size, dtype)
+
+
+def as_tensor(value: Any) -> Any:
+    """Return an array or tensor as it is, numbers and lists as an array."""
+    return value if isinstance(value, Recordable) or is_array(value) else asarray(value)
+
+
+def check_states(name: str, states: list[Any], sizes: Any, batch: Any = None) -> list[Any]:
+    """Return the flat `states` as tensors, after checking their number and widths against `sizes`.
+
+    Raises StructureError for another number of states, ShapeError for a state of another shape or batch size.
+    """
+    wanted = sizes if type(sizes) is list else nest.flatten(sizes)
+    if len(states) == len(wanted) and batch is None and all(map(_plainly_fits, states, wanted)):
+        return states
+    if len(states) != len(wanted):
+        raise StructureError(
+            message(name, "the number of states does not fit", f"{len(wanted)} of sizes {wanted}", len(states))
+        )
+    states = [as_tensor(value) for value in states]
+    for index, (value, size) in enumerate(zip(states, wanted, strict=True)):
+        expected = (batch if isinstance(batch, int) else None, *size_of(size))
+        shape = TensorShape(value.shape)
+        if not shape.is_compatible_with(expected):
+            raise ShapeError(message(name, f"the shape of state {index} does not fit", expected, tuple(shape)))
+    return states
+
+
+def _plainly_fits(value: Any, size: Any) -> bool:
+    """Say, at the price of a look, that a state is an array or tensor (N, size)."""
+    if not (isinstance(value, Recordable) or is_array(value)) or type(size) is not int:
+        return False
+    shape = value.shape
+    return type(shape) is tuple and len(shape) == 2 and shape[1] == size
+
+
+def require_cell(cell: Any, name: str, needs: tuple[str, ...], error: type[Exception] = TypeError) -> None:
+    """Raise `error`, listing what is missing, unless `cell` has every attribute in `needs` (``a or b``: one of them)."""
+    missing = [need for need in needs if not any(_has(cell, option) for option in need.split(" or "))]
+    if missing:
+        raise error(
+            message(
+                name, f"not a recurrent cell: {', '.join(missing)} is missing", f"an object with {', '.join(needs)}", repr(cell)
+            )
+        )
+
+
+def _has(cell: Any, attribute: str) -> bool:
+    if attribute == "__call__":
+        return callable(cell)
+    try:
+        return hasattr(cell, attribute)
+    except NotImplementedError:  # a property of a base class that a subclass has not filled in
+        return False

@@ -1,0 +1,166 @@
+"""Legacy wrappers of cells: ResidualWrapper, DropoutWrapper, DeviceWrapper, as ``tf.nn.rnn_cell``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from gpulayers import device as devices
+from gpulayers.errors import message
+from gpulayers.nn import registry
+from gpulayers.nn.building import build_cell
+from gpulayers.nn.cells_legacy import RNNCell
+from gpulayers.nn.dropout_maths import DropoutSettings
+from gpulayers.nn.fused import FusedCell
+from gpulayers.nn.residual import apply_residual
+from gpulayers.nn.states import require_cell
+from gpulayers.nn.wrappers import dropout_config
+
+__all__ = ["DeviceWrapper", "DropoutWrapper", "ResidualWrapper"]
+
+
+class _LegacyWrapper(RNNCell):
+    """What the legacy wrappers share: they call the cell itself, own no variables and open no scope."""
+
+    def __init__(self, cell: Any, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        needs = ("output_size", "state_size", "zero_state or get_initial_state", "__call__")
+        require_cell(cell, "cell", needs)
+        self.cell = cell
+
+    def _build_as_cell(self, shape: Any, dtype: Any) -> None:
+        build_cell(self.cell, shape, dtype)
+
+    @property
+    def wrapped_cell(self) -> Any:
+        """The cell."""
+        return self.cell
+
+    @property
+    def state_size(self) -> Any:
+        """The cell's."""
+        return self.cell.state_size
+
+    @property
+    def output_size(self) -> Any:
+        """The cell's."""
+        return self.cell.output_size
+
+    def zero_state(self, batch_size: Any, dtype: Any) -> Any:
+        """Return the cell's zero state."""
+        return self.cell.zero_state(batch_size, dtype)
+
+    def get_initial_state(self, inputs: Any = None, batch_size: Any = None, dtype: Any = None) -> Any:
+        """Return the cell's initial state."""
+        return self.cell.get_initial_state(inputs=inputs, batch_size=batch_size, dtype=dtype)
+
+    def __call__(self, inputs: Any, state: Any, scope: Any = None) -> Any:  # type: ignore[override]
+        """Run one step; `scope` is handed to the cell."""
+        inputs = self._convert(inputs)
+        keywords = {} if scope is None else {"scope": scope}
+        return self._around_cell(inputs, state, lambda i, s: self.cell(i, s, **keywords))
+
+    def call(self, inputs: Any, state: Any) -> Any:
+        """Run one step."""
+        return self(inputs, state)
+
+    def _around_cell(self, inputs: Any, state: Any, cell: Callable[[Any, Any], Any]) -> Any:
+        """Call `cell` and do what the wrapper is for."""
+        return cell(inputs, state)
+
+    def get_config(self) -> dict[str, Any]:  # noqa: D102
+        return {**super().get_config(), "cell": registry.cell_config(self.cell)}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Any:
+        """Make a wrapper of a configuration whose ``cell`` entry was replaced by a live cell. ValueError if it was not."""
+        if isinstance(config.get("cell"), dict):
+            raise ValueError(message(cls.__name__, "the cell is a configuration", "a live cell", config["cell"].get("class_name")))
+        return cls(**config)
+
+
+class ResidualWrapper(_LegacyWrapper):
+    """Add the inputs of a cell to its outputs: ``residual_fn(inputs, output)``; None adds, without broadcasting.
+
+    Parameters: `cell`, checked here (TypeError lists what is missing); `residual_fn`. The variables are the cell's, in
+    the cell's scope; `weights` of the wrapper is empty. Source: ``tf.nn.rnn_cell.ResidualWrapper``.
+    """
+
+    def __init__(self, cell: Any, residual_fn: Callable[[Any, Any], Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(cell, **kwargs)
+        self._residual_fn = residual_fn
+
+    def _around_cell(self, inputs: Any, state: Any, cell: Callable[[Any, Any], Any]) -> Any:
+        output, new_state = cell(inputs, state)
+        return apply_residual(self._residual_fn, inputs, output), new_state
+
+    def _fused_form(self) -> tuple[Any, bool] | None:
+        plain = type(self)._around_cell is ResidualWrapper._around_cell and self._residual_fn is None
+        if plain and isinstance(self.cell, FusedCell) and self.cell.fuses():
+            return self.cell, True
+        return None
+
+    def get_config(self) -> dict[str, Any]:  # noqa: D102
+        config = super().get_config()
+        return config if self._residual_fn is None else {**config, "residual_fn": self._residual_fn}
+
+
+class DropoutWrapper(_LegacyWrapper):
+    """Drop inputs, new states and outputs of a cell at every step.
+
+    Parameters, errors and meaning as `gl.nn.RNNCellDropoutWrapper`. Source: ``tf.nn.rnn_cell.DropoutWrapper``.
+    """
+
+    def __init__(
+        self,
+        cell: Any,
+        input_keep_prob: Any = 1.0,
+        output_keep_prob: Any = 1.0,
+        state_keep_prob: Any = 1.0,
+        variational_recurrent: bool = False,
+        input_size: Any = None,
+        dtype: Any = None,
+        seed: int | None = None,
+        dropout_state_filter_visitor: Callable[[Any], Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(cell, dtype=dtype, **kwargs)
+        if registry.is_modern_lstm(cell):
+            raise ValueError(
+                message(self._name, "a modern LSTMCell does not work with a dropout wrapper", do="Use LSTMCell(dropout=...).")
+            )
+        self._dropout = DropoutSettings(
+            self._name, input_keep_prob, output_keep_prob, state_keep_prob, variational_recurrent, input_size, dtype,
+            seed, dropout_state_filter_visitor, cell,
+        )  # fmt: skip
+        self._variational, self._input_size = bool(variational_recurrent), input_size
+
+    def _around_cell(self, inputs: Any, state: Any, cell: Callable[[Any, Any], Any]) -> Any:
+        return self._dropout.around(inputs, state, cell)
+
+    def get_config(self) -> dict[str, Any]:  # noqa: D102
+        return {**super().get_config(), **dropout_config(self._dropout, self._variational, self._input_size)}
+
+
+class DeviceWrapper(_LegacyWrapper):
+    """Run a cell, and make its zero state, on a device. Source: ``tf.nn.rnn_cell.DeviceWrapper``."""
+
+    def __init__(self, cell: Any, device: Any, **kwargs: Any) -> None:
+        super().__init__(cell, **kwargs)
+        self._device_name = device
+        self._device = devices.parse_device(device)
+
+    def zero_state(self, batch_size: Any, dtype: Any) -> Any:
+        """Return the cell's zero state, on the device."""
+        with devices.device(self._device_name):
+            return self.cell.zero_state(batch_size, dtype)
+
+    def _around_cell(self, inputs: Any, state: Any, cell: Callable[[Any, Any], Any]) -> Any:
+        with devices.device(self._device_name):
+            return cell(inputs, state)
+
+    def get_config(self) -> dict[str, Any]:  # noqa: D102
+        return {**super().get_config(), "device": str(self._device_name)}
+
+
+registry.register_cells(ResidualWrapper, DropoutWrapper, DeviceWrapper, legacy=True)
