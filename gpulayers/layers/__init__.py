@@ -1,13 +1,13 @@
 """The legacy family under TensorFlow's names: ``tf.layers``. The modern family is ``gl.keras.layers``."""
 
-from gpulayers.layers.batch_normalization import LegacyBatchNormalization as BatchNormalization
-from gpulayers.layers.batch_normalization import batch_normalization as batch_normalization
+from gpulayers.layers.batch_normalization_layers import LegacyBatchNormalization as BatchNormalization
 from gpulayers.layers.convolution import LegacyConv1D as Conv1D
 from gpulayers.layers.convolution import LegacyConv2D as Conv2D
 from gpulayers.layers.dense_layers import LegacyDense as Dense
 from gpulayers.layers.dropout_layers import LegacyDropout as Dropout
 from gpulayers.layers.functional import average_pooling1d as average_pooling1d
 from gpulayers.layers.functional import average_pooling2d as average_pooling2d
+from gpulayers.layers.functional import batch_normalization as batch_normalization
 from gpulayers.layers.functional import conv1d as conv1d
 from gpulayers.layers.functional import conv2d as conv2d
 from gpulayers.layers.functional import dense as dense

@@ -42,10 +42,16 @@ class Entry(NamedTuple):
 
 
 class LossBook:
-    """Losses of one layer: tensors and functions, each with its condition; and its updates."""
+    """Losses of one layer: tensors and functions, each with its condition; and its updates.
+
+    `tensors` are symbolic and stay. `called` are the values of the last outermost eager call, the one numbered `call`;
+    while there are any they stand in for the symbolic ones.
+    """
 
     def __init__(self) -> None:
         self.tensors: list[Entry] = []
+        self.called: list[Entry] = []
+        self.call: int | None = None
         self.functions: list[tuple[Callable[[], Any], Entry | None]] = []
         self.updates: list[Entry] = []
 
@@ -53,18 +59,25 @@ class LossBook:
         """Note a function; `value` is what it gave when it was added, in a graph."""
         self.functions.append((function, None if value is None else Entry(value, conditional)))
 
+    def add_called(self, entry: Entry, call: int | None) -> None:
+        """Note a loss of eager call number `call` (None: of no call); those of an earlier call are forgotten."""
+        if call is not None and call != self.call:
+            self.called.clear()
+            self.call = call
+        self.called.append(entry)
+
     def entries(self, evaluate: Callable[[Callable[[], Any]], Any]) -> list[Entry]:
         """Return all losses: first tensors, then functions, each in the order added; a None value is left out."""
-        found = list(self.tensors)
+        found = list(self.called or self.tensors)
         for function, at_add in self.functions:
             entry = at_add if at_add is not None else Entry(evaluate(function), False)
             if entry.value is not None:
                 found.append(entry)
         return found
 
-    def clear_tensors(self) -> None:
-        """Forget the tensor losses of the last call."""
-        self.tensors.clear()
+    def forget_call(self) -> None:
+        """Forget the losses of the last eager call."""
+        self.called.clear()
 
 
 def reachable(entries: Iterable[Entry], inputs: list[Any]) -> list[Any]:

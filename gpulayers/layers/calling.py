@@ -48,9 +48,13 @@ def signature_of(call: Any) -> Signature:
 
 
 class CallContext(threading.local):
-    """The layer call in progress in this thread: its depth, its `training`, the outermost layer, the name prefix."""
+    """The layer call in progress in this thread: its depth, its `training`, the outermost layer, the name prefix.
+
+    `number` counts the outermost calls.
+    """
 
     depth = 0
+    number = 0
     training: Any = None
     root: Any = None
     name_prefix = ""

@@ -201,6 +201,7 @@ class CoreLayer(VariablesPart, LossesPart, NodesPart, ConfigPart):
             check_inputs(self._input_spec, inputs, self._name)
         if saved[0] == 0:
             context.root = self
+            context.number += 1
             if not symbolic and self._books_with_losses:
                 self._forget_call_losses()
         context.depth, context.training = saved[0] + 1, training

@@ -6,9 +6,11 @@ call makes a new layer, so its variables are new too unless they are shared.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from gpulayers import initializers
+from gpulayers.layers.batch_normalization_layers import LegacyBatchNormalization
 from gpulayers.layers.convolution import LegacyConv1D, LegacyConv2D
 from gpulayers.layers.dense_layers import LegacyDense
 from gpulayers.layers.dropout_layers import LegacyDropout
@@ -23,6 +25,7 @@ from gpulayers.layers.reshaping import LegacyFlatten
 __all__ = [
     "average_pooling1d",
     "average_pooling2d",
+    "batch_normalization",
     "conv1d",
     "conv2d",
     "dense",
@@ -205,3 +208,68 @@ def average_pooling2d(
 ) -> Any:
     """Return `gl.layers.AveragePooling2D` of `inputs`. Source: ``tf.layers.average_pooling2d``."""
     return LegacyAveragePooling2D(pool_size, strides, padding, data_format, name)(inputs)
+
+
+def batch_normalization(
+    inputs: Any,
+    axis: Any = -1,
+    momentum: float = 0.99,
+    epsilon: float = 1e-3,
+    center: bool = True,
+    scale: bool = True,
+    beta_initializer: Any = "zeros",
+    gamma_initializer: Any = "ones",
+    moving_mean_initializer: Any = "zeros",
+    moving_variance_initializer: Any = "ones",
+    beta_regularizer: Any = None,
+    gamma_regularizer: Any = None,
+    beta_constraint: Any = None,
+    gamma_constraint: Any = None,
+    training: Any = False,
+    trainable: bool = True,
+    name: str | None = None,
+    reuse: Any = None,
+    renorm: bool = False,
+    renorm_clipping: dict[str, Any] | None = None,
+    renorm_momentum: float = 0.99,
+    fused: bool | None = None,
+    virtual_batch_size: int | None = None,
+    adjustment: Callable[[Any], tuple[Any, Any]] | None = None,
+) -> Any:
+    """Make a `gl.layers.BatchNormalization` with its variables at ``name/...``, call it on `inputs`, return the output.
+
+    `reuse`: share the variables of that name (True), or make new ones (None; ValueError in a graph if they exist). The
+    other arguments are the layer's. Deprecated in TensorFlow, as is every function of ``tf.layers``; not here.
+    Source: ``tf.layers.batch_normalization``; works in eager mode too, with new variables at each call.
+
+    >>> import numpy as np, gpulayers as gl
+    >>> gl.layers.batch_normalization(np.array([[1.0], [3.0]], np.float32), epsilon=0.0, training=True)
+    array([[-1.],
+           [ 1.]], dtype=float32)
+    """
+    layer = LegacyBatchNormalization(
+        axis=axis,
+        momentum=momentum,
+        epsilon=epsilon,
+        center=center,
+        scale=scale,
+        beta_initializer=beta_initializer,
+        gamma_initializer=gamma_initializer,
+        moving_mean_initializer=moving_mean_initializer,
+        moving_variance_initializer=moving_variance_initializer,
+        beta_regularizer=beta_regularizer,
+        gamma_regularizer=gamma_regularizer,
+        beta_constraint=beta_constraint,
+        gamma_constraint=gamma_constraint,
+        renorm=renorm,
+        renorm_clipping=renorm_clipping,
+        renorm_momentum=renorm_momentum,
+        fused=fused,
+        trainable=trainable,
+        virtual_batch_size=virtual_batch_size,
+        adjustment=adjustment,
+        name=name,
+        _reuse=reuse,
+        _scope=name,
+    )
+    return layer(inputs, training=training)

@@ -67,7 +67,7 @@ class LayerHooks:
     def _forget_call_losses(self) -> None:
         """Forget what the last outermost eager call left behind."""
         for book in self._books_with_losses:
-            book.clear_tensors()
+            book.forget_call()
         self._books_with_losses.clear()
 
     def _check_loss(self, loss: Any) -> None:

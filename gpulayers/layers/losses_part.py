@@ -41,10 +41,13 @@ class LossesPart(LayerHooks):
             if not isinstance(loss, Recordable) and not is_array(loss):
                 loss = asarray(loss, dtype="float32") if active_graph() is None else ops.identity(float(loss))
             self._check_loss(loss)
-            self._loss_book.tensors.append(Entry(loss, inputs is not None))
-            if not isinstance(loss, GraphTensor):
-                root = call_context.root if call_context.depth else self
-                root._books_with_losses.append(self._loss_book)
+            entry = Entry(loss, inputs is not None)
+            if isinstance(loss, GraphTensor):
+                self._loss_book.tensors.append(entry)
+            else:
+                inside = call_context.depth > 0
+                self._loss_book.add_called(entry, call_context.number if inside else None)
+                (call_context.root if inside else self)._books_with_losses.append(self._loss_book)
             self._publish_loss(loss)
 
     def _evaluate_loss(self, function: Callable[[], Any]) -> Any:
@@ -125,8 +128,8 @@ class LossesPart(LayerHooks):
         """Follow a value over calls: a `Mean` metric called `name`, updated at each call.
 
         The result of a metric that is an attribute of the layer needs no name: that metric follows it already.
-        Raises ValueError without a name otherwise, for an `aggregation` other than None and ``"mean"``, and in eager mode outside
-        `call`, where there is no call to follow.
+        Raises ValueError without a name otherwise, for an `aggregation` other than None and ``"mean"``, and in eager
+        mode outside `call`, where there is no call to follow.
         """
         if aggregation not in (None, "mean"):
             raise ValueError(message(self._name, "unknown aggregation", "None or 'mean'", repr(aggregation)))

@@ -45,7 +45,7 @@ class VariablesPart(LayerHooks):
         - `regularizer`: gives an unconditional loss; not added again for a shared variable.
         - `trainable`: counts only if the layer is trainable now.
         - `constraint`: applied by optimizers after each update.
-        - `partitioner`: cuts the variable; the result is then a `PartitionedVariable`. None takes the scope's, False none.
+        - `partitioner`: cuts the variable; the result is then a `PartitionedVariable`. None: the scope's; False: none.
         - also `use_resource`, `synchronization`, `aggregation`, `experimental_autocast`, `collections`.
 
         State written: the layer's lists, the graph's collections. Raises TypeError for other keywords; ValueError if

@@ -1,5 +1,6 @@
 """Recording: tensors, tapes, graphs, and running what was recorded."""
 
+from gpulayers.trace.default_session import get_default_session as get_default_session
 from gpulayers.trace.dispatch import as_value as as_value
 from gpulayers.trace.dispatch import autocast as autocast
 from gpulayers.trace.dispatch import autocast_dtype as autocast_dtype
@@ -25,7 +26,6 @@ from gpulayers.trace.graph import placeholder as placeholder
 from gpulayers.trace.graph import reset_default_graph as reset_default_graph
 from gpulayers.trace.graph import symbolic_graph as symbolic_graph
 from gpulayers.trace.session import Session as Session
-from gpulayers.trace.session import get_default_session as get_default_session
 from gpulayers.trace.session import gradients as gradients
 from gpulayers.trace.stored import CompositeValue as CompositeValue
 from gpulayers.trace.stored import StoredValue as StoredValue

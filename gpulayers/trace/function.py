@@ -68,6 +68,7 @@ class Function:
         return self if instance is None else functools.partial(self, instance)
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        """Call the function: record it for arguments of a new kind, replay it otherwise."""
         if not executing_eagerly() or any(isinstance(v, GraphTensor) for v in nest.flatten([arguments, keywords])):
             return self.python_function(*arguments, **keywords)
         leaves = nest.flatten([arguments, keywords])

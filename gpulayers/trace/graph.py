@@ -13,6 +13,7 @@ from gpulayers.device import asarray
 from gpulayers.dtypes import TensorShape, as_dtype
 from gpulayers.errors import GraphError, StateError, message
 from gpulayers.ops.operation import Operation, Spec, state
+from gpulayers.trace.default_session import session_for
 from gpulayers.trace.stored import StoredValue, read_stored
 from gpulayers.trace.tensor import GraphTensor, RecordedTensor
 
@@ -106,12 +107,7 @@ class Node:
 
     def run(self, feed_dict: dict[Any, Any] | None = None, session: Any = None) -> None:
         """Run the node in the given or the default session."""
-        from gpulayers.trace.session import get_default_session  # the session runs graphs: a cycle at import
-
-        chosen = session or get_default_session()
-        if chosen is None:
-            raise GraphError(message(self.name, "there is no default session", do="Use it inside `with Session():`."))
-        chosen.run(self, feed_dict)
+        session_for(self.name, session).run(self, feed_dict)
 
     def __repr__(self) -> str:
         return f"<Node {self.name!r} type={self.type}>"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,26 +10,14 @@ import numpy as np
 from gpulayers import nest, ops
 from gpulayers.device import asarray, asnumpy, is_array
 from gpulayers.errors import DTypeError, GradientError, GraphError, ShapeError, message
+from gpulayers.trace.default_session import open_sessions
 from gpulayers.trace.execute import Plan, ancestors, execute
 from gpulayers.trace.gradients import UnconnectedGradients, backpropagate, seed
 from gpulayers.trace.graph import Graph, Node, eager_mode, get_default_graph
 from gpulayers.trace.stored import CompositeValue, StoredValue, read_stored
 from gpulayers.trace.tensor import GraphTensor, RecordedTensor
 
-__all__ = ["Session", "get_default_session", "gradients"]
-
-
-class _Stack(threading.local):
-    def __init__(self) -> None:
-        self.sessions: list[Session] = []
-
-
-_stack = _Stack()
-
-
-def get_default_session() -> Session | None:
-    """Return the innermost session entered with ``with``, or None."""
-    return _stack.sessions[-1] if _stack.sessions else None
+__all__ = ["Session", "gradients"]
 
 
 class Session:
@@ -51,11 +38,11 @@ class Session:
     def __enter__(self) -> Session:
         self._context = self.graph.as_default()
         self._context.__enter__()
-        _stack.sessions.append(self)
+        open_sessions().append(self)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        _stack.sessions.remove(self)
+        open_sessions().remove(self)
         self._context.__exit__(*error)
         self.close()
 

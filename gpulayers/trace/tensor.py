@@ -14,8 +14,9 @@ import numpy as np
 from gpulayers import ops
 from gpulayers.device import asnumpy
 from gpulayers.dtypes import TensorShape
-from gpulayers.errors import GraphError, StateError, message
+from gpulayers.errors import StateError, message
 from gpulayers.ops.operation import OPERATIONS, Recordable
+from gpulayers.trace.default_session import session_for
 
 __all__ = ["GraphTensor", "RecordedTensor", "Tensor", "array_like_operators"]
 
@@ -301,12 +302,7 @@ class GraphTensor(Tensor):
 
     def eval(self, feed_dict: dict[Any, Any] | None = None, session: Any = None) -> Any:
         """Return ``session.run(self, feed_dict)`` of the given or the default session."""
-        from gpulayers.trace.session import get_default_session  # the session runs graphs of these: a cycle at import
-
-        chosen = session or get_default_session()
-        if chosen is None:
-            raise GraphError(message(self.name, "there is no default session", do="Use it inside `with Session():`."))
-        return chosen.run(self, feed_dict)
+        return session_for(self.name, session).run(self, feed_dict)
 
     def __bool__(self) -> bool:
         raise TypeError(

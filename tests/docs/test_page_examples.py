@@ -7,7 +7,7 @@ import pytest
 
 import gpulayers as tf
 
-# --- tf.nn.RNNCellResidualWrapper (and the Layer methods that its page explains) ---------------------------------------
+# --- tf.nn.RNNCellResidualWrapper (and the Layer methods that its page explains) --------------------------
 
 
 def test_losses_of_a_layer():
@@ -128,7 +128,7 @@ def _simple_cell():
     return SimpleRNNCell(3)
 
 
-# --- tf.layers.BatchNormalization ---------------------------------------------------------------------------------------
+# --- tf.layers.BatchNormalization -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("uniform", [tf.random_uniform, tf.random.uniform], ids=["random_uniform", "random.uniform"])
@@ -178,7 +178,7 @@ def test_updates_run_with_the_training_step():
             np.testing.assert_allclose(session.run(mean), [0.02, 0.03], rtol=1e-5)
 
 
-# --- tf.layers.Layer ----------------------------------------------------------------------------------------------------
+# --- tf.layers.Layer -------------------------------------------------------------------------------
 
 
 def test_losses_of_one_layer_used_twice():

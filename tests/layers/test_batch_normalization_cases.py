@@ -8,7 +8,7 @@ import pytest
 from gpulayers import ops
 from gpulayers.device import asarray, asnumpy, device
 from gpulayers.dtypes import as_dtype
-from gpulayers.layers.batch_normalization import LegacyBatchNormalization
+from gpulayers.layers.batch_normalization_layers import LegacyBatchNormalization
 from gpulayers.trace import GradientTape, Graph, Session, gradients, placeholder
 from gpulayers.variables import global_variables_initializer
 from tests.reference.cases import Case, cases
