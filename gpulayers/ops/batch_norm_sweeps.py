@@ -185,8 +185,7 @@ def _first_pivot(x: Any, layout: Layout, dtype: Any) -> Any:
     rows, groups, spread, channels, inner, _ = layout
     step = max(1, -(-inner * spread // max(1, SAMPLE // (groups * channels))))
     many = max(1, min(rows, SAMPLE // (groups * channels)))
-    five = x.reshape(layout[:5])[:many].astype(dtype)
-    sample = five.reshape(many, groups, spread, channels, inner)[:, :, :, :, ::step]
+    sample = x.reshape(layout[:5])[:many, :, :, :, ::step].astype(dtype)
     mean = sample.mean(axis=(0, 2, 4))
     deviation = sample.std(axis=(0, 2, 4))
     near = (mean * mean <= FAR_PIVOT / 4 * deviation * deviation).all()
