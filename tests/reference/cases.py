@@ -25,7 +25,12 @@ DATA = Path(__file__).parent / "data"
 SETS = ("examples", "more")
 
 # Recorded behaviour that the contract contradicts. The data stays, so that the difference can be shown.
+_UNROLLED_BACKWARDS = (
+    "unrolled backwards, the reference zeroes outputs by the mask in input order; its own loop, which unrolling must "
+    "agree with, by the mask in processing order"
+)
 EXCLUDED: dict[str, str] = {
+    **{f"rnn_pair_{number:03d}": _UNROLLED_BACKWARDS for number in (5, 26, 37, 48, 52)},
     "bn_training_tensor_virtual": (
         "the reference makes the whole batch one group when training is a tensor; the page promises sub-batches"
     ),
