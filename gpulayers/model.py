@@ -219,7 +219,7 @@ class Model(Layer):
     def losses(self) -> list[Any]:
         """Losses of all layers, and those added to the model: symbolic until the model is called, then of that call."""
         found = super().losses
-        called = len([e for e in self._loss_book.tensors if not isinstance(e.value, GraphTensor)])
+        called = len(self._loss_book.called)
         return found if called >= len(self._symbolic_losses) else [*self._symbolic_losses, *found]
 
     def add_metric(self, value: Any, name: str | None = None, aggregation: str | None = None, **keywords: Any) -> None:
