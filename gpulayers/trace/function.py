@@ -9,6 +9,7 @@ from typing import Any
 
 from gpulayers import nest, ops
 from gpulayers.device import asarray, is_array
+from gpulayers.dtypes import is_floating
 from gpulayers.errors import StructureError, message
 from gpulayers.ops.operation import GradientContext, Operation, Spec
 from gpulayers.trace.dispatch import as_value
@@ -16,7 +17,7 @@ from gpulayers.trace.execute import Plan, execute
 from gpulayers.trace.graph import FunctionGraph, Node, active_graph, eager_mode, executing_eagerly, new_placeholder
 from gpulayers.trace.session import gradients
 from gpulayers.trace.stored import StoredValue, assign_stored, read_stored
-from gpulayers.trace.tape import stop_recording
+from gpulayers.trace.tape import GradientTape, stop_recording
 from gpulayers.trace.tensor import GraphTensor, RecordedTensor
 
 __all__ = ["Function", "cond", "custom_gradient", "function"]
@@ -204,6 +205,14 @@ def _cond_spec(pred: Spec, *values: Spec, true: _Branch, false: _Branch, capture
     return tuple(specs)
 
 
+def _followed(tape: GradientTape, value: Any) -> Any:
+    """Return a value of its own for `value`, watched by `tape` if it can be differentiated."""
+    copied = ops.identity(value)
+    if not is_floating(copied.dtype):
+        return copied
+    return tape.watch(copied if isinstance(copied, RecordedTensor) else RecordedTensor(copied))
+
+
 def _cond_gradient(c: GradientContext, *gs: Any) -> tuple[Any, ...]:
     captured, values = c["captured"], c.inputs[1:]
     wanted = [i for i, needed in enumerate(c.needs[1:]) if needed]
@@ -214,13 +223,21 @@ def _cond_gradient(c: GradientContext, *gs: Any) -> tuple[Any, ...]:
             inner = {
                 branch.graph.captures[t]: v for t, v in zip(captured, values, strict=True) if t in branch.graph.captures
             }
-            copies = {t: ops.identity(v) for t, v in inner.items()}
-            outputs = execute(Plan(branch.outputs, list(copies)), copies, _call_operation)
+            eager = executing_eagerly()
+            tape = GradientTape(watch_accessed_variables=False)
+            with tape if eager else contextlib.nullcontext():
+                copies = {t: _followed(tape, v) if eager else ops.identity(v) for t, v in inner.items()}
+                outputs = execute(Plan(branch.outputs, list(copies)), copies, _call_operation)
             sources = [copies.get(branch.graph.captures.get(captured[i])) for i in wanted]  # type: ignore[arg-type]
             present = [s for s in sources if s is not None]
-            pairs = [(o, g) for o, g in zip(outputs, gs, strict=True) if g is not None and isinstance(o, GraphTensor)]
+            pairs = [
+                (o, ops.identity(g))
+                for o, g in zip(outputs, gs, strict=True)
+                if g is not None and (tape.follows(o) if eager else isinstance(o, GraphTensor))
+            ]
             if present and pairs:
-                found = iter(gradients([o for o, _ in pairs], present, [ops.identity(g) for _, g in pairs], "zero"))
+                differentiate = tape.gradient if eager else gradients
+                found = iter(differentiate([o for o, _ in pairs], present, [g for _, g in pairs], "zero"))
             else:
                 found = iter([ops.zeros_like(s) for s in present])
             return [

@@ -166,6 +166,10 @@ class GradientTape:
             self._watched_variables[id(variable)] = variable
         return tensor
 
+    def follows(self, value: Any) -> bool:
+        """Say whether `value` is a tensor that depends on something watched by this tape."""
+        return id(value) in self._tracked
+
     def watched_variables(self) -> tuple[StoredValue, ...]:
         """Return the variables used so far, in the order they were first used."""
         return tuple(self._watched_variables.values())

@@ -352,7 +352,7 @@ def test_cupy_conversion_of_a_recording_tensor_says_what_to_write():
     with gl.GradientTape() as tape:
         t = tape.watch(X.copy())
         with pytest.raises(AttributeError, match=r"gl\.ops.*t\.value"):
-            t.__cuda_array_interface__
+            _ = t.__cuda_array_interface__
         assert not hasattr(t, "__cuda_array_interface__")
         with pytest.raises(TypeError, match=r"gl\.ops\.tanh.*t\.value"):
             t.__cupy_override_elementwise_kernel__(None, t)
