@@ -133,11 +133,12 @@ _elu = Operation(
     spec=elementwise(lambda xp, x, *, alpha: np.expm1(x)),
     gradient=(lambda c, g: where(greater(c.x, 0), g, g * (c.y + c["alpha"])),),
 )
+_leaky_forward = _in_float32(lambda xp, x, *, alpha: xp.where(x > 0, x, alpha * x))
 _leaky_relu = Operation(
     "leaky_relu",
-    lambda xp, x, *, alpha: xp.where(x > 0, x, alpha * x),
-    spec=elementwise(lambda xp, x, *, alpha: np.where(True, x, alpha * x)),
-    gradient=(lambda c, g: where(greater(c.x, 0), g, g * c["alpha"]),),
+    _leaky_forward,
+    spec=elementwise(_leaky_forward),
+    gradient=(lambda c, g: where(greater(c.x, 0), g, multiply(g, c["alpha"])),),
 )
 
 
