@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ __all__ = [
     "register_serializable",
     "registered_name",
     "serialize",
+    "to_json",
 ]
 
 Registered = TypeVar("Registered", bound=Callable[..., Any])
@@ -117,6 +119,39 @@ def serialize(thing: Any) -> Any:
             message("serialize", "cannot be written as data", "a get_config method or a named function", repr(thing))
         )
     return name
+
+
+def to_json(config: Any, **options: Any) -> str:
+    """Return a configuration as JSON text. `options` go to ``json.dumps``.
+
+    A function or other object that stands in it as itself serves within this process only, so it is refused: ValueError
+    says how to register it. NumPy numbers and shapes become numbers and lists.
+
+    >>> to_json({"units": 2, "name": None})
+    '{"units": 2, "name": null}'
+    """
+    return json.dumps(config, default=_as_json, **options)
+
+
+def _as_json(thing: Any) -> Any:
+    """Return the JSON form of what the encoder does not know, or refuse it."""
+    name = registered_name(thing)
+    if name is not None:
+        return name
+    if hasattr(thing, "tolist"):
+        return thing.tolist()
+    if hasattr(thing, "as_list"):
+        return thing.as_list()
+    raise ValueError(
+        message(
+            "to_json",
+            f"{thing!r} is an object of this process and cannot be written",
+            "names, numbers, lists and dictionaries",
+            type(thing).__name__,
+            "Decorate the function with @gl.keras.utils.register_serializable('MyPackage') and make the configuration "
+            "again: it then stands there by its name.",
+        )
+    )
 
 
 def _tables(custom_objects: Mapping[str, Any] | None, table: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:

@@ -5,6 +5,7 @@ from gpulayers.serialization import deserialize as deserialize
 from gpulayers.serialization import register_serializable as register_keras_serializable
 from gpulayers.serialization import register_serializable as register_serializable
 from gpulayers.serialization import serialize as serialize
+from gpulayers.serialization import to_json as to_json
 
 __all__ = [
     "custom_object_scope",
@@ -12,4 +13,5 @@ __all__ = [
     "register_keras_serializable",
     "register_serializable",
     "serialize",
+    "to_json",
 ]
