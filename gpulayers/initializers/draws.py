@@ -62,10 +62,10 @@ def filled(name: str, shape: Shape, dtype: np.dtype, value: Any) -> np.ndarray:
 def uniform(generator: np.random.Generator, shape: Shape, dtype: np.dtype, low: float, high: float) -> np.ndarray:
     """Draw uniformly from ``[low, high)``; integers for an integer dtype."""
     if dtype.kind in "iu":
-        return generator.integers(int(low), int(high), size=shape, dtype=np.int64).astype(dtype)
+        return np.asarray(generator.integers(int(low), int(high), size=shape, dtype=np.int64)).astype(dtype)
     require_floating("random_uniform", dtype)
     wide = _wide(dtype)
-    drawn = generator.random(shape, dtype=wide) * wide(high - low) + wide(low)
+    drawn = np.asarray(generator.random(shape, dtype=wide) * wide(high - low) + wide(low))  # a scalar draw is no array
     if high > low:  # rounding may reach the open end
         np.minimum(drawn, np.nextafter(wide(high), wide(low)), out=drawn)
     return drawn.astype(dtype, copy=False)
