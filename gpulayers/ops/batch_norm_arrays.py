@@ -31,6 +31,7 @@ __all__ = [
     "Forward",
     "Gradients",
     "MovingStatistics",
+    "Prepared",
     "Renorm",
     "backward",
     "forward",
@@ -242,6 +243,26 @@ def statistics(x: Any, *, axis: tuple[int, ...], groups: int = 1, weights: Any =
     else:
         mean, variance = _body(xp).statistics(x_c, layout, dtype)
     return (mean[0], variance[0]) if groups == 1 else (mean, variance)
+
+
+class Prepared:
+    """A layout worked out once, for many calls with arrays like `x`: same module, shape and dtype, kept axes `axis`."""
+
+    def __init__(self, x: Any, axis: tuple[int, ...]) -> None:
+        self._xp, self._layout, self._dtype = _prepare(x, axis, 1)
+        self._implementation = _body(self._xp)
+
+    def inference(self, x: Any, gamma: Any, beta: Any, mean: Any, variance: Any, epsilon: float, relu: bool) -> Any:
+        """As the function `inference`, without residual and without checks."""
+        layout, x_c = self._layout, _collapsed(self._xp, x, self._layout)
+        y = self._implementation.inference(x_c, layout, gamma, beta, mean, variance, epsilon, None, relu, self._dtype)
+        return _expanded(self._xp, y, x, layout)
+
+    def forward(self, x: Any, gamma: Any, beta: Any, epsilon: float, relu: bool, moving: Any) -> Any:
+        """As the function `forward`, without residual and without checks; returns y only."""
+        layout, x_c = self._layout, _collapsed(self._xp, x, self._layout)
+        result = self._implementation.forward(x_c, layout, gamma, beta, epsilon, None, None, relu, moving, self._dtype)
+        return _expanded(self._xp, result[0], x, layout)
 
 
 def _body(xp: Any) -> Any:

@@ -1,6 +1,6 @@
 """Cutting an array into blocks that stay in a core's cache, and running them on a small thread pool.
 
-A block is 128 KB: its inputs, scratch copies, tables and output fit the second-level cache together, so a chain of
+A block is 512 KB: large enough that two threads seldom meet at the interpreter lock, small enough that a chain of
 NumPy calls on it costs one trip to memory. Which blocks there are, and which of them are summed together, depends on
 the shape alone, never on the number of threads: results are the same bits on any machine with the same NumPy.
 
@@ -22,7 +22,7 @@ from gpulayers.ops.batch_norm_plan import Layout
 
 __all__ = ["Block", "View", "block_rows", "run_tasks", "view_of"]
 
-ELEMENTS = 128 * 1024 // 4
+ELEMENTS = 512 * 1024 // 4  # of a block
 WIDE = 2048  # elements of a wide row: enough that a ufunc's inner loop hides its start
 NARROW_INNER = 64  # below this, channels-first rows are too short for a loop of their own
 THREADED_BYTES = 1 << 20  # below this, waking a thread costs more than it saves
@@ -94,7 +94,8 @@ def _block_slots(view: View) -> int:
 
 def block_rows(view: View) -> int:
     """Return how many rows a block has at most, a multiple of the tile."""
-    return max(1, ELEMENTS // (_block_slots(view) * view.inner) // view.tile) * view.tile
+    most = min(ELEMENTS // (_block_slots(view) * view.inner), view.length)
+    return max(1, most // view.tile) * view.tile
 
 
 def _blocks(view: View) -> Iterator[Block]:

@@ -45,7 +45,8 @@ class _Tables:
             self.wide = _repeated(np.tile(shaped, (1, view.tile)), rows // view.tile)
             self.plain = shaped[:, None] if view.tile > 1 else self.wide
         else:
-            self.plain = self.wide = shaped[:, :, None]
+            repeat = view.inner if shaped.size * view.inner <= REPEATED else 1
+            self.plain = np.repeat(shaped[:, :, None], repeat, axis=2)
 
     def row(self, block: Block) -> Any:
         table = block.segment % self.view.tables
@@ -58,9 +59,7 @@ class _Tables:
 
 
 def _repeated(rows: Any, times: int) -> Any:
-    """Return (tables, width) rows as (tables, times, width), each repeated, or as one that broadcasts if that is
-    large.
-    """
+    """Return (tables, width) rows as (tables, times, width); as one row that broadcasts if that would be large."""
     if rows.size * times > REPEATED:
         return rows[:, None]
     return np.repeat(rows[:, None], times, axis=1)
