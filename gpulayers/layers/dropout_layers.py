@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import numpy as np
@@ -21,9 +20,9 @@ __all__ = ["Dropout", "LegacyDropout"]
 class DropoutMixin(CoreLayer):
     """The maths of dropout, for both families."""
 
-    def __init__(self, rate: float, noise_shape: Any = None, seed: int | None = None, **kwargs: Any) -> None:
+    def __init__(self, rate: Any, noise_shape: Any = None, seed: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not isinstance(rate, numbers.Real) or isinstance(rate, bool):
+        if isinstance(rate, bool) or not isinstance(rate, int | float | np.number):
             raise DTypeError(message(self._name, "rate is not a number", "0 <= rate < 1", repr(rate)))
         if not 0 <= rate < 1:
             raise LayerError(message(self._name, "rate is out of range", "0 <= rate < 1", rate))
