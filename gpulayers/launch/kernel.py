@@ -156,6 +156,7 @@ class Kernel:
         defines: Mapping[str, Any] | None = None,
         shared: int = 0,
         cooperative: bool = False,
+        reached: Sequence[Any] = (),
     ) -> None:
         """Check the arguments and launch on the current stream.
 
@@ -167,6 +168,8 @@ class Kernel:
         defines: values of the specialisation.
         shared: bytes of dynamic shared memory per block.
         cooperative: all blocks must be resident at once (kernels that wait for each other).
+        reached: arrays that the kernel writes through addresses in a table in device memory. They are not checked: who
+            filled the table did that.
 
         Raises DTypeError for a wrong dtype or scalar, KernelError for what is missing, not contiguous or too large,
         DeviceError for arrays of two kinds or of another GPU.
@@ -180,7 +183,7 @@ class Kernel:
         if min(grid3) < 0 or grid3[0] > _GRID_LIMITS[0] or grid3[1] > _GRID_LIMITS[1] or grid3[2] > _GRID_LIMITS[2]:
             raise KernelError(message(self.name, "the grid cannot be launched", f"at most {_GRID_LIMITS}", grid3))
         launcher, packed, arrays = pack(specialisation, values)
-        launcher.launch(specialisation, packed, arrays, grid3, block3, shared, cooperative)
+        launcher.launch(specialisation, packed, arrays, grid3, block3, shared, cooperative, reached)
 
 
 def is_aligned(*arrays: Any) -> bool:

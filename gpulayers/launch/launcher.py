@@ -7,7 +7,7 @@ CPU. Planning code asks `device_properties` and never which launcher it talks to
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -74,8 +74,11 @@ class Launcher(Protocol):
         block: tuple[int, int, int],
         shared: int,
         cooperative: bool,
+        reached: Sequence[Any] = (),
     ) -> None:
         """Run the kernel on the current stream; `arrays` maps offsets in `packed` to the arrays that stand there.
+
+        `reached` are arrays written through tables in device memory, for launchers that look at results.
 
         Raises DeviceError for an array on another device than the current one.
         """
@@ -199,6 +202,7 @@ class CupyLauncher:
         block: tuple[int, int, int],
         shared: int,
         cooperative: bool,
+        reached: Sequence[Any] = (),
     ) -> None:
         """Launch on CuPy's current stream; the packed bytes are passed by value as the kernel's one argument."""
         self._check_devices(arrays)

@@ -71,7 +71,8 @@ def pack(specialisation: Specialisation, values: Mapping[str, Any]) -> tuple[Any
             value = values[name]
         except KeyError as error:
             raise KernelError(message(kernel.name, f"argument {name!r} is missing")) from error
-        for item in _items(kernel.name, slot, value) if length else (value,):
+        items = _items(kernel.name, slot, value) if length else (value,)
+        for item in items:
             if not is_pointer:
                 if not isinstance(item, numbers):
                     raise _not_a_number(kernel.name, slot, item)
@@ -91,6 +92,8 @@ def pack(specialisation: Specialisation, values: Mapping[str, Any]) -> tuple[Any
                 arrays[offset] = item
                 flat.append(launcher.pointer(item))
             offset += 8
+        if length:  # null pointers or zeros behind the last one given
+            flat += [0] * (length - len(items))
     if launcher is None:
         raise KernelError(message(kernel.name, "no array among the arguments", do="Pass at least one."))
     try:
@@ -104,11 +107,11 @@ def _name(dtype: np.dtype) -> str:
 
 
 def _items(kernel: str, slot: Slot, value: Any) -> Sequence[Any]:
-    """Return the values of a field with a length, filled up with null pointers or zeros."""
-    items = list(value)
+    """Return the values of a field with a length; it may have fewer."""
+    items = value if isinstance(value, list) else list(value)
     if len(items) > slot.length:
         raise KernelError(message(kernel, f"{slot.name!r} is too long", f"at most {slot.length}", len(items)))
-    return items + [None if slot.is_pointer else 0] * (slot.length - len(items))
+    return items
 
 
 def _only_launcher(kernel: str, name: str, array: Any, known: Any, arrays: Mapping[int, Any]) -> Any:

@@ -1,17 +1,21 @@
 """Optimizer updates on arrays, in place: the maths of SGD, momentum and Adam, for lists of parameters.
 
 NumPy arrays are updated in blocks that stay in the cache, so each parameter is read and written once per call and no
-temporary of its size is made. Arrays of another module are updated whole. Parameters of 16 bits are computed with in
-float32 (their slots are float32) and rounded once, when they are written.
+temporary of its size is made. On a GPU the kernels of `gpulayers.ops.optimizer_kernels` update all parameters of a
+dtype in one launch; what they do not take (other layouts or mixtures of dtypes) is updated array by array. Parameters
+of 16 bits are computed with in float32 (their slots are float32) and rounded once, when they are written.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+
+from gpulayers.launch import has_kernels
+from gpulayers.ops import optimizer_kernels
 
 __all__ = ["adam_update", "sgd_update"]
 
@@ -63,12 +67,20 @@ def sgd_update(
     >>> w, b
     (array([-0.25, -0.25]), array([1.5, 1.5]))
     """
-    for index, (parameter, grad) in enumerate(zip(params, grads, strict=True)):
+    members = list(zip(params, grads, momentums or params, strict=True))
+    left: Iterable[int] = range(len(members))
+    if params and has_kernels(params[0]):
         if momentums is None:
-            for w, g in _blocks(xp, parameter, grad):
+            left = optimizer_kernels.sgd_update(params, grads, rate=learning_rate)
+        else:
+            settings = {"rate": learning_rate, "momentum": momentum, "nesterov": nesterov}
+            left = optimizer_kernels.momentum_update(params, grads, momentums, **settings)
+    for index in left:
+        if momentums is None:
+            for w, g in _blocks(xp, *members[index][:2]):
                 _subtract(xp, w, _wide(g) * learning_rate)
             continue
-        for w, g, b in _blocks(xp, parameter, grad, momentums[index]):
+        for w, g, b in _blocks(xp, *members[index]):
             xp.multiply(b, momentum, out=b)
             xp.add(b, g, out=b)
             if nesterov:
@@ -108,8 +120,14 @@ def adam_update(
     True
     """
     rate = learning_rate * math.sqrt(1.0 - beta_2**step) / (1.0 - beta_1**step)
-    for parameter, grad, first, second in zip(params, grads, m, v, strict=True):
-        for w, g, m_block, v_block in _blocks(xp, parameter, grad, first, second):
+    decay = learning_rate * weight_decay
+    members = list(zip(params, grads, m, v, strict=True))
+    left: Iterable[int] = range(len(members))
+    if params and has_kernels(params[0]):
+        settings = {"rate": rate, "beta_1": beta_1, "beta_2": beta_2, "epsilon": epsilon, "decay": decay}
+        left = optimizer_kernels.adam_update(params, grads, m, v, **settings)
+    for index in left:
+        for w, g, m_block, v_block in _blocks(xp, *members[index]):
             g = _wide(g)
             scratch = g - m_block
             xp.multiply(scratch, 1.0 - beta_1, out=scratch)
@@ -122,6 +140,6 @@ def adam_update(
             xp.add(scratch, epsilon, out=scratch)
             xp.divide(m_block, scratch, out=scratch)
             xp.multiply(scratch, rate, out=scratch)
-            if weight_decay:
-                scratch += _wide(w) * (learning_rate * weight_decay)
+            if decay:
+                scratch += _wide(w) * decay
             _subtract(xp, w, scratch)

@@ -6,7 +6,7 @@ import ctypes
 import struct
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,12 +130,14 @@ class EmulatedLauncher:
         block: tuple[int, int, int],
         shared: int,
         cooperative: bool,
+        reached: Sequence[Any] = (),
     ) -> None:
         """Run the kernel once per entry of `runs` from the same memory, and compare."""
         self.record.append((specialisation, grid, block, shared))
         self._check_limits(specialisation, grid, block, shared, cooperative)
         memory = {offset: host_memory(array) for offset, array in arrays.items()}
-        constant, written = self._split(specialisation, memory)
+        beyond = [host_memory(array) for array in reached]
+        constant, written = self._split(specialisation, memory, beyond)
         before = [_bytes(m).copy() for m in written]
         untouched = [_bytes(m).copy() for m in constant]
         first: list[np.ndarray] = []
@@ -155,7 +157,7 @@ class EmulatedLauncher:
                 number,
                 poison,
             )
-            self._run(specialisation, packed, memory, request)
+            self._run(specialisation, packed, memory, beyond, request)
             results = [_bytes(m).copy() for m in written]
             first = first or results
             if any(not np.array_equal(a, b) for a, b in zip(first, results, strict=True)):
@@ -190,21 +192,26 @@ class EmulatedLauncher:
 
     @staticmethod
     def _split(
-        specialisation: Specialisation, memory: Mapping[int, np.ndarray]
+        specialisation: Specialisation, memory: Mapping[int, np.ndarray], beyond: list[np.ndarray]
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Return (arrays only read, arrays written); one that shares memory with a written one counts as neither."""
-        written = [m for offset, m in memory.items() if not specialisation.kernel.field_at(offset).is_const]
+        written = [m for offset, m in memory.items() if not specialisation.kernel.field_at(offset).is_const] + beyond
         constant = [m for offset, m in memory.items() if specialisation.kernel.field_at(offset).is_const]
         alone = [m for m in constant if not any(np.may_share_memory(m, other) for other in written)]
         return alone, written
 
     def _run(
-        self, specialisation: Specialisation, packed: bytes, memory: Mapping[int, np.ndarray], request: _Request
+        self,
+        specialisation: Specialisation,
+        packed: bytes,
+        memory: Mapping[int, np.ndarray],
+        beyond: list[np.ndarray],
+        request: _Request,
     ) -> None:
         if self.build == "fibers":
             self._run_here(specialisation, packed, request)
         else:
-            self._run_program(specialisation, packed, memory, request)
+            self._run_program(specialisation, packed, memory, beyond, request)
 
     def _run_here(self, specialisation: Specialisation, packed: bytes, request: _Request) -> None:
         library = self._libraries.get(specialisation)
@@ -217,13 +224,18 @@ class EmulatedLauncher:
             raise EmulationError(f"{specialisation}: {error.value.decode()}")
 
     def _run_program(
-        self, specialisation: Specialisation, packed: bytes, memory: Mapping[int, np.ndarray], request: _Request
+        self,
+        specialisation: Specialisation,
+        packed: bytes,
+        memory: Mapping[int, np.ndarray],
+        beyond: list[np.ndarray],
+        request: _Request,
     ) -> None:
         program = build(specialisation, self.build)
-        buffers = _merge(memory.values())
+        buffers = _merge([*memory.values(), *beyond])
         with tempfile.TemporaryDirectory() as folder:
             source, target = Path(folder) / "request", Path(folder) / "result"
-            source.write_bytes(_recorded(packed, memory, buffers, request))
+            source.write_bytes(_recorded(packed, memory, beyond, buffers, request))
             done = subprocess.run(
                 [str(program), str(source), str(target)], capture_output=True, text=True, check=False, timeout=300
             )
@@ -249,18 +261,35 @@ def _merge(arrays: Any) -> list[tuple[int, int]]:
 
 
 def _recorded(
-    packed: bytes, memory: Mapping[int, np.ndarray], buffers: list[tuple[int, int]], request: _Request
+    packed: bytes,
+    memory: Mapping[int, np.ndarray],
+    beyond: list[np.ndarray],
+    buffers: list[tuple[int, int]],
+    request: _Request,
 ) -> bytes:
     """Return the file that main.cpp reads."""
+
+    def place(address: int, size: int) -> tuple[int, int]:
+        """Return (number of the buffer, offset in it)."""
+        number = next(
+            i for i, (start, length) in enumerate(buffers) if start <= address and address + size <= start + length
+        )
+        return number, address - buffers[number][0]
+
     parts = [bytes(request), struct.pack("Q", len(packed)), packed.ljust(-(-len(packed) // 8) * 8, b"\0")]
     parts.append(struct.pack("Q", len(buffers)))
     for start, size in buffers:
         parts += [struct.pack("QQ", start % 16, size), ctypes.string_at(start, size)]
     parts.append(struct.pack("Q", len(memory)))
     for offset, array in memory.items():
-        address = array.ctypes.data
-        number = next(
-            i for i, (start, size) in enumerate(buffers) if start <= address and address + array.nbytes <= start + size
-        )
-        parts.append(struct.pack("QQQ", offset, number, address - buffers[number][0]))
+        parts.append(struct.pack("QQQ", offset, *place(array.ctypes.data, array.nbytes)))
+    # Addresses inside tables of 64-bit words: the copies lie elsewhere.
+    sizes = {array.ctypes.data: array.nbytes for array in beyond if array.size}
+    words = [
+        (place(table.ctypes.data + 8 * int(index), 8), place(int(table[index]), sizes[int(table[index])]))
+        for table in (array.reshape(-1) for array in memory.values() if beyond and array.dtype == np.uint64)
+        for index in np.flatnonzero(np.isin(table, np.array([*sizes], np.uint64)))
+    ]
+    parts.append(struct.pack("Q", len(words)))
+    parts += [struct.pack("QQQQ", *word, *target) for word, target in words]
     return b"".join(parts)

@@ -47,6 +47,20 @@ int main(int count, char** names) {
         unsigned char* address = buffers[number].start + inside;
         memcpy(reinterpret_cast<unsigned char*>(packed.data()) + offset, &address, sizeof address);
     }
+    // Addresses that stand in tables; their words are put back before the result is written.
+    struct word {
+        unsigned char* place;
+        uint64_t before;
+    };
+    std::vector<word> words(read_number(file));
+    for (auto& w : words) {
+        uint64_t where[4];
+        read_bytes(file, where, sizeof where);
+        w.place = buffers[where[0]].start + where[1];
+        memcpy(&w.before, w.place, 8);
+        unsigned char* address = buffers[where[2]].start + where[3];
+        memcpy(w.place, &address, 8);
+    }
     fclose(file);
     request.arguments = packed.data();
     char error[1024];
@@ -54,6 +68,7 @@ int main(int count, char** names) {
         fprintf(stderr, "emulation: %s\n", error);
         return 3;
     }
+    for (auto& w : words) memcpy(w.place, &w.before, 8);
     file = fopen(names[2], "wb");
     if (!file) return 2;
     for (auto& b : buffers) {

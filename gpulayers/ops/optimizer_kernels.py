@@ -1,0 +1,336 @@
+"""Optimizer updates on device arrays: all parameters of a dtype in one launch.
+
+What stays the same from step to step (addresses of parameters and slots, lengths, the list of chunks) lies in a table
+in device memory, made when a list of arrays is first seen and kept until one of them is gone. The gradients are new
+arrays in every step: their addresses travel by value in the argument struct, so a step copies nothing to the device.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpulayers.device import array_module, kind_of
+from gpulayers.errors import DeviceError, ShapeError, message
+from gpulayers.launch import Kernel, launcher_of, workspace
+
+__all__ = ["adam_update", "global_norm", "momentum_update", "sgd_update"]
+
+GRADIENTS = 480  # addresses per launch: with the scalars they stay below the 4 KB that every driver takes
+CHUNK = 4096  # elements per block
+TABLES = 256  # kept at a time
+_THREADS = 256
+
+# Parameter -> dtype of its slots, dtypes its gradient may have.
+_DTYPES = {
+    "float16": ("float32", ("float16", "float32")),
+    "bfloat16": ("float32", ("bfloat16", "float32")),
+    "float32": ("float32", ("float32",)),
+    "float64": ("float64", ("float64",)),
+}
+
+
+def _kernel(name: str, scalars: int, more: Sequence[tuple[str, str]] = ()) -> Kernel:
+    return Kernel(
+        "optimizer.cu",
+        name,
+        arguments=[
+            ("table", "const uint64*"),
+            ("rows", "int64"),
+            ("wide_numbers", f"float64[{scalars}]"),
+            ("numbers", f"float32[{scalars}]"),
+            *more,
+            ("gradients", f"const GRADIENT*[{GRADIENTS}]"),
+        ],
+        defines={"PARAMETER": tuple(_DTYPES), "GRADIENT": tuple(_DTYPES)},
+        where=lambda chosen: chosen["GRADIENT"] in _DTYPES[chosen["PARAMETER"]][1],
+    )
+
+
+_sgd = _kernel("gl_sgd", 1)
+_momentum = _kernel("gl_momentum", 2, [("nesterov", "int32")])
+_adam = _kernel("gl_adam", 5)
+_global_norm = Kernel(
+    "optimizer.cu",
+    "gl_global_norm",
+    arguments=[
+        ("table", "const uint64*"),
+        ("rows", "int64"),
+        ("sums", "pointer"),
+        ("sums_before", "int64"),
+        ("counters", "uint32*"),
+        ("out", "NORM*"),
+        ("gradients", f"const GRADIENT*[{GRADIENTS}]"),
+    ],
+    defines={"GRADIENT": tuple(_DTYPES), "NORM": ("float32", "float64")},
+    where=lambda chosen: chosen["NORM"] == "float64" or chosen["GRADIENT"] != "float64",
+)
+
+
+class _Table(NamedTuple):
+    """One launch: which members of the list it serves, their dtypes, and the table in device memory."""
+
+    members: list[int]
+    parameter: str
+    gradient: str
+    words: Any
+    blocks: int
+    written: list[Any]  # weak references
+
+
+class _Plan(NamedTuple):
+    """What is kept for a list of arrays."""
+
+    tables: list[_Table]
+    rest: list[int]  # members that no kernel takes
+    shapes: list[tuple[int, ...]]
+    references: list[Any]
+
+
+_plans: dict[Any, _Plan] = {}
+_norm_tables: dict[Any, tuple[Any, int]] = {}
+
+
+def sgd_update(params: Sequence[Any], grads: Sequence[Any], *, rate: float) -> list[int]:
+    """Do ``w -= rate g`` in place; see `adam_update` for arrays, returns and errors."""
+    return _update(_sgd, params, grads, (), (rate,), {})
+
+
+def momentum_update(
+    params: Sequence[Any],
+    grads: Sequence[Any],
+    momentums: Sequence[Any],
+    *,
+    rate: float,
+    momentum: float,
+    nesterov: bool = False,
+) -> list[int]:
+    """Do ``b <- momentum b + g``, ``w -= rate b`` in place, with `nesterov` ``w -= rate (g + momentum b)``.
+
+    See `adam_update` for arrays, returns and errors.
+    """
+    return _update(_momentum, params, grads, (momentums,), (rate, momentum), {"nesterov": int(nesterov)})
+
+
+def adam_update(
+    params: Sequence[Any],
+    grads: Sequence[Any],
+    m: Sequence[Any],
+    v: Sequence[Any],
+    *,
+    rate: float,
+    beta_1: float,
+    beta_2: float,
+    epsilon: float,
+    decay: float = 0.0,
+) -> list[int]:
+    """Do Adam's step in place; `rate` has the correction for the number of the step in it.
+
+    ``m <- m + (1 - beta_1) (g - m)``, ``v <- v + (1 - beta_2) (g^2 - v)``, then
+    ``w -= rate m / (sqrt(v) + epsilon) + decay w``.
+
+    Parameters: equally long lists of device arrays. Kernels take C-contiguous parameters of float16, bfloat16, float32
+    or float64 with C-contiguous slots of float32 (float64 for float64) and gradients of the parameter's dtype (or
+    float32 for 16 bits); a gradient that is not C-contiguous is copied first.
+
+    Launches: one for up to 480 parameters of one pair of dtypes (parameter, gradient), and one more for each 480 beyond.
+    Returns the indexes of the members that the kernels do not take: the caller updates those by expressions. Members
+    whose written memory overlaps are never taken, since blocks have no order.
+
+    Numerics: float32 for 16-bit and 32-bit parameters, else float64; the same bits on every run. 12, 20 and 28 bytes
+    per float32 parameter for `sgd_update`, `momentum_update` and `adam_update`.
+
+    Raises ShapeError for a gradient of another shape than its parameter.
+    """
+    return _update(_adam, params, grads, (m, v), (rate, 1.0 - beta_1, 1.0 - beta_2, epsilon, decay), {})
+
+
+def _update(
+    kernel: Kernel,
+    params: Sequence[Any],
+    grads: Sequence[Any],
+    slots: Sequence[Sequence[Any]],
+    numbers: Sequence[float],
+    more: dict[str, Any],
+) -> list[int]:
+    plan = _plan(params, grads, slots)
+    shapes = [g.shape for g in grads]
+    if shapes != plan.shapes:
+        wrong = next(i for i, (a, b) in enumerate(itertools.zip_longest(shapes, plan.shapes)) if a != b)
+        expected, got = (s[wrong] if wrong < len(s) else "no array" for s in (plan.shapes, shapes))
+        raise ShapeError(message(kernel.name, f"gradient {wrong} has another shape than its parameter", expected, got))
+    narrow = [_float32(number) for number in numbers]
+    for table in plan.tables:
+        values = {
+            "table": table.words,
+            "rows": len(table.members),
+            "wide_numbers": numbers,
+            "numbers": narrow,
+            **more,
+            "gradients": [_contiguous(grads[i]) for i in table.members],
+        }
+        defines = {"PARAMETER": table.parameter, "GRADIENT": table.gradient}
+        written = [reference() for reference in table.written]
+        kernel.launch(values, grid=(table.blocks,), block=(_THREADS,), defines=defines, reached=written)
+    return plan.rest
+
+
+def _float32(number: float) -> float:
+    """Return the number as float32 has it: one too large is infinite there, as it is for NumPy."""
+    with np.errstate(over="ignore"):
+        return float(np.float32(number))
+
+
+def _contiguous(array: Any) -> Any:
+    return array if array.flags.c_contiguous else array_module(array).ascontiguousarray(array)
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def _plan(params: Sequence[Any], grads: Sequence[Any], slots: Sequence[Sequence[Any]]) -> _Plan:
+    """Return the plan for these parameters, slots and gradient dtypes, from an earlier step if they are the same arrays.
+
+    An array that lives keeps its address and size, so its identity is enough; a plan goes when one of its arrays does.
+    """
+    arrays = [*params, *itertools.chain.from_iterable(slots)]
+    key = (len(slots), tuple(map(id, arrays)), tuple([g.dtype for g in grads]))
+    plan = _plans.get(key)
+    if plan is None:
+        references = [weakref.ref(array, lambda _, forget=_plans.pop, key=key: forget(key, None)) for array in arrays]
+        plan = _make_plan(params, grads, slots, references)
+        while len(_plans) >= TABLES:
+            _plans.pop(next(iter(_plans)), None)
+        _plans[key] = plan
+    return plan
+
+
+def _make_plan(
+    params: Sequence[Any], grads: Sequence[Any], slots: Sequence[Sequence[Any]], references: list[Any]
+) -> _Plan:
+    members = list(zip(params, *slots, strict=True))
+    tangled = _overlapping(members)
+    groups: dict[tuple[str, str], list[int]] = {}
+    rest = []
+    for index, (member, grad) in enumerate(zip(members, grads, strict=True)):
+        if index in tangled or not _has_kernel(member, grad):
+            rest.append(index)
+        elif member[0].size:
+            groups.setdefault((member[0].dtype.name, grad.dtype.name), []).append(index)
+    tables = []
+    for (parameter, gradient), indexes in groups.items():
+        for start in range(0, len(indexes), GRADIENTS):
+            served = indexes[start : start + GRADIENTS]
+            words, blocks = _words([_row(members[index]) for index in served], params[0])
+            written = [references[index + part * len(params)] for index in served for part in range(1 + len(slots))]
+            tables.append(_Table(served, parameter, gradient, words, blocks, written))
+    return _Plan(tables, rest, [parameter.shape for parameter in params], references)
+
+
+def _has_kernel(member: Sequence[Any], grad: Any) -> bool:
+    slot, gradients = _DTYPES.get(member[0].dtype.name, ("", ()))
+    return (
+        grad.dtype.name in gradients
+        and all(one.dtype.name == slot and one.shape == member[0].shape for one in member[1:])
+        and all(one.flags.c_contiguous for one in member)
+        and len({kind_of(one) for one in (*member, grad)}) == 1
+        and all(one.device == grad.device for one in member)
+    )
+
+
+def _overlapping(members: Sequence[Sequence[Any]]) -> set[int]:
+    """Return the members that share memory with another one, or with themselves."""
+    spans = []
+    for index, member in enumerate(members):
+        for array in member:
+            if array.size:
+                low = launcher_of(array).pointer(array)
+                reach = sum((n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True) if stride > 0)
+                back = sum((n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True) if stride < 0)
+                spans.append((low + back, low + reach + array.dtype.itemsize, index))
+    found: set[int] = set()
+    end, owner = 0, -1
+    for low, high, index in sorted(spans):
+        if low < end:
+            found |= {index, owner}
+        if high > end:
+            end, owner = high, index
+    return found
+
+
+def _row(member: Sequence[Any]) -> list[int]:
+    pointer = launcher_of(member[0]).pointer
+    return [*map(pointer, member), *[0] * (3 - len(member)), member[0].size]
+
+
+def _words(rows: Sequence[Sequence[int]], like: Any) -> tuple[Any, int]:
+    """Return (table on the device, number of chunks): the rows, whose last word is a length, then the chunk list."""
+    chunks = [-(-row[-1] // CHUNK) for row in rows]
+    tensors = np.repeat(np.arange(len(rows), dtype=np.uint64), chunks)
+    numbers = np.concatenate([np.arange(n, dtype=np.uint64) for n in chunks])
+    host = np.concatenate([np.array(rows, np.uint64).reshape(-1), tensors << np.uint64(32) | numbers])
+    words = array_module(like).asarray(host)
+    if words.device != like.device:
+        wrong = "the arrays lie on another GPU than the current one"
+        raise DeviceError(message("optimizer", wrong, words.device, like.device, "Use gl.device(...) around the call."))
+    return words, len(numbers)
+
+
+# --- the length of all gradients --------------------------------------------------------------------------------------
+
+
+def global_norm(grads: Sequence[Any]) -> Any:
+    """Return the Euclidean length of all arrays together, ``sqrt(sum of squares)``, as an array of shape ().
+
+    Parameters: device arrays of float16, bfloat16, float32 or float64, at least one. Returns float64 if one of them is,
+    else float32. Squares are added in float64 in an order that depends on shapes and dtypes only, so the bits are the
+    same on every run. One launch per dtype and 480 arrays; every array is read once.
+    """
+    xp = array_module(*grads)
+    groups: dict[str, list[Any]] = {}
+    for grad in grads:
+        if grad.size:
+            groups.setdefault(grad.dtype.name, []).append(_contiguous(grad))
+    wide = "float64" if any(grad.dtype.name == "float64" for grad in grads) else "float32"
+    if not groups:
+        return xp.zeros((), wide)
+    out = xp.empty((), wide)
+    launches = [
+        (dtype, arrays[start : start + GRADIENTS])
+        for dtype, arrays in groups.items()
+        for start in range(0, len(arrays), GRADIENTS)
+    ]
+    tables = [_norm_table(arrays) for _, arrays in launches]
+    counters, sums = workspace(out, counters=1, scratch=8 * sum(blocks for _, blocks in tables))
+    before = 0
+    for number, ((dtype, arrays), (words, blocks)) in enumerate(zip(launches, tables, strict=True)):
+        values = {
+            "table": words,
+            "rows": len(arrays),
+            "sums": sums,
+            "sums_before": before,
+            "counters": counters,
+            "out": out if number == len(launches) - 1 else None,
+            "gradients": arrays,
+        }
+        defines = {"GRADIENT": dtype, "NORM": wide}
+        _global_norm.launch(values, grid=(blocks,), block=(_THREADS,), defines=defines)
+        before += blocks
+    return out
+
+
+def _norm_table(arrays: Sequence[Any]) -> tuple[Any, int]:
+    """Return the table of these lengths on the current device; addresses are not in it."""
+    sizes = tuple([array.size for array in arrays])
+    device = arrays[0].device
+    key = (type(arrays[0]), str(device), sizes)
+    found = _norm_tables.get(key)
+    if found is None:
+        while len(_norm_tables) >= TABLES:
+            _norm_tables.pop(next(iter(_norm_tables)), None)
+        found = _norm_tables[key] = _words([[size] for size in sizes], arrays[0])
+    return found
