@@ -26,7 +26,7 @@ class MovingStatistics(NamedTuple):
     variance, or with `unbiased` that times ``N / max(N - 1, 1)``. With renorm, `renorm_mean` and `renorm_stddev` take
     the batch mean and ``s = sqrt(variance + epsilon)`` with `renorm_decay`, `stddev` takes s with `decay`, and
     `variance` becomes ``max(stddev**2 - epsilon, 0)``. With `skip_nonfinite`, a channel whose batch mean or variance
-    is not finite keeps its statistics, and `skipped` (one int64 or int32, or None) grows by the number of such
+    is not finite keeps its statistics, and `skipped` (one int64, or None) grows by the number of such
     channels.
     """
 

@@ -40,7 +40,7 @@ class _Tables:
         if view.columns:
             if view.inner > 1:
                 shaped = np.repeat(shaped, view.inner, axis=1)
-            # Whole blocks of repeated rows: NumPy's loops are twice as fast on equal shapes as on broadcast ones.
+            # Whole blocks of repeated rows: NumPy's loops are faster on equal shapes than on broadcast ones.
             rows = block_rows(view)
             self.wide = _repeated(np.tile(shaped, (1, view.tile)), rows // view.tile)
             self.plain = shaped[:, None] if view.tile > 1 else self.wide
@@ -182,9 +182,12 @@ def _power_sums(x: Any, view: View, pivot: Any, dtype: Any) -> Any:
 def _first_pivot(x: Any, layout: Layout, dtype: Any) -> Any:
     """Return 0 where a sample's means are near it, beside its standard deviations; else the sample's means."""
     rows, groups, spread, channels, inner, _ = layout
-    step = max(1, -(-inner * spread // max(1, SAMPLE // (groups * channels))))
-    many = max(1, min(rows, SAMPLE // (groups * channels)))
-    sample = x.reshape(layout[:5])[:many, :, :, :, ::step].astype(dtype)
+    wanted = max(1, SAMPLE // (groups * channels))  # values per statistic, spread over the axes in this order
+    many = min(rows, wanted)
+    places = min(spread, max(1, wanted // many))
+    neighbours = min(inner, max(1, wanted // (many * places)))
+    five = x.reshape(layout[:5])
+    sample = five[:many, :, :: -(-spread // places), :, :: -(-inner // neighbours)].astype(dtype)
     mean = sample.mean(axis=(0, 2, 4))
     deviation = sample.std(axis=(0, 2, 4))
     near = (mean * mean <= FAR_PIVOT / 4 * deviation * deviation).all()

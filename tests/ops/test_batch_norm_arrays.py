@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -383,3 +384,20 @@ def test_bad_arguments(arguments, error, text):
         bn.forward(np.zeros((4, 2), int), None, None, axis=(1,))
     with pytest.raises(ShapeError, match="needs the output"):
         bn.backward(np.zeros((4, 2)), np.zeros((4, 2)), None, np.zeros((3, 1, 2)), axis=(1,), activation="relu")
+
+
+@pytest.mark.parametrize(("shape", "groups"), [((16, 40, 40, 400), 1), ((16, 40, 40, 400), 8), ((10_000_000, 1), 1)])
+@pytest.mark.parametrize("last", [False, True])
+def test_memory_beyond_the_outputs(shape, groups, last):
+    """40 MB in: no temporary grows with the input."""
+    x = np.zeros(shape, np.float32)
+    x[...] = np.arange(shape[-1])
+    axis = (len(shape) - 1,) if last else (1,)
+    tracemalloc.start()
+    try:
+        f = bn.forward(x, None, None, axis=axis, groups=groups)
+        bn.backward(x, x, None, f.saved, axis=axis, groups=groups)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak - 2 * x.nbytes < 16 * 2**20
