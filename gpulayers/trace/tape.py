@@ -330,6 +330,10 @@ def record_on_tapes(tapes: list[GradientTape], operation: Operation, inputs: Seq
         lend_aliased(inputs, result)
     if not recording or operation.gradient is None:
         return result
+    for index, array in enumerate(operation.as_arrays(values)[1]):
+        # Rules compute with the arrays that the forward computed with: a host array beside device arrays was copied.
+        if seen[index] is values[index] and hasattr(array, "dtype"):
+            seen[index] = array
     several = isinstance(result, tuple | list)
     outputs = tuple(RecordedTensor(r) if is_floating(r.dtype) else r for r in (result if several else (result,)))
     record = TapeRecord(operation, tuple(seen), outputs, attributes, tuple(reads))
