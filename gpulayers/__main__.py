@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from gpulayers.examples.progress import Progress
 
     options.output.mkdir(parents=True, exist_ok=True)
-    gl.set_random_seed(options.seed)
+    gl.ops.random.set_seed(options.seed)
     data = digits.digits()
     model = digits.build_model()
     model.summary()

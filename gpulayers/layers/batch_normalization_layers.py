@@ -74,6 +74,8 @@ class LegacyBatchNormalization(BatchNormalizationMixin, LegacyLayer):
         """Normalise `inputs`; see the class."""
         return self._normalise(inputs, training, mask, residual)
 
+    _own_call = call
+
 
 # Layers are named after their class, and a legacy program's is called BatchNormalization.
 LegacyBatchNormalization.__name__ = LegacyBatchNormalization.__qualname__ = "BatchNormalization"
@@ -103,3 +105,5 @@ class BatchNormalization(BatchNormalizationMixin, Layer):
     def call(self, inputs: Any, training: Any = None, mask: Any = None, residual: Any = None) -> Any:
         """Normalise `inputs`; see the class."""
         return self._normalise(inputs, training, mask, residual)
+
+    _own_call = call

@@ -16,6 +16,7 @@ from gpulayers.layers.calling import state_updates_allowed
 from gpulayers.layers.config_part import as_shape_structure
 from gpulayers.layers.core import CoreLayer
 from gpulayers.layers.spec import InputSpec
+from gpulayers.ops import batch_norm_arrays
 from gpulayers.ops.batch_norm import (
     MovingVariables,
     batch_norm_inference,
@@ -35,6 +36,7 @@ class BatchNormalizationMixin(CoreLayer):
     """The maths and the variables of batch normalisation, for both families."""
 
     _trainable_false_means_inference = False
+    _own_call: Any = None  # the `call` that `_shortcut` may stand in for
     _fused_must_be_possible = False
 
     def __init__(
@@ -329,6 +331,34 @@ class BatchNormalizationMixin(CoreLayer):
                 stacklevel=5,
             )
 
+    def _shortcut(self, inputs: Any, training: Any) -> Callable[[Any], Any] | None:
+        plain = not self.renorm and self.adjustment is None and self.virtual_batch_size is None
+        relu = self._fused_relu
+        variables = [self.gamma, self.beta, self.moving_mean, self.moving_variance]
+        if (
+            not plain
+            or type(self).call is not type(self)._own_call
+            or inputs.dtype != self.compute_dtype
+            or not (relu or self.activation is ops.activations.linear)
+            or any(isinstance(variable, PartitionedVariable) for variable in variables)
+            or 0 in inputs.shape
+        ):
+            return None
+        prepared = batch_norm_arrays.Prepared(inputs, self._kept_axes)
+        gamma, beta, mean, variance = variables
+
+        def infer(x: Any) -> Any:
+            scale, offset = _value(gamma), _value(beta)
+            return prepared.inference(x, scale, offset, mean.read(), variance.read(), self.epsilon, relu)
+
+        def train(x: Any) -> Any:
+            if self._trainable_false_means_inference and not self._trainable:
+                return infer(x)
+            moving = self._moving().arrays() if self._updates_statistics() else None
+            return prepared.forward(x, _value(gamma), _value(beta), self.epsilon, relu, moving)
+
+        return train if training else infer
+
     # --- moving statistics --------------------------------------------------------------------------------------------
 
     def _updates_statistics(self) -> bool:
@@ -417,6 +447,11 @@ def _checked_axis(name: str, axis: Any) -> Any:
 def _mask_weights(mask: Any, x: Any) -> Any:
     """Return a mask of all axes but the last as weights of all axes."""
     return ops.expand_dims(ops.cast(mask, parameter_dtype(x.dtype)), -1)
+
+
+def _value(variable: Any) -> Any:
+    """Return the array of a variable, None for None."""
+    return None if variable is None else variable.read()
 
 
 def _whole(value: Any) -> Any:

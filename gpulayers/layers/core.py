@@ -6,6 +6,7 @@ made, whether sub-layers are tracked, and what happens around a call.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +21,7 @@ from gpulayers.layers.books import LossBook, WeightBook, unique
 from gpulayers.layers.calling import Signature, call_context, learning_phase, signature_of
 from gpulayers.layers.config_part import ConfigPart
 from gpulayers.layers.losses_part import LossesPart
-from gpulayers.layers.masks import mask_of, masks_of, set_mask
+from gpulayers.layers.masks import any_masks, mask_of, masks_of, set_mask
 from gpulayers.layers.nodes import CallNode, History, NodeBook
 from gpulayers.layers.nodes_part import NodesPart
 from gpulayers.layers.spec import check_inputs, check_spec_structure
@@ -41,6 +42,11 @@ class CoreLayer(VariablesPart, LossesPart, NodesPart, ConfigPart):
 
     _takes: frozenset[str] = frozenset()  # keywords that a family's constructor takes besides
     _autocast_default = False
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if "build" in cls.__dict__:
+            cls.build = _marking(cls.__dict__["build"])  # type: ignore[method-assign]
 
     def __init__(
         self,
@@ -65,6 +71,7 @@ class CoreLayer(VariablesPart, LossesPart, NodesPart, ConfigPart):
         self._set_batch_input_shape(kwargs)
         self._weight_book, self._loss_book, self._node_book = WeightBook(), LossBook(), NodeBook()
         self._books_with_losses: list[LossBook] = []  # those to clear at the next outermost eager call
+        self._shortcuts: dict[Any, Any] = {}
         self._metrics: list[Any] = []
         self._metrics_lock = threading.Lock()
         self._set_policy(dtype)
@@ -134,6 +141,7 @@ class CoreLayer(VariablesPart, LossesPart, NodesPart, ConfigPart):
     def input_spec(self, value: Any) -> None:
         check_spec_structure(value)
         self._input_spec = value
+        self._shortcuts.clear()
 
     @property
     def submodules(self) -> tuple[Any, ...]:
@@ -179,7 +187,11 @@ class CoreLayer(VariablesPart, LossesPart, NodesPart, ConfigPart):
         State written: variables at the first call; losses, metrics, and what `call` itself updates.
         Raises ValueError for inputs that do not fit `input_spec`, and if `call` returns None.
         """
-        if state.recorders and active_tapes():
+        if not state.recorders:
+            shortcut = self._shortcuts.get(_call_key(inputs, args, kwargs)) if self._shortcuts else None
+            if shortcut is not None and not self._books_with_losses and not any_masks():
+                return shortcut(inputs)
+        elif active_tapes():
             inputs, args, kwargs = as_recorded(inputs), as_recorded(args), as_recorded(kwargs)
         inputs = self._convert(inputs)
         symbolic = (state.recorders > 0 and active_graph() is not None) or _has_graph_tensor(inputs, args, kwargs)
@@ -222,7 +234,16 @@ class CoreLayer(VariablesPart, LossesPart, NodesPart, ConfigPart):
         if symbolic:
             outputs = self._record_node(inputs, args, kwargs, outputs)
             self._finish_call()
+        elif not state.recorders and self.activity_regularizer is None:
+            self._learn_shortcut(inputs, args, kwargs, training)
         return outputs
+
+    def _learn_shortcut(self, inputs: Any, args: tuple[Any, ...], kwargs: dict[str, Any], training: Any) -> None:
+        """Keep what the layer offers for further calls like this one: same kind of array, shape, dtype and mode."""
+        overridden = type(self).compute_mask is not CoreLayer.compute_mask
+        key = None if overridden or len(self._shortcuts) >= _MOST_SHORTCUTS else _call_key(inputs, args, kwargs)
+        if key is not None:
+            self._shortcuts[key] = self._shortcut(inputs, training)
 
     def apply(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Call the layer: the same as ``layer(inputs, ...)``."""
@@ -341,6 +362,38 @@ class CoreLayer(VariablesPart, LossesPart, NodesPart, ConfigPart):
             if isinstance(output, GraphTensor) and not any(output is x for x in nest.flatten(inputs)):
                 output._keras_history = History(self, len(self._node_book.nodes) - 1, index)
         return outputs
+
+
+_MOST_SHORTCUTS = 64  # shapes that keep changing would fill the memory with plans
+
+
+def _call_key(inputs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return what a plan for a plain call depends on: array type, shape, dtype, `training`; None for other calls."""
+    training = None
+    if args or not (kwargs.keys() <= {"training"}) or not hasattr(inputs, "dtype"):
+        return None
+    if kwargs:
+        training = kwargs["training"]
+    if training is None:
+        training = call_context.training
+        if training is None:
+            training = learning_phase()
+    if type(training) is not bool and training is not None:
+        return None
+    return type(inputs), inputs.shape, inputs.dtype, training
+
+
+def _marking(build: Any) -> Any:
+    """Return a `build` after which the layer counts as built, though the subclass may forget to say so."""
+
+    @functools.wraps(build)
+    def marked(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        result = build(self, *arguments, **keywords)
+        if getattr(type(self).build, "__wrapped__", None) is build:  # not while a subclass's build is still going on
+            self.built = True
+        return result
+
+    return marked
 
 
 def _has_graph_tensor(*structures: Any) -> bool:

@@ -84,6 +84,14 @@ class LayerHooks:
         """Return outputs that may carry this layer's history."""
         return outputs
 
+    def _shortcut(self, inputs: Any, training: Any) -> Callable[[Any], Any] | None:
+        """Return a function that does what the call just made did, for an array like `inputs`; None if there is none.
+
+        It is called where nothing records and nothing carries a mask, and may skip all checks that depend only on the
+        kind of array, its shape and dtype, and `training`.
+        """
+        return None
+
     def _finish_call(self) -> None:
         """Do what the family does after a call that was recorded."""
 

@@ -164,3 +164,7 @@ class LegacyLayer(CoreLayer):
     def _require_graph(self, what: str) -> None:
         if active_graph() is None and not self._node_book.nodes:
             raise StateError(f"Layer.{what} not supported when executing eagerly: layer {self._name}.")
+
+
+# An automatic name is made of the class's name, and a legacy program's base class is called Layer.
+LegacyLayer.__name__ = LegacyLayer.__qualname__ = "Layer"

@@ -8,7 +8,7 @@ from typing import Any
 from gpulayers import nest
 from gpulayers.trace import Tensor
 
-__all__ = ["mask_of", "masks_of", "set_mask"]
+__all__ = ["any_masks", "mask_of", "masks_of", "set_mask"]
 
 _masks: dict[int, Any] = {}
 
@@ -27,6 +27,11 @@ def set_mask(value: Any, mask: Any) -> None:
     except TypeError:  # an object that cannot be watched would leave its mask to whatever gets its identity next
         return
     _masks[key] = mask
+
+
+def any_masks() -> bool:
+    """Say whether any plain array carries a mask."""
+    return bool(_masks)
 
 
 def mask_of(value: Any) -> Any:

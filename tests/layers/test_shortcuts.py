@@ -1,0 +1,106 @@
+"""A plain repeated call may take a shorter path; it must be the same call."""
+
+import numpy as np
+import pytest
+
+import gpulayers as gl
+from gpulayers.ops import batch_norm_arrays
+
+FAMILIES = [gl.layers.BatchNormalization, gl.keras.layers.BatchNormalization]
+RNG = np.random.default_rng(7)
+
+
+def reference(layer, x):
+    """The function under the layer, with the variables the layer has now."""
+    return batch_norm_arrays.forward(x, layer.gamma.value, layer.beta.value, axis=(1,), epsilon=layer.epsilon).y
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("training", [True, False])
+def test_the_same_numbers_and_the_same_state(family, training):
+    calls = [RNG.normal(size=(6, 3)).astype("float32") for _ in range(4)]
+    short, long = family(momentum=0.8), family(momentum=0.8)
+    for x in calls:
+        y = short(x, training=training)
+        with gl.GradientTape() as tape:  # where something records, no shortcut is taken
+            tape.watch(x)
+            expected = long(x, training=training)
+        np.testing.assert_array_equal(y, expected.value)
+    for mine, theirs in zip(short.variables, long.variables, strict=True):
+        np.testing.assert_array_equal(mine.numpy(), theirs.numpy())
+    assert short._shortcuts
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_changed_between_calls_counts(family):
+    x = RNG.normal(size=(5, 3)).astype("float32")
+    layer = family()
+    for _ in range(2):
+        layer(x, training=True)
+    layer.gamma.assign([2.0, 3.0, 4.0])
+    layer.epsilon = 0.5
+    np.testing.assert_array_equal(layer(x, training=True), reference(layer, x))
+    layer.set_weights([np.full(3, v, "float32") for v in (1, 2, 3, 4)])
+    expected = (x - 3) / np.sqrt(4 + 0.5) + 2
+    np.testing.assert_allclose(layer(x, training=False), expected, rtol=1e-5, atol=1e-6)
+    before = layer.moving_mean.numpy()
+    with gl.no_state_updates():
+        layer(x, training=True)
+    np.testing.assert_array_equal(layer.moving_mean.numpy(), before)
+
+
+def test_trainable_false_freezes_the_statistics_of_a_layer_that_trained():
+    x = RNG.normal(size=(5, 3)).astype("float32")
+    legacy, modern = (family() for family in FAMILIES)
+    for layer in (legacy, modern):
+        for _ in range(2):
+            layer(x, training=True)
+        layer.trainable = False
+    before = legacy.moving_mean.numpy(), modern.moving_mean.numpy()
+    np.testing.assert_array_equal(legacy(x, training=True), reference(legacy, x))
+    np.testing.assert_array_equal(modern(x, training=True), modern(x, training=False))
+    np.testing.assert_array_equal(legacy.moving_mean.numpy(), before[0])
+    np.testing.assert_array_equal(modern.moving_mean.numpy(), before[1])
+
+
+def test_a_subclass_with_its_own_call_is_called():
+    class Doubled(gl.keras.layers.BatchNormalization):
+        def call(self, inputs, training=None, mask=None):
+            return 2 * super().call(inputs, training=training, mask=mask)
+
+    x = RNG.normal(size=(5, 3)).astype("float32")
+    layer, plain = Doubled(), gl.keras.layers.BatchNormalization()
+    for _ in range(3):
+        np.testing.assert_allclose(layer(x, training=True), 2 * plain(x, training=True), rtol=1e-6)
+
+
+def test_a_masked_input_is_not_taken_for_a_plain_one():
+    x = np.array([[[1.0, 2.0], [0.0, 0.0], [3.0, 4.0]]], "float32")
+    layer = gl.keras.layers.BatchNormalization(momentum=0.0)
+    for _ in range(2):
+        layer(x, training=True)
+    np.testing.assert_allclose(layer.moving_mean.numpy(), [4 / 3, 2.0], rtol=1e-6)
+    layer(gl.keras.layers.Masking()(x), training=True)
+    np.testing.assert_allclose(layer.moving_mean.numpy(), [2.0, 3.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_wrong_inputs_are_still_refused(family):
+    layer = family()
+    x = np.ones((4, 3), "float32")
+    for _ in range(2):
+        layer(x)
+    with pytest.raises(ValueError, match="axis"):
+        layer(np.ones((4, 2), "float32"))
+    with pytest.raises(ValueError, match="ndim"):
+        layer(np.ones((4, 3, 3), "float32"))
+    with pytest.raises(TypeError):
+        gl.layers.BatchNormalization(dtype="float32")(np.ones((4, 3), "int32"))
+
+
+def test_the_number_of_plans_is_bounded():
+    layer = gl.layers.BatchNormalization()
+    for rows in range(1, 200):
+        layer(np.ones((rows, 3), "float32"))
+    assert len(layer._shortcuts) <= 64
+    np.testing.assert_allclose(layer(np.ones((300, 3), "float32")), np.ones((300, 3)) / np.sqrt(1.001), rtol=1e-6)
