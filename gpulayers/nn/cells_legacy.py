@@ -60,7 +60,9 @@ class RNNCell(LegacyLayer):
             first = nest.flatten(inputs)[0]
             static = tuple(first.shape)[0]
             if isinstance(batch_size, int) and static is not None and static != batch_size:
-                raise ShapeError(message(self._name, "batch size from input is different from batch_size", static, batch_size))
+                raise ShapeError(
+                    message(self._name, "batch size from input is different from batch_size", static, batch_size)
+                )
             if dtype is not None and first.dtype != dtype:
                 raise LayerError(message(self._name, "dtype from input is different from dtype", first.dtype, dtype))
         return initial_state(self.state_size, inputs, batch_size, dtype)
@@ -73,9 +75,13 @@ class _BasicCell(FusedCell, RNNCell):
     kernel: Any
     bias: Any
 
-    def __init__(self, num_units: int, activation: Any, reuse: Any, name: Any, dtype: Any, kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, num_units: int, activation: Any, reuse: Any, name: Any, dtype: Any, kwargs: dict[str, Any]
+    ) -> None:
         warnings.warn(
-            f"{type(self).__name__} is a legacy cell; the modern one is in gl.keras.layers.", DeprecationWarning, stacklevel=3
+            f"{type(self).__name__} is a legacy cell; the modern one is in gl.keras.layers.",
+            DeprecationWarning,
+            stacklevel=3,
         )
         super().__init__(name=name, dtype=dtype, _reuse=reuse, **kwargs)
         self._num_units = int(num_units)
@@ -94,7 +100,9 @@ class _BasicCell(FusedCell, RNNCell):
 
     def _build_for(self, inputs: Any) -> None:
         if not is_floating(inputs.dtype):
-            raise ValueError(f"{self._name}: RNN cell only supports floating point inputs, but saw dtype: {inputs.dtype}.")
+            raise ValueError(
+                f"{self._name}: RNN cell only supports floating point inputs, but saw dtype: {inputs.dtype}."
+            )
         super()._build_for(inputs)
 
     def _depth(self, input_shape: Any) -> int:
@@ -152,7 +160,13 @@ class BasicRNNCell(_BasicCell):
     _kind = "simple_rnn"
 
     def __init__(
-        self, num_units: int, activation: Any = None, reuse: Any = None, name: Any = None, dtype: Any = None, **kwargs: Any
+        self,
+        num_units: int,
+        activation: Any = None,
+        reuse: Any = None,
+        name: Any = None,
+        dtype: Any = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(num_units, activation, reuse, name, dtype, kwargs)
 
@@ -199,7 +213,9 @@ class GRUCell(_BasicCell):
         self._gate_kernel = self.add_variable("gates/kernel", (rows, 2 * units), initializer=given)
         self._gate_bias = self.add_variable("gates/bias", (2 * units,), initializer=gate_bias)
         self._candidate_kernel = self.add_variable("candidate/kernel", (rows, units), initializer=given)
-        self._candidate_bias = self.add_variable("candidate/bias", (units,), initializer=self._bias_initializer or "zeros")
+        self._candidate_bias = self.add_variable(
+            "candidate/bias", (units,), initializer=self._bias_initializer or "zeros"
+        )
         self.built = True
 
     def _fused(self, run: Any, x: Any, states: list[Any], settings: dict[str, Any]) -> tuple[Any, list[Any]]:
@@ -255,7 +271,15 @@ class _LegacyLSTM(_BasicCell):
     def _fused(self, run: Any, x: Any, states: list[Any], settings: dict[str, Any]) -> tuple[Any, list[Any]]:
         c, h = self._apart(states)
         output, (new_h, new_c) = run(
-            "lstm", x, [h, c], self.kernel, None, self.bias, gate_order="ijfo", forget_bias=self._forget_bias, **settings
+            "lstm",
+            x,
+            [h, c],
+            self.kernel,
+            None,
+            self.bias,
+            gate_order="ijfo",
+            forget_bias=self._forget_bias,
+            **settings,
         )
         return output, self._together(new_c, new_h)
 
@@ -348,7 +372,10 @@ class LSTMCell(_LegacyLSTM):
     def build(self, input_shape: Any) -> None:  # noqa: D102
         depth, units, given = self._depth(input_shape), self._num_units, self._initializer_given
         self.kernel = self.add_variable(
-            "kernel", (depth + self.output_size, 4 * units), initializer=given, partitioner=_shards(self._num_unit_shards)
+            "kernel",
+            (depth + self.output_size, 4 * units),
+            initializer=given,
+            partitioner=_shards(self._num_unit_shards),
         )
         self.bias = self.add_variable("bias", (4 * units,), initializer="zeros")
         if self._use_peepholes:
@@ -356,7 +383,10 @@ class LSTMCell(_LegacyLSTM):
             self._w_f, self._w_i, self._w_o = (self.add_variable(n, (units,), initializer=given) for n in names)
         if self._num_proj:
             self._projection = self.add_variable(
-                "projection/kernel", (units, self._num_proj), initializer=given, partitioner=_shards(self._num_proj_shards)
+                "projection/kernel",
+                (units, self._num_proj),
+                initializer=given,
+                partitioner=_shards(self._num_proj_shards),
             )
         self.built = True
 
@@ -481,7 +511,9 @@ class MultiRNNCell(RNNCell):
     def _split_state(self, state: Any) -> list[Any]:
         if self._state_is_tuple:
             if not isinstance(state, list | tuple):
-                raise ValueError(message(self._name, "the state is not a tuple", f"a tuple of {len(self._cells)}", repr(state)))
+                raise ValueError(
+                    message(self._name, "the state is not a tuple", f"a tuple of {len(self._cells)}", repr(state))
+                )
             if len(state) != len(self._cells):
                 raise StructureError(message(self._name, "the number of states differs", len(self._cells), len(state)))
             return list(state)

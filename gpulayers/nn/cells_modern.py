@@ -84,7 +84,7 @@ class _ModernCell(FusedCell, Layer):
         return self.units
 
     def build(self, input_shape: Any) -> None:
-        """Make kernel (D, gates*U), recurrent_kernel (U, gates*U) and bias. Raises ValueError for an unknown depth D."""
+        """Make kernel (D, gates*U), recurrent_kernel (U, gates*U) and bias. ValueError for an unknown depth D."""
         shape = TensorShape(input_shape)
         depth = shape[-1] if shape.rank else None
         if depth is None:
@@ -140,9 +140,16 @@ class _ModernCell(FusedCell, Layer):
         masks = held_masks(self)
         if masks is None:
             masks = self.sequence_masks(inputs, states, training)
-        if masks == (None, None) and self.fuses():
+        if masks[0] is None and masks[1] is None and self.fuses():
             output, states = recurrent_step(
-                self._kind, inputs, states, self.kernel, self.recurrent_kernel, self.bias, residual=residual, **self._settings
+                self._kind,
+                inputs,
+                states,
+                self.kernel,
+                self.recurrent_kernel,
+                self.bias,
+                residual=residual,
+                **self._settings,
             )
         else:
             entering = inputs if masks[0] is None else inputs * masks[0]
@@ -359,7 +366,11 @@ class LSTMCell(_ModernCell):
             return given
 
         def with_open_forget_gate(shape: Any, dtype: Any = None, **_: Any) -> Any:
-            parts = (given((units,), dtype=dtype), initializers.Ones()((units,), dtype=dtype), given((2 * units,), dtype=dtype))
+            parts = (
+                given((units,), dtype=dtype),
+                initializers.Ones()((units,), dtype=dtype),
+                given((2 * units,), dtype=dtype),
+            )
             return ops.concatenate(parts, 0)
 
         return with_open_forget_gate

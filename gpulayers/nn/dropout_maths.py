@@ -43,12 +43,16 @@ class DropoutSettings:
         sizes = {"state": cell.state_size, "output": cell.output_size}
         if self._acts("input"):
             if input_size is None:
-                raise ValueError(message(name, "When variational_recurrent=True and inputs are dropped, input_size is needed"))
+                raise ValueError(
+                    message(name, "When variational_recurrent=True and inputs are dropped, input_size is needed")
+                )
             sizes["input"] = input_size
         for kind, size in sizes.items():
             leaves = nest.flatten(size)
             self.noise[kind] = [
-                ops.random_uniform((1, *size_of(one)), dtype=as_dtype(dtype), seed=self._seed_of(f"recurrent_{kind}", index))
+                ops.random_uniform(
+                    (1, *size_of(one)), dtype=as_dtype(dtype), seed=self._seed_of(f"recurrent_{kind}", index)
+                )
                 for index, one in enumerate(leaves)
             ]
 
@@ -86,7 +90,9 @@ class DropoutSettings:
             return state
         chosen = nest.flatten(self._chosen(state, True))
         leaves = nest.flatten(state)
-        dropped = [self._drop_one("state", i, v) if c else v for i, (v, c) in enumerate(zip(leaves, chosen, strict=True))]
+        dropped = [
+            self._drop_one("state", i, v) if c else v for i, (v, c) in enumerate(zip(leaves, chosen, strict=True))
+        ]
         return nest.pack_sequence_as(state, dropped)
 
     def _chosen(self, state: Any, wanted: Any) -> Any:

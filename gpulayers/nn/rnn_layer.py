@@ -78,7 +78,7 @@ class RNN(Layer):
     ) -> None:
         super().__init__(**kwargs)
         if isinstance(cell, list | tuple):
-            cell = StackedRNNCells(cell)
+            cell = StackedRNNCells(cell, dtype=self.dtype_policy)
         require_cell(cell, self._name, ("call", "state_size"), ValueError)
         self.cell = cell
         self.return_sequences, self.return_state = bool(return_sequences), bool(return_state)
@@ -129,18 +129,17 @@ class RNN(Layer):
     # --- call ---------------------------------------------------------------------------------------------------------
 
     def __call__(self, inputs: Any, initial_state: Any = None, constants: Any = None, **kwargs: Any) -> Any:
-        """Run the layer; a list of inputs stands for ``[inputs, state, ...]``."""
-        if isinstance(inputs, list | tuple) and initial_state is None and len(inputs) > 1 and not self._nested_inputs():
-            inputs, initial_state = inputs[0], list(inputs[1:])
+        """Run the layer; a list stands for ``[inputs, state, ...]``, whose inputs may be nested."""
+        if isinstance(inputs, list | tuple):
+            given = list(inputs[1:])
+            inputs, initial_state = inputs[0], given if given and initial_state is None else initial_state
+        if nest.is_nested(inputs) and not self.built:
+            self.input_spec = nest.map_structure(lambda _: InputSpec(min_ndim=3), inputs)
         if initial_state is not None:
             kwargs["initial_state"] = initial_state
         if constants is not None:
             kwargs["constants"] = constants
         return super().__call__(inputs, **kwargs)
-
-    def _nested_inputs(self) -> bool:
-        """Say whether the cell itself takes several inputs."""
-        return bool(getattr(self.cell, "takes_nested_inputs", False))
 
     def call(
         self, inputs: Any, mask: Any = None, training: Any = None, initial_state: Any = None, constants: Any = None
@@ -239,15 +238,21 @@ class RNN(Layer):
             raise AttributeError(message(self._name, "Layer must be stateful", do="Make it with stateful=True."))
         kept = self._kept.variables
         if not kept:
-            raise LayerError(message(self._name, "has no states yet", do="Call the layer, or build it with a batch size."))
+            raise LayerError(
+                message(self._name, "has no states yet", do="Call the layer, or build it with a batch size.")
+            )
         given = [np.zeros(v.shape) for v in kept] if states is None else nest.flatten(states)
         if len(given) != len(kept):
-            raise ValueError(message(self._name, f"Layer {self._name} expects {len(kept)} states", len(kept), len(given)))
+            raise ValueError(
+                message(self._name, f"Layer {self._name} expects {len(kept)} states", len(kept), len(given))
+            )
         arrays = [asarray(as_value(value), device=self._device) for value in given]
         for index, (variable, array) in enumerate(zip(kept, arrays, strict=True)):
             if tuple(array.shape) != tuple(variable.shape):
                 raise ValueError(
-                    message(self._name, f"State {index} is incompatible with the layer", tuple(variable.shape), array.shape)
+                    message(
+                        self._name, f"State {index} is incompatible with the layer", tuple(variable.shape), array.shape
+                    )
                 )
         for variable, array in zip(kept, arrays, strict=True):
             variable.store(variable.accept(array))
@@ -282,9 +287,8 @@ class RNN(Layer):
         return {**super().get_config(), **self._flags(), "cell": registry.cell_config(self.cell)}
 
     def _flags(self) -> dict[str, Any]:
-        names = (
-            "return_sequences", "return_state", "go_backwards", "stateful", "unroll", "time_major", "zero_output_for_mask",
-        )  # fmt: skip
+        names = ("return_sequences", "return_state", "go_backwards", "stateful", "unroll", "time_major")
+        names += ("zero_output_for_mask",)
         return {name: getattr(self, name) for name in names}
 
     @classmethod

@@ -15,8 +15,18 @@ from gpulayers.dtypes import is_floating
 from gpulayers.errors import GradientError, ShapeError, StructureError, message
 from gpulayers.ops.operation import GradientContext, Spec
 from gpulayers.ops.recurrent import Keep, Saved, SavingOperation
-from gpulayers.trace import GradientTape, GraphTensor, Plan, RecordedTensor, active_graph, active_tapes, eager_mode, execute
-from gpulayers.trace import read_stored, stop_recording
+from gpulayers.trace import (
+    GradientTape,
+    GraphTensor,
+    Plan,
+    RecordedTensor,
+    active_graph,
+    active_tapes,
+    eager_mode,
+    execute,
+    read_stored,
+    stop_recording,
+)
 from gpulayers.trace.function import _BranchGraph
 from gpulayers.trace.graph import Node, new_placeholder
 
@@ -44,7 +54,9 @@ class _Body:
 
     def _fitting(self, new: Any, old: GraphTensor) -> Any:
         if not old.shape.is_compatible_with(new.shape):
-            raise ShapeError(message("scan", "a state changes its shape from step to step", tuple(old.shape), tuple(new.shape)))
+            raise ShapeError(
+                message("scan", "a state changes its shape from step to step", tuple(old.shape), tuple(new.shape))
+            )
         if new.dtype != old.dtype:
             raise StructureError(message("scan", "a state changes its dtype from step to step", old.dtype, new.dtype))
         return ops.identity(new)
@@ -149,7 +161,13 @@ _scan_gradient = SavingOperation(
     "scan_gradient", _backward, spec=_backward_spec, gradient=_no_second_gradient, doc="Gradients of `scan`."
 )
 _scan = SavingOperation(
-    "scan", _forward, spec=_spec, gradient=_gradient, type="While", stateful=True, doc="Run a recorded body for each step."
+    "scan",
+    _forward,
+    spec=_spec,
+    gradient=_gradient,
+    type="While",
+    stateful=True,
+    doc="Run a recorded body for each step.",
 )
 _scan.many = _scan_gradient.many = True  # type: ignore[attr-defined]
 

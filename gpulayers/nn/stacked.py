@@ -71,7 +71,9 @@ class StackedRNNCells(Layer):
             shape = TensorShape((shape[0], *size_of(width)))
         self.built = True
 
-    def call(self, inputs: Any, states: Any, constants: Any = None, training: Any = None, **kwargs: Any) -> tuple[Any, Any]:
+    def call(
+        self, inputs: Any, states: Any, constants: Any = None, training: Any = None, **kwargs: Any
+    ) -> tuple[Any, Any]:
         """Run the cells one after the other; return the last output and the new states, in the structure of `state_size`."""
         leaves = nest.flatten(states)
         if len(leaves) != len(nest.flatten(self.state_size)):
@@ -81,7 +83,9 @@ class StackedRNNCells(Layer):
         current, new_states = inputs, []
         for cell, state in zip(self.cells, own, strict=True):
             nested = nest.is_nested(state)
-            current, new_state = cell(current, state if nested else [state], **self._keywords(cell, constants, training, kwargs))
+            current, new_state = cell(
+                current, state if nested else [state], **self._keywords(cell, constants, training, kwargs)
+            )
             flat = nest.flatten(new_state)
             new_states.append(nest.pack_sequence_as(cell.state_size, flat))
         return current, tuple(new_states[::-1] if self.reverse_state_order else new_states)

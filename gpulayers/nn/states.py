@@ -116,7 +116,10 @@ def require_cell(cell: Any, name: str, needs: tuple[str, ...], error: type[Excep
     if missing:
         raise error(
             message(
-                name, f"not a recurrent cell: {', '.join(missing)} is missing", f"an object with {', '.join(needs)}", repr(cell)
+                name,
+                f"not a recurrent cell: {', '.join(missing)} is missing",
+                f"an object with {', '.join(needs)}",
+                repr(cell),
             )
         )
 

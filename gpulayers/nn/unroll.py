@@ -57,7 +57,9 @@ def run_cell(cell: Any, x: Any, states: list[Any], run: Run) -> tuple[Any, list[
     The cell is built. Raises ShapeError and StructureError where the cell's inputs, outputs or states do not fit.
     """
     parts = None if run.keywords or nest.is_nested(x) or TensorShape(x.shape).rank != 3 else fused_parts(cell)
-    return _general(cell, x, states, run) if parts is None else _fused(parts, x, states, run)
+    if parts is None:
+        return _general(cell, x, states, run)
+    return _fused(parts, _cast_for(cell, x), states, run)
 
 
 # --- fused sequences --------------------------------------------------------------------------------------------------
@@ -95,6 +97,14 @@ def _quiet(cell: Any) -> bool:
     return cell.activity_regularizer is None and not checked and not cell.dynamic
 
 
+def _cast_for(cell: Any, x: Any) -> Any:
+    """Return `x` as calling `cell` would cast it."""
+    if not isinstance(cell, Layer) or not is_floating(x.dtype):
+        return x
+    compute = as_dtype(cell.compute_dtype)
+    return x if x.dtype == compute else ops.cast(x, compute)
+
+
 def _fused(parts: list[Part], x: Any, states: list[Any], run: Run) -> tuple[Any, list[Any]]:
     mask, backwards, new_states = run.mask, run.go_backwards, []
     for part in parts:
@@ -107,18 +117,15 @@ def _fused(parts: list[Part], x: Any, states: list[Any], run: Run) -> tuple[Any,
     return x, new_states
 
 
-def _fused_part(
-    part: Part, x: Any, states: list[Any], mask: Any, backwards: bool, run: Run
-) -> tuple[Any, list[Any]]:
+def _fused_part(part: Part, x: Any, states: list[Any], mask: Any, backwards: bool, run: Run) -> tuple[Any, list[Any]]:
     cell: Any = part.cell
     if part.residual:
         shape = tuple(x.shape)
         check_depths(shape[1:], (*shape[1:-1], cell.output_size))
     context: Any = contextlib.nullcontext()
     if isinstance(part.outer, Layer):
-        compute = as_dtype(part.outer.compute_dtype)
-        x = ops.cast(x, compute) if x.dtype != compute and is_floating(x.dtype) else x
-        context = autocast(compute)
+        x = _cast_for(part.outer, x)
+        context = autocast(as_dtype(part.outer.compute_dtype))
     with context:
         masks = cell.sequence_masks(x[0], states, run.training) if getattr(cell, "_drops", False) else (None, None)
         how = Sequence(mask, run.zero_output_for_mask, backwards, part.residual, masks)
@@ -146,7 +153,9 @@ def _general(cell: Any, x: Any, states: list[Any], run: Run) -> tuple[Any, list[
             flat, states = _scan_steps(stepper, leaves, states, run)
         else:
             if time is None:
-                raise ShapeError(message("RNN", "Cannot unroll a RNN if the time dimension is undefined", do="Use unroll=False."))
+                raise ShapeError(
+                    message("RNN", "Cannot unroll a RNN if the time dimension is undefined", do="Use unroll=False.")
+                )
             if not time:
                 raise ShapeError(message("RNN", "the time axis is empty", "at least one step", 0))
             flat, states = _call_steps(stepper, leaves, states, run)
@@ -190,7 +199,9 @@ def _call_steps(stepper: _Stepper, leaves: list[Any], states: list[Any], run: Ru
     for t in reversed(order) if run.go_backwards else order:
         outputs, new_states = stepper([x[t] for x in slices], states)
         if masks is not None:
-            outputs, new_states = _held(masks[t], outputs, collected[-1] if collected else None, new_states, states, run)
+            outputs, new_states = _held(
+                masks[t], outputs, collected[-1] if collected else None, new_states, states, run
+            )
         states = new_states
         collected.append(outputs)
     return [ops.stack(list(column), 0) for column in zip(*collected, strict=True)], states
@@ -218,7 +229,9 @@ def _scan_steps(stepper: _Stepper, leaves: list[Any], states: list[Any], run: Ru
     count = len(states)
     previous: list[Any] = []
     if not run.zero_output_for_mask:
-        previous = [ops.zeros((batch_of(leaves, 1), *shape), dtype) for shape, dtype in _output_specs(stepper, leaves, states)]
+        previous = [
+            ops.zeros((batch_of(leaves, 1), *shape), dtype) for shape, dtype in _output_specs(stepper, leaves, states)
+        ]
 
     def step(slices: list[Any], carried: list[Any]) -> tuple[list[Any], list[Any]]:
         *inputs, mask = slices

@@ -59,7 +59,9 @@ def dynamic_rnn(
         for leaf in nest.flatten(x):
             rank = TensorShape(leaf.shape).rank
             if rank is not None and rank < 2:
-                raise ShapeError(message("dynamic_rnn", "inputs have no time axis", "rank 2 or more", f"shape {leaf.shape}"))
+                raise ShapeError(
+                    message("dynamic_rnn", "inputs have no time axis", "rank 2 or more", f"shape {leaf.shape}")
+                )
         if not time_major:
             x = nest.map_structure(_swapped, x)
         outputs, state = _run(cell, x, sequence_length, initial_state, dtype, "dynamic_rnn")
@@ -122,7 +124,9 @@ def _run(cell: Any, x: Any, lengths: Any, state: Any, dtype: Any, name: str) -> 
 
 def _check_structure(cell: Any, state: Any, name: str) -> None:
     if nest.is_nested(state) != nest.is_nested(cell.state_size) and len(nest.flatten(state)) != 1:
-        raise StructureError(message(name, "the structure of initial_state does not fit", cell.state_size, repr(type(state))))
+        raise StructureError(
+            message(name, "the structure of initial_state does not fit", cell.state_size, repr(type(state)))
+        )
 
 
 def _zero_state(cell: Any, batch: Any, dtype: Any) -> Any:
@@ -144,8 +148,14 @@ def _checked_lengths(lengths: Any, x: Any, name: str) -> Any:
     time, batch = tuple(x.shape)[:2]
     shape = TensorShape(lengths.shape)
     if not shape.is_compatible_with((batch,)):
-        raise ShapeError(message(name, "sequence_length must be a vector of length batch_size", f"shape ({batch},)", tuple(shape)))
-    if isinstance(lengths, np.ndarray) and lengths.size and (lengths.min() < 0 or (time is not None and lengths.max() > time)):
+        raise ShapeError(
+            message(name, "sequence_length must be a vector of length batch_size", f"shape ({batch},)", tuple(shape))
+        )
+    if (
+        isinstance(lengths, np.ndarray)
+        and lengths.size
+        and (lengths.min() < 0 or (time is not None and lengths.max() > time))
+    ):
         raise ShapeError(message(name, "sequence_length is beyond the time axis", f"0 to {time}", given))
     return as_tensor(lengths)
 

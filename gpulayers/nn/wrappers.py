@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from gpulayers import device as devices
 from gpulayers import nest, serialization
+from gpulayers.device import device as on_device
+from gpulayers.device import parse_device
 from gpulayers.errors import message
 from gpulayers.layers.calling import signature_of
 from gpulayers.layers.core import CoreLayer
@@ -31,7 +32,10 @@ class _CellWrapper(Layer):
         if not hasattr(cell, "call"):
             raise AttributeError(
                 message(
-                    type(self).__name__, f"{type(cell).__name__!r} object has no attribute 'call'", "a recurrent cell", repr(cell)
+                    type(self).__name__,
+                    f"{type(cell).__name__!r} object has no attribute 'call'",
+                    "a recurrent cell",
+                    repr(cell),
                 )
             )
         super().__init__(*args, **kwargs)
@@ -222,7 +226,11 @@ class RNNCellDropoutWrapper(_CellWrapper):
         super().__init__(cell, dtype=dtype, **kwargs)
         if registry.is_modern_lstm(cell):
             raise ValueError(
-                message(self._name, "a modern LSTMCell does not work with a dropout wrapper", do="Use LSTMCell(dropout=...).")
+                message(
+                    self._name,
+                    "a modern LSTMCell does not work with a dropout wrapper",
+                    do="Use LSTMCell(dropout=...).",
+                )
             )
         self._dropout = DropoutSettings(
             self._name, input_keep_prob, output_keep_prob, state_keep_prob, variational_recurrent, input_size, dtype,
@@ -270,7 +278,7 @@ class RNNCellDeviceWrapper(_CellWrapper):
         super().__init__(cell, **kwargs)
         self._device_name = device
         if isinstance(cell, CoreLayer):
-            self._device = devices.parse_device(device)
+            self._device = parse_device(device)
 
     @property
     def device(self) -> Any:
@@ -279,17 +287,17 @@ class RNNCellDeviceWrapper(_CellWrapper):
 
     def zero_state(self, batch_size: Any, dtype: Any) -> Any:
         """Return the cell's zero state, on the device."""
-        with devices.device(self._device_name):
+        with on_device(self._device_name):
             return self.cell.zero_state(batch_size, dtype)
 
     def get_initial_state(self, inputs: Any = None, batch_size: Any = None, dtype: Any = None) -> Any:
         """Return zeros in the structure of `state_size`, on the device."""
-        with devices.device(self._device_name):
+        with on_device(self._device_name):
             return super().get_initial_state(inputs, batch_size, dtype)
 
     def call(self, inputs: Any, state: Any, training: Any = None, **kwargs: Any) -> tuple[Any, Any]:
         """Run the cell on the device."""
-        with devices.device(self._device_name):
+        with on_device(self._device_name):
             return self._run_cell(inputs, state, training, kwargs)
 
     def get_config(self) -> dict[str, Any]:  # noqa: D102

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from gpulayers import device as devices
+from gpulayers.device import device as on_device
+from gpulayers.device import parse_device
 from gpulayers.errors import message
 from gpulayers.nn import registry
 from gpulayers.nn.building import build_cell
@@ -75,7 +76,9 @@ class _LegacyWrapper(RNNCell):
     def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Any:
         """Make a wrapper of a configuration whose ``cell`` entry was replaced by a live cell. ValueError if it was not."""
         if isinstance(config.get("cell"), dict):
-            raise ValueError(message(cls.__name__, "the cell is a configuration", "a live cell", config["cell"].get("class_name")))
+            raise ValueError(
+                message(cls.__name__, "the cell is a configuration", "a live cell", config["cell"].get("class_name"))
+            )
         return cls(**config)
 
 
@@ -127,7 +130,11 @@ class DropoutWrapper(_LegacyWrapper):
         super().__init__(cell, dtype=dtype, **kwargs)
         if registry.is_modern_lstm(cell):
             raise ValueError(
-                message(self._name, "a modern LSTMCell does not work with a dropout wrapper", do="Use LSTMCell(dropout=...).")
+                message(
+                    self._name,
+                    "a modern LSTMCell does not work with a dropout wrapper",
+                    do="Use LSTMCell(dropout=...).",
+                )
             )
         self._dropout = DropoutSettings(
             self._name, input_keep_prob, output_keep_prob, state_keep_prob, variational_recurrent, input_size, dtype,
@@ -148,15 +155,15 @@ class DeviceWrapper(_LegacyWrapper):
     def __init__(self, cell: Any, device: Any, **kwargs: Any) -> None:
         super().__init__(cell, **kwargs)
         self._device_name = device
-        self._device = devices.parse_device(device)
+        self._device = parse_device(device)
 
     def zero_state(self, batch_size: Any, dtype: Any) -> Any:
         """Return the cell's zero state, on the device."""
-        with devices.device(self._device_name):
+        with on_device(self._device_name):
             return self.cell.zero_state(batch_size, dtype)
 
     def _around_cell(self, inputs: Any, state: Any, cell: Callable[[Any, Any], Any]) -> Any:
-        with devices.device(self._device_name):
+        with on_device(self._device_name):
             return cell(inputs, state)
 
     def get_config(self) -> dict[str, Any]:  # noqa: D102

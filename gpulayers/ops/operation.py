@@ -162,9 +162,13 @@ class Operation:
     def __repr__(self) -> str:
         return f"<operation {self.name}>"
 
+    def as_arrays(self, inputs: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
+        """Return the array module of `inputs`, and the inputs as `forward` takes them."""
+        return as_arrays(self.name, inputs)
+
     def run(self, inputs: Sequence[Any], attributes: dict[str, Any]) -> Any:
         """Compute on arrays and numbers; nothing is recorded."""
-        xp, arrays = as_arrays(self.name, inputs)
+        xp, arrays = self.as_arrays(inputs)
         body = self.forward if xp is np or self.kernel is None else self.kernel
         try:
             result = body(xp, *arrays, **attributes)

@@ -71,15 +71,16 @@ class SavingOperation(Operation):
 
     __slots__ = ()
 
-    def run(self, inputs: Sequence[Any], attributes: dict[str, Any]) -> Any:
+    def as_arrays(self, inputs: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
+        """Return the array module, and the inputs as arrays; what was saved stays as it is."""
         for value in inputs:
             if type(value) is not np.ndarray and type(value) is not Saved:
                 break
         else:
-            return self.forward(np, *inputs, **attributes)
+            return np, inputs
         xp, converted = as_arrays(self.name, [value for value in inputs if type(value) is not Saved])
         remaining = iter(converted)
-        return self.forward(xp, *[v if type(v) is Saved else next(remaining) for v in inputs], **attributes)
+        return xp, [value if type(value) is Saved else next(remaining) for value in inputs]
 
 
 def _weights(named: dict[str, Any]) -> tuple[Any, Any]:
@@ -97,11 +98,19 @@ def _run_forward(
     operands = (named["x"], *(named[s] for s in family.states), *_weights(named), named.get("bias"))
     if not whole:
         return family.function(xp, "step")(*operands, **settings)
-    return family.function(xp, "sequence")(*operands, **{name: named.get(name) for name in _MASKS}, save=save, **settings)
+    return family.function(xp, "sequence")(
+        *operands, **{name: named.get(name) for name in _MASKS}, save=save, **settings
+    )
 
 
 def _forward(
-    family: Family, whole: bool, xp: Any, *values: Any, names: tuple[str, ...], keep: Keep | None = None, **settings: Any
+    family: Family,
+    whole: bool,
+    xp: Any,
+    *values: Any,
+    names: tuple[str, ...],
+    keep: Keep | None = None,
+    **settings: Any,
 ) -> tuple[Any, ...]:
     named = dict(zip(names, values, strict=True))
     save = state.recorders > 0 or (keep is not None and keep.wanted)
@@ -206,7 +215,13 @@ _SEQUENCES = {family.name: _make(family, whole=True) for family in _FAMILIES}
 
 
 def recurrent_step(
-    kind: str, x: Any, states: Sequence[Any], kernel: Any, recurrent_kernel: Any = None, bias: Any = None, **settings: Any
+    kind: str,
+    x: Any,
+    states: Sequence[Any],
+    kernel: Any,
+    recurrent_kernel: Any = None,
+    bias: Any = None,
+    **settings: Any,
 ) -> tuple[Any, list[Any]]:
     """Compute one step of a cell of `kind` (a key of `FAMILIES`); return the output and the new states.
 
@@ -268,10 +283,14 @@ def _operands(
 def _length_mask(xp: Any, lengths: Any, x: Any) -> Any:
     time, batch = x.shape[:2]
     if lengths.shape != (batch,):
-        raise ShapeError(message("sequence_length", "is not one length for each row", f"shape ({batch},)", lengths.shape))
+        raise ShapeError(
+            message("sequence_length", "is not one length for each row", f"shape ({batch},)", lengths.shape)
+        )
     if batch and (int(lengths.max()) > time or int(lengths.min()) < 0):
         raise ShapeError(
-            message("sequence_length", "is beyond the time axis", f"0 to {time}", lengths.tolist(), "Pad or cut the inputs.")
+            message(
+                "sequence_length", "is beyond the time axis", f"0 to {time}", lengths.tolist(), "Pad or cut the inputs."
+            )
         )
     return xp.arange(time)[:, None] < lengths[None, :]
 

@@ -1,0 +1,438 @@
+"""The RNN layer: options, masks, states, and the fused sequence against steps one by one."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gpulayers as gl
+from gpulayers import nest, ops
+from gpulayers.keras import layers
+from gpulayers.keras.utils import to_json
+from gpulayers.nn import RNNCellResidualWrapper
+from gpulayers.trace import GradientTape, Graph, Session, gradients, placeholder
+from gpulayers.variables import global_variables_initializer
+
+RNG = np.random.default_rng(1)
+CELLS = [layers.SimpleRNNCell, layers.GRUCell, layers.LSTMCell]
+
+
+def numbers(*shape, dtype=np.float64):
+    return RNG.standard_normal(shape).astype(dtype)
+
+
+def by_steps(cell, x, mask, states, backwards, zero):
+    """The contract, written out: x (N, T, D) and mask (N, T) as NumPy arrays; outputs in processing order."""
+    order = range(x.shape[1])[::-1] if backwards else range(x.shape[1])
+    outputs, previous = [], None
+    for t in order:
+        output, new = cell(x[:, t], states)
+        keep = mask[:, t, None]
+        previous = np.zeros_like(output) if previous is None or zero else previous
+        previous = np.where(keep, output, previous)
+        states = [np.where(keep, a, b) for a, b in zip(new, states, strict=True)]
+        outputs.append(previous)
+    return np.stack(outputs, 1), states
+
+
+@settings(max_examples=25)
+@given(
+    kinds=st.lists(st.sampled_from(range(3)), min_size=1, max_size=2),
+    residual=st.booleans(),
+    hard=st.booleans(),
+    backwards=st.booleans(),
+    zero=st.booleans(),
+    unroll=st.booleans(),
+    time_major=st.booleans(),
+    masked=st.booleans(),
+    time=st.integers(1, 5),
+    batch=st.integers(1, 3),
+    seed=st.integers(0, 1000),
+)
+def test_fused_and_general_path_agree(
+    kinds, residual, hard, backwards, zero, unroll, time_major, masked, time, batch, seed
+):  # fmt: skip
+    rng = np.random.default_rng(seed)
+
+    def make(implementation):
+        cells = []
+        for kind in kinds:
+            gate = {"recurrent_activation": "hard_sigmoid"} if hard and kind else {}
+            cell = CELLS[kind](3, dtype="float64", implementation=implementation, **gate)
+            cells.append(RNNCellResidualWrapper(cell, dtype="float64") if residual else cell)
+        return layers.RNN(
+            cells if len(cells) > 1 else cells[0], return_sequences=True, return_state=True, go_backwards=backwards,
+            zero_output_for_mask=zero, unroll=unroll, time_major=time_major, dtype="float64",
+        )  # fmt: skip
+
+    x = rng.standard_normal((batch, time, 3))
+    mask = rng.random((batch, time)) < 0.6 if masked else None
+    if time_major:
+        x, mask = x.swapaxes(0, 1).copy(), None if mask is None else mask.T.copy()
+    fused, general = make(2), make(1)
+    fused(x), general(x)
+    values = [rng.standard_normal(w.shape) for w in fused.weights]
+    states = nest.map_structure(lambda s: rng.standard_normal((batch, s)), fused.cell.state_size)
+    results = []
+    for layer in (fused, general):
+        layer.set_weights(values)
+        with GradientTape() as tape:
+            tape.watch([x, states])
+            y, *last = layer(x, mask=mask, initial_state=states)
+            total = sum(ops.sum(v * (i + 1.5)) for i, v in enumerate(nest.flatten(last))) + ops.sum(y * y)
+        slopes = tape.gradient(total, [x, *nest.flatten(states), *layer.weights], unconnected_gradients="zero")
+        results.append([v.value for v in (y, *nest.flatten(last))] + slopes)
+    for ours, theirs in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind, residual", list(itertools.product(CELLS, [False, True])))
+@pytest.mark.parametrize("backwards, zero", list(itertools.product([False, True], repeat=2)))
+def test_masked_sequences_follow_the_contract(kind, residual, backwards, zero):
+    cell = kind(3, dtype="float64")
+    cell = RNNCellResidualWrapper(cell, dtype="float64") if residual else cell
+    layer = layers.RNN(
+        cell,
+        return_sequences=True,
+        return_state=True,
+        go_backwards=backwards,
+        zero_output_for_mask=zero,
+        dtype="float64",
+    )
+    x = numbers(3, 4, 3)
+    mask = np.array([[0, 1, 1, 0], [1, 0, 0, 1], [0, 0, 0, 0]], bool)
+    y, *last = layer(x, mask=mask)
+    start = [np.zeros((3, 3))] * len(last)
+    expected, states = by_steps(cell, x, mask, start, backwards, zero)
+    np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(last, states, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+    layer.return_sequences = False
+    np.testing.assert_array_equal(layer(x, mask=mask)[0], y[:, -1])
+
+
+def test_unrolled_zeroes_the_outputs_that_the_loop_zeroes():
+    """The reference does not, when it also runs backwards: five recorded cases are excluded for it."""
+    cell = RNNCellResidualWrapper(layers.LSTMCell(3), lambda i, o: i * o)
+    x, mask = numbers(2, 4, 3, dtype=np.float32), np.array([[1, 1, 0, 0], [0, 1, 1, 1]], bool)
+    results = [
+        layers.RNN(cell, return_sequences=True, go_backwards=True, zero_output_for_mask=True, unroll=unroll)(
+            x, mask=mask
+        )
+        for unroll in (False, True)
+    ]
+    np.testing.assert_array_equal(*results)
+    np.testing.assert_array_equal((results[0] != 0).any(-1), mask[:, ::-1])
+
+
+@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize("implementation", [1, 2])
+def test_gradients_match_finite_differences(kind, implementation):
+    cell = RNNCellResidualWrapper(kind(2, dtype="float64", implementation=implementation), dtype="float64")
+    layer = layers.RNN(cell, return_sequences=True, dtype="float64")
+    x, w = numbers(2, 3, 2), numbers(2, 3, 2)
+    mask = np.array([[1, 1, 0], [0, 1, 1]], bool)
+    layer(x)
+    with GradientTape() as tape:
+        tape.watch(x)
+        total = ops.sum(layer(x, mask=mask) * w)
+    slopes = tape.gradient(total, [x, *layer.weights])
+    for slope, place in zip(slopes, [x, *layer.weights], strict=True):
+        base = x if place is x else place.numpy()
+        along, found = numbers(*base.shape), []
+        for step in (1e-5, -1e-5):
+            if place is not x:
+                place.assign(base + step * along)
+            found.append(np.sum(layer(base + step * along if place is x else x, mask=mask) * w))
+        if place is not x:
+            place.assign(base)
+        np.testing.assert_allclose(np.sum(slope * along), (found[0] - found[1]) / 2e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("general", [False, True], ids=["fused", "general"])
+def test_graph_with_unknown_sizes_equals_eager(general):
+    function = (lambda i, o: i - o) if general else None
+    x = numbers(2, 4, 3, dtype=np.float32)
+    mask = np.array([[1, 1, 0, 1], [0, 0, 1, 1]], bool)
+    with Graph().as_default(), Session() as session:
+        layer = layers.RNN(
+            RNNCellResidualWrapper(layers.GRUCell(3), function), return_sequences=True, return_state=True
+        )
+        p, m = placeholder("float32", (None, None, 3)), placeholder("bool", (None, None))
+        y, state = layer(p, mask=m)
+        slopes = gradients([y, state], [p, layer.weights[0]])
+        session.run(global_variables_initializer())
+        got = session.run([y, state, slopes], {p: x, m: mask})
+        again = session.run([y, state], {p: x[:1, :2], m: mask[:1, :2]})
+        weights = session.run(layer.weights)
+    eager = layers.RNN(RNNCellResidualWrapper(layers.GRUCell(3), function), return_sequences=True, return_state=True)
+    eager(x)
+    eager.set_weights(weights)
+    with GradientTape() as tape:
+        tape.watch(x)
+        y, state = eager(x, mask=mask)
+    slopes = tape.gradient([y, state], [x, eager.weights[0]])
+    for ours, theirs in zip(nest.flatten(got), [y.value, state.value, *slopes], strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-5)
+    np.testing.assert_allclose(again[0], eager(x[:1, :2], mask=mask[:1, :2])[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("general", [False, True], ids=["fused", "general"])
+def test_in_a_function_and_a_model(general):
+    layer = layers.RNN(RNNCellResidualWrapper(layers.LSTMCell(3), (lambda i, o: i + o) if general else None))
+    x = numbers(2, 4, 3, dtype=np.float32)
+    expected = layer(x)
+    inputs = gl.keras.Input((None, 3))
+    model = gl.keras.Model(inputs, layer(inputs))
+    np.testing.assert_allclose(model(x), expected, rtol=1e-6)
+    assert layer.input is inputs and [w.name for w in model.weights] == [w.name for w in layer.weights]
+    function = gl.function(layer)
+    np.testing.assert_allclose(function(x), expected, rtol=1e-6)
+    with GradientTape() as tape:
+        tape.watch(x)
+        y = function(x)
+    with GradientTape() as second:
+        second.watch(x)
+        z = layer(x)
+    np.testing.assert_allclose(tape.gradient(y, x), second.gradient(z, x), rtol=1e-5, atol=1e-6)
+
+
+def test_masks_travel():
+    layer = layers.RNN(layers.GRUCell(3), return_sequences=True)
+    masked = layers.Masking()(np.concatenate([numbers(2, 3, 3, dtype=np.float32), np.zeros((2, 1, 3), np.float32)], 1))
+    y = layer(masked)
+    np.testing.assert_array_equal(y[:, 3], y[:, 2])
+    assert layer.compute_mask(masked, "m") == "m"
+    layer.return_state = True
+    assert layer.compute_mask(masked, "m") == ["m", None]
+    layer.return_sequences = False
+    assert layer.compute_mask(masked, "m") == [None, None]
+
+
+# --- states -----------------------------------------------------------------------------------------------------------
+
+
+def test_stateful_goes_on_where_it_stopped():
+    cell = layers.LSTMCell(3)
+    kept = layers.RNN(RNNCellResidualWrapper(cell), stateful=True, return_sequences=True)
+    whole = layers.RNN(RNNCellResidualWrapper(cell), return_sequences=True)
+    x = numbers(2, 6, 3, dtype=np.float32)
+    np.testing.assert_allclose(np.concatenate([kept(x[:, :2]), kept(x[:, 2:])], 1), whole(x), rtol=1e-5, atol=1e-6)
+    kept.reset_states()
+    np.testing.assert_allclose(kept(x), whole(x), rtol=1e-6)
+    assert len(kept.weights) == 3 and all(s.any() for s in kept.states)
+
+
+def test_reset_states_checks_before_it_changes():
+    layer = layers.RNN(layers.LSTMCell(3), stateful=True)
+    with pytest.raises(ValueError, match="no states yet"):
+        layer.reset_states()
+    layer(numbers(2, 4, 3))
+    before = [s.copy() for s in layer.states]
+    ones, wrong = np.ones((2, 3)), np.ones((2, 4))
+    for bad in ([ones], [ones, wrong]):
+        with pytest.raises(ValueError):
+            layer.reset_states(bad)
+        for a, b in zip(before, layer.states, strict=True):
+            np.testing.assert_array_equal(a, b)
+    layer.reset_states([ones, 2 * ones])
+    assert layer.states[0].mean() == 1 and layer.states[1].mean() == 2
+    with pytest.raises(AttributeError):
+        layers.RNN(layers.LSTMCell(3)).reset_states()
+
+
+def test_stateful_needs_one_batch_size():
+    layer = layers.RNN(layers.GRUCell(3), stateful=True)
+    layer(numbers(2, 4, 3))
+    before = layer.states[0].copy()
+    with pytest.raises(ValueError, match="expected shape="):
+        layer(numbers(3, 4, 3))
+    np.testing.assert_array_equal(before, layer.states[0])
+    with pytest.raises(ValueError, match="batch size"), Graph().as_default():
+        layers.RNN(layers.GRUCell(3), stateful=True)(placeholder("float32", (None, 4, 3)))
+
+
+def test_a_list_of_inputs_brings_its_states():
+    layer = layers.LSTM(3, return_sequences=True)
+    x, states = numbers(2, 4, 3, dtype=np.float32), [numbers(2, 3, dtype=np.float32)] * 2
+    np.testing.assert_array_equal(layer([x, *states]), layer(x, initial_state=states))
+    assert not np.allclose(layer(x), layer(x, initial_state=states))
+
+
+@pytest.mark.parametrize("states", [[np.zeros((2, 3))], [np.zeros((2, 3)), np.zeros((2, 4))], [np.zeros((3, 3))] * 2])
+def test_states_that_do_not_fit(states):
+    layer = layers.LSTM(3)
+    with pytest.raises(ValueError, match="An `initial_state` was passed that is not compatible with `cell.state_size`"):
+        layer(numbers(2, 4, 3), initial_state=states)
+
+
+# --- cells from outside -----------------------------------------------------------------------------------------------
+
+
+class Counting(layers.Layer):
+    """A user's cell: adds one to its state and takes constants."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.state_size = 1
+
+    def call(self, inputs, states, constants=None):
+        count = states[0] + 1
+        return inputs * (1 if constants is None else constants[0]) + count, [count]
+
+
+def test_a_users_cell_runs_step_by_step():
+    x = numbers(2, 3, 1, dtype=np.float32)
+    y, count = layers.RNN(Counting(), return_sequences=True, return_state=True)(x)
+    np.testing.assert_allclose(y[:, :, 0], x[:, :, 0] + [1, 2, 3], rtol=1e-6)
+    np.testing.assert_array_equal(count, [[3], [3]])
+    y = layers.RNN(Counting(), return_sequences=True)(x, constants=[np.float32(2)])
+    np.testing.assert_allclose(y[:, :, 0], 2 * x[:, :, 0] + [1, 2, 3], rtol=1e-6)
+
+
+def test_nested_inputs_and_outputs():
+    class Pair(layers.Layer):
+        state_size = 3
+
+        def call(self, inputs, states):
+            return {"sum": inputs["a"] + inputs["b"], "state": states[0]}, [states[0] + inputs["a"]]
+
+    a, b = numbers(2, 4, 3, dtype=np.float32), numbers(2, 4, 3, dtype=np.float32)
+    y = layers.RNN(Pair(), return_sequences=True)({"a": a, "b": b})
+    np.testing.assert_allclose(y["sum"], a + b, rtol=1e-6)
+    np.testing.assert_allclose(y["state"][:, 2], a[:, :2].sum(1), rtol=1e-5)
+
+
+def test_dropout_uses_one_mask_for_all_steps():
+    layer = layers.RNN(layers.SimpleRNNCell(4, dropout=0.5, recurrent_initializer="zeros", activation="linear"),
+                       return_sequences=True)  # fmt: skip
+    x = np.ones((2, 5, 4), np.float32)
+    dropped = layer(x, training=True)
+    np.testing.assert_allclose(dropped, np.repeat(dropped[:, :1], 5, 1), rtol=1e-6)
+    assert not np.allclose(dropped, layer(x, training=True)) and not np.allclose(dropped, layer(x))
+    np.testing.assert_array_equal(layer(x), layer(x, training=False))
+
+
+@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize("general", [False, True], ids=["fused", "general"])
+def test_gradient_under_dropout_matches_the_drawn_masks(kind, general):
+    cell = kind(3, dtype="float64", dropout=0.4, recurrent_dropout=0.4)
+    wrapper = RNNCellResidualWrapper(cell, (lambda i, o: i + o) if general else None, dtype="float64")
+    layer = layers.RNN(wrapper, dtype="float64", return_sequences=True)
+    x, along = numbers(2, 3, 3), numbers(2, 3, 3)
+    layer(x)
+
+    def run(value, tape=None):
+        gl.set_random_seed(7)
+        return ops.sum(layer(value, training=True) ** 2)
+
+    with GradientTape() as tape:
+        tape.watch(x)
+        total = run(x)
+    slope = (float(run(x + 1e-6 * along)) - float(run(x - 1e-6 * along))) / 2e-6
+    np.testing.assert_allclose(np.sum(tape.gradient(total, x) * along), slope, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_fused_and_general_path_draw_the_same_masks(kind):
+    x, results = numbers(2, 3, 3), []
+    for function in (None, lambda i, o: i + o):
+        cell = kind(3, dtype="float64", dropout=0.4, recurrent_dropout=0.4, kernel_initializer="ones",
+                    recurrent_initializer="ones")  # fmt: skip
+        layer = layers.RNN(RNNCellResidualWrapper(cell, function, dtype="float64"), dtype="float64")
+        layer(x)
+        gl.set_random_seed(3)
+        results.append(layer(x, training=True))
+    np.testing.assert_allclose(*results, rtol=1e-10)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float16"])
+@pytest.mark.parametrize("kind", [layers.SimpleRNN, layers.GRU, layers.LSTM])
+def test_sixteen_bits_stay_close(policy, kind):
+    layer, exact = kind(8, dtype=policy, return_sequences=True), kind(8, return_sequences=True)
+    x = numbers(2, 20, 8, dtype=np.float32)
+    layer(x), exact(x)
+    exact.set_weights([w.astype(np.float32) for w in layer.get_weights()])
+    y = layer(x)
+    assert y.dtype.name == policy.removeprefix("mixed_")
+    np.testing.assert_allclose(y.astype(np.float32), exact(x), atol=0.05 if "bfloat" in policy else 0.01)
+
+
+# --- shapes, configuration, errors ------------------------------------------------------------------------------------
+
+
+def test_output_shapes():
+    wrapper = RNNCellResidualWrapper(layers.SimpleRNNCell(3))
+    layer = layers.RNN(wrapper, return_sequences=True, return_state=True)
+    assert layer.compute_output_shape((2, 4, 3)) == [(2, 4, 3), (2, 3)]
+    assert layers.LSTM(5).compute_output_shape((None, None, 3)) == (None, 5)
+    assert layers.GRU(5, return_sequences=True, time_major=True).compute_output_shape((4, 2, 3)) == (4, 2, 5)
+    with pytest.raises(TypeError):
+        layer.compute_output_shape("shape")
+    with pytest.raises(ValueError):
+        layer.compute_output_shape((2, 3))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: layers.LSTM(3, dropout=0.5, kernel_regularizer="l2", return_state=True, name="a"),
+        lambda: layers.GRU(3, reset_after=False, activation="relu", go_backwards=True),
+        lambda: layers.SimpleRNN(3, use_bias=False, unroll=True),
+        lambda: layers.RNN([RNNCellResidualWrapper(layers.GRUCell(3)), layers.LSTMCell(3)], return_sequences=True),
+        lambda: layers.RNN(RNNCellResidualWrapper(layers.GRUCell(3)), zero_output_for_mask=True),
+    ],
+)
+def test_configurations_survive_json(make):
+    layer = make()
+    config = json.loads(to_json(layer.get_config()))
+    twin = type(layer).from_config(config)
+    assert twin.get_config() == layer.get_config()
+
+
+def test_layers_show_their_cells_arguments():
+    layer = layers.LSTM(3, dropout=0.25)
+    assert layer.units == 3 and layer.dropout == 0.25 and layer.unit_forget_bias
+    layer(numbers(1, 2, 3))
+    assert [w.name.rpartition("/")[2] for w in layer.weights] == ["kernel:0", "recurrent_kernel:0", "bias:0"]
+    with pytest.raises(AttributeError):
+        _ = layer.nonsense
+
+
+def test_weight_names():
+    with Graph().as_default():
+        layer = layers.RNN([RNNCellResidualWrapper(layers.GRUCell(3)), layers.LSTMCell(3)])
+        layer(placeholder("float32", (None, 2, 3)))
+        names = [w.name for w in layer.weights]
+        single = layers.RNN(RNNCellResidualWrapper(layers.GRUCell(3)), name="one")
+        single(placeholder("float32", (None, 2, 3)))
+    assert names[0] == "rnn/stacked_rnn_cells/residual_wrapper/kernel:0"
+    assert names[3] == "rnn/stacked_rnn_cells/lstm_cell/kernel:0"
+    assert single.weights[0].name == "one/residual_wrapper_1/kernel:0"
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="call"):
+        layers.RNN(3)
+    with pytest.raises(ValueError, match="state_size"):
+        layers.RNN(layers.Dense(3))
+    with pytest.raises(ValueError, match="min_ndim=3"):
+        layers.RNN(layers.GRUCell(3))(numbers(2, 3))
+    with pytest.raises(ValueError, match="mask"):
+        layers.RNN(layers.GRUCell(3))(numbers(2, 4, 3), mask=np.ones((2, 3), bool))
+    with pytest.raises(ValueError, match="residual_fn that projects"):
+        layers.RNN(RNNCellResidualWrapper(layers.GRUCell(4)))(numbers(2, 4, 3))
+    with pytest.raises(TypeError):
+        layers.LSTM(3, nonsense=1)
+    with Graph().as_default(), pytest.raises(ValueError, match="Cannot unroll"):
+        layer = layers.RNN(RNNCellResidualWrapper(layers.GRUCell(3), lambda i, o: o), unroll=True)
+        layer(placeholder("float32", (2, None, 3)))
+
+
+def test_a_time_axis_without_steps():
+    layer = layers.LSTM(3, return_sequences=True, return_state=True)
+    y, h, c = layer(np.zeros((2, 0, 3), np.float32))
+    assert y.shape == (2, 0, 3) and not h.any() and not c.any()
