@@ -168,7 +168,3 @@ class LegacyLayer(CoreLayer):
 
 # An automatic name is made of the class's name, and a legacy program's base class is called Layer.
 LegacyLayer.__name__ = LegacyLayer.__qualname__ = "Layer"
-
-
-# Layers are named after their class, and a legacy program's base class is called Layer.
-LegacyLayer.__name__ = LegacyLayer.__qualname__ = "Layer"
