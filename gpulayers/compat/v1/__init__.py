@@ -2,7 +2,7 @@
 
 import gpulayers as _top
 from gpulayers import keras as keras
-from gpulayers import losses as losses
+from gpulayers import legacy_losses as losses
 from gpulayers import metrics as metrics
 from gpulayers.compat.v1 import train as train
 from gpulayers.trace.graph import enter_default_graph as disable_eager_execution
@@ -10,4 +10,4 @@ from gpulayers.trace.graph import enter_default_graph as disable_v2_behavior
 from gpulayers.trace.graph import leave_default_graph as enable_eager_execution
 from gpulayers.trace.graph import leave_default_graph as enable_v2_behavior
 
-globals().update({name: value for name, value in vars(_top).items() if not name.startswith("_")})
+globals().update({name: value for name, value in vars(_top).items() if name[0] != "_" and name not in globals()})
