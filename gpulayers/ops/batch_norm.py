@@ -12,6 +12,7 @@ from gpulayers.dtypes import parameter_dtype
 from gpulayers.errors import ShapeError, message
 from gpulayers.ops import batch_norm_arrays as arrays
 from gpulayers.ops import batch_norm_moving as moving_arrays
+from gpulayers.ops.batch_norm_second import inference_second_gradient, training_second_gradient
 from gpulayers.ops.operation import GradientContext, Operation, Spec, match
 from gpulayers.ops.shaping import reshape
 
@@ -177,6 +178,7 @@ _training_backward = Operation(
     "batch_norm_training_gradient",
     _backward,
     spec=_backward_spec,
+    gradient=training_second_gradient,
     kernel=_backward,
     type="FusedBatchNormGradV3",
     doc="Gradients of `batch_norm_training`: dx, dgamma, dbeta (C values each), and of a residual.",
@@ -291,6 +293,7 @@ _inference_backward = Operation(
     "batch_norm_inference_gradient",
     _inference_backward_forward,
     spec=_inference_backward_spec,
+    gradient=inference_second_gradient,
     kernel=_inference_backward_forward,
     type="BatchNormInferenceGrad",
     doc="Gradients of `batch_norm_inference`, its statistics being constants.",
