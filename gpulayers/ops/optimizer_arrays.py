@@ -67,14 +67,15 @@ def sgd_update(
     >>> w, b
     (array([-0.25, -0.25]), array([1.5, 1.5]))
     """
-    members = list(zip(params, grads, momentums or params, strict=True))
+    members = list(zip(params, grads, params if momentums is None else momentums, strict=True))
     left: Iterable[int] = range(len(members))
     if params and has_kernels(params[0]):
         if momentums is None:
             left = optimizer_kernels.sgd_update(params, grads, rate=learning_rate)
         else:
-            settings = {"rate": learning_rate, "momentum": momentum, "nesterov": nesterov}
-            left = optimizer_kernels.momentum_update(params, grads, momentums, **settings)
+            left = optimizer_kernels.momentum_update(
+                params, grads, momentums, rate=learning_rate, momentum=momentum, nesterov=nesterov
+            )
     for index in left:
         if momentums is None:
             for w, g in _blocks(xp, *members[index][:2]):

@@ -7,6 +7,7 @@ arrays in every step: their addresses travel by value in the argument struct, so
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Sequence
@@ -193,7 +194,7 @@ def _contiguous(array: Any) -> Any:
 
 
 def _plan(params: Sequence[Any], grads: Sequence[Any], slots: Sequence[Sequence[Any]]) -> _Plan:
-    """Return the plan for these parameters, slots and gradient dtypes, from an earlier step if they are the same arrays.
+    """Return the plan for these parameters, slots and gradient dtypes, that of an earlier step for the same arrays.
 
     An array that lives keeps its address and size, so its identity is enough; a plan goes when one of its arrays does.
     """
@@ -201,12 +202,17 @@ def _plan(params: Sequence[Any], grads: Sequence[Any], slots: Sequence[Sequence[
     key = (len(slots), tuple(map(id, arrays)), tuple([g.dtype for g in grads]))
     plan = _plans.get(key)
     if plan is None:
-        references = [weakref.ref(array, lambda _, forget=_plans.pop, key=key: forget(key, None)) for array in arrays]
+        forget = functools.partial(_forget, key)
+        references = [weakref.ref(array, forget) for array in arrays]
         plan = _make_plan(params, grads, slots, references)
         while len(_plans) >= TABLES:
             _plans.pop(next(iter(_plans)), None)
         _plans[key] = plan
     return plan
+
+
+def _forget(key: Any, _: Any, pop: Any = _plans.pop) -> None:
+    pop(key, None)  # its own reference: at the interpreter's end the module's names may be gone
 
 
 def _make_plan(
@@ -248,10 +254,11 @@ def _overlapping(members: Sequence[Sequence[Any]]) -> set[int]:
     for index, member in enumerate(members):
         for array in member:
             if array.size:
-                low = launcher_of(array).pointer(array)
-                reach = sum((n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True) if stride > 0)
-                back = sum((n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True) if stride < 0)
-                spans.append((low + back, low + reach + array.dtype.itemsize, index))
+                start = launcher_of(array).pointer(array)
+                steps = [(n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True)]
+                low = start + sum(step for step in steps if step < 0)
+                high = start + sum(step for step in steps if step > 0) + array.dtype.itemsize
+                spans.append((low, high, index))
     found: set[int] = set()
     end, owner = 0, -1
     for low, high, index in sorted(spans):
