@@ -34,6 +34,7 @@ class DropoutSettings:
             raise TypeError(message(name, "dropout_state_filter_visitor is not callable", got=repr(state_filter)))
         self.seed, self.state_filter = seed, state_filter or default_filter
         self.noise: dict[str, Any] = {}
+        self._drawn: dict[tuple[str, int], int] = {}
         if variational:
             self._draw_noise(name, input_size, dtype, cell)
 
@@ -66,6 +67,15 @@ class DropoutSettings:
         text = f"{self.seed}{kind}_{index}"
         return int(hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()[:8], 16) & 0x7FFFFFFF
 
+    def _next_seed(self, kind: str, index: int) -> int | None:
+        """Return the seed of the next draw: that of the tensor first, then others that follow from it."""
+        seed = self._seed_of(kind, index)
+        if seed is None:
+            return None
+        count = self._drawn.get((kind, index), 0)
+        self._drawn[kind, index] = count + 1
+        return (seed + 0x9E3779B1 * count) & 0x7FFFFFFF  # a seeded draw starts its generator anew at every step
+
     def _drop_one(self, kind: str, index: int, value: Any) -> Any:
         keep, noise = self.keep[kind], self.noise.get(kind)
         if noise is not None:
@@ -73,8 +83,8 @@ class DropoutSettings:
         if isinstance(keep, int | float):
             if not keep:
                 return ops.zeros_like(value)
-            return ops.dropout(value, 1 - keep, seed=self._seed_of(kind, index))
-        noise = ops.random_uniform(ops.shape_of(value), dtype=value.dtype, seed=self._seed_of(kind, index))
+            return ops.dropout(value, 1 - keep, seed=self._next_seed(kind, index))
+        noise = ops.random_uniform(ops.shape_of(value), dtype=value.dtype, seed=self._next_seed(kind, index))
         return value / keep * ops.floor(noise + keep)
 
     def drop(self, kind: str, values: Any) -> Any:

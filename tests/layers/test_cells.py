@@ -1,0 +1,396 @@
+"""Cells of both families, their stacks and the other wrappers: equations, variables, errors."""
+
+import hashlib
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+import gpulayers as gl
+from gpulayers import nest, ops
+from gpulayers.keras import layers
+from gpulayers.nn import RNNCellDeviceWrapper, RNNCellDropoutWrapper, RNNCellResidualWrapper, rnn_cell
+from gpulayers.trace import GradientTape, Graph, placeholder
+from gpulayers.variables import PartitionedVariable
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+RNG = np.random.default_rng(2)
+X, H, C = (RNG.standard_normal((2, 3)) for _ in range(3))
+
+
+def sigma(x):
+    return 1 / (1 + np.exp(-x))
+
+
+# --- modern cells -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", [1, 2])
+def test_lstm_is_torchs(implementation):
+    cell = layers.LSTMCell(4, dtype="float64", implementation=implementation)
+    cell.build((2, 3))
+    peer = torch.nn.LSTMCell(3, 4, dtype=torch.float64)
+    cell.set_weights([w.detach().numpy().T for w in (peer.weight_ih, peer.weight_hh)] + [peer.bias_ih.detach().numpy()])
+    h, c = RNG.standard_normal((2, 2, 4))
+    with torch.no_grad():
+        peer.bias_hh.zero_()
+        expected = peer(torch.tensor(X), (torch.tensor(h), torch.tensor(c)))
+    output, states = cell(X, [h, c])
+    np.testing.assert_array_equal(output, states[0])
+    for ours, theirs in zip(states, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("implementation", [1, 2])
+def test_gru_is_torchs(implementation):
+    cell = layers.GRUCell(4, dtype="float64", implementation=implementation)
+    cell.build((2, 3))
+    peer = torch.nn.GRUCell(3, 4, dtype=torch.float64)
+    order = np.r_[4:8, 0:4, 8:12]  # torch has r, z, n
+    parts = [w.detach().numpy()[order] for w in (peer.weight_ih, peer.weight_hh, peer.bias_ih, peer.bias_hh)]
+    cell.set_weights([parts[0].T, parts[1].T, np.stack(parts[2:])])
+    h = RNG.standard_normal((2, 4))
+    expected = peer(torch.tensor(X), torch.tensor(h)).detach().numpy()
+    np.testing.assert_allclose(cell(X, h)[0], expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [layers.SimpleRNNCell, layers.GRUCell, layers.LSTMCell])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_bias": False}, {"activation": "relu"}, {"recurrent_activation": "hard_sigmoid"}, {"reset_after": False}],
+    ids=str,
+)
+def test_fused_and_composed_step_agree(kind, options):
+    if ("reset_after" in options and kind is not layers.GRUCell) or (
+        "recurrent_activation" in options and kind is layers.SimpleRNNCell
+    ):
+        pytest.skip("not an option of this cell")
+    cells = [kind(3, dtype="float64", implementation=number, **options) for number in (1, 2)]
+    states = [H, C][: len(nest.flatten(cells[0].state_size))]
+    for cell in cells:
+        cell.build((2, 3))
+        cell.set_weights([np.cos(np.arange(w.size)).reshape(w.shape) for w in cell.get_weights()])
+    results = []
+    for cell in cells:
+        with GradientTape() as tape:
+            tape.watch([X, *states])
+            output, new = cell(X, states)
+            total = ops.sum(output**2) + sum(ops.sum(s * 3) for s in new)
+        results.append([output, *new, *tape.gradient(total, [X, *states, *cell.weights])])
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(getattr(a, "value", a), getattr(b, "value", b), rtol=1e-10, atol=1e-12)
+
+
+def test_hard_sigmoid_gates():
+    cell = layers.LSTMCell(3, recurrent_activation="hard_sigmoid", dtype="float64")
+    _, (h, c) = cell(X, [H, C])
+    k, r, b = cell.get_weights()
+    i, f, g, o = np.split(X @ k + H @ r + b, 4, 1)
+    hard = lambda v: np.clip(0.2 * v + 0.5, 0, 1)  # noqa: E731
+    expected = hard(f) * C + hard(i) * np.tanh(g)
+    np.testing.assert_allclose(c, expected, rtol=1e-10)
+    np.testing.assert_allclose(h, hard(o) * np.tanh(expected), rtol=1e-10)
+
+
+def test_variables_initializers_regularizers_constraints():
+    cell = layers.LSTMCell(
+        2,
+        kernel_initializer="ones",
+        recurrent_initializer="zeros",
+        bias_initializer="zeros",
+        kernel_regularizer="l1",
+        recurrent_regularizer="l2",
+        bias_regularizer="l1",
+        kernel_constraint="non_neg",
+    )
+    cell.build((None, 3))
+    assert [w.name for w in cell.weights] == ["kernel:0", "recurrent_kernel:0", "bias:0"]
+    assert [w.shape for w in cell.weights] == [(3, 8), (2, 8), (8,)]
+    np.testing.assert_array_equal(cell.bias.numpy(), [0, 0, 1, 1, 0, 0, 0, 0])
+    np.testing.assert_allclose([float(loss) for loss in cell.losses], [0.24, 0, 0.02], rtol=1e-6)
+    assert cell.kernel.constraint is not None and cell.bias.constraint is None
+    plain = layers.LSTMCell(2, unit_forget_bias=False)
+    plain.build((None, 3))
+    assert not plain.bias.numpy().any()
+    assert layers.GRUCell(2).state_size == 2 and layers.LSTMCell(2).state_size == [2, 2]
+
+
+def test_dropout_is_clamped_and_changes_the_implementation():
+    cell = layers.GRUCell(2, dropout=-1, recurrent_dropout=7)
+    assert (cell.dropout, cell.recurrent_dropout, cell.implementation) == (0.0, 1.0, 1)
+    assert layers.GRUCell(2).implementation == 2
+
+
+def test_cell_errors():
+    for units in (0, -1):
+        with pytest.raises(ValueError, match="units"):
+            layers.LSTMCell(units)
+    with pytest.raises(TypeError):
+        layers.LSTMCell(2, nonsense=1)
+    with pytest.raises(ValueError):
+        layers.LSTMCell(2, activation="nonsense")
+    with pytest.raises(ValueError, match="depth"):
+        layers.LSTMCell(2).build((2, None))
+    cell = layers.LSTMCell(3)
+    with pytest.raises(ValueError, match="number of states"):
+        cell(X, [H])
+    with pytest.raises(ValueError, match="state 1"):
+        cell(X, [H, RNG.standard_normal((2, 2))])
+    with pytest.raises(ValueError):
+        cell(RNG.standard_normal((2, 5)), [H, C])
+
+
+# --- stacked cells ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_stacked_cells(reverse):
+    cells = [layers.GRUCell(4, dtype="float64"), layers.LSTMCell(3, dtype="float64")]
+    stack = layers.StackedRNNCells(cells, reverse_state_order=reverse, dtype="float64", name="stack")
+    assert stack.state_size == (([3, 3], 4) if reverse else (4, [3, 3])) and stack.output_size == 3
+    h = RNG.standard_normal((2, 4))
+    output, states = stack(X, ([H, C], h) if reverse else (h, [H, C]))
+    below, new_h = cells[0](X, h)
+    above, new = cells[1](below, [H, C])
+    np.testing.assert_allclose(output, above, rtol=1e-12)
+    own = states[::-1] if reverse else states
+    np.testing.assert_allclose(own[0], new_h, rtol=1e-12)
+    np.testing.assert_allclose(own[1][1], new[1], rtol=1e-12)
+    assert [w.name.split("/")[0] for w in stack.weights] == ["stack"] * 6
+    zero = stack.get_initial_state(batch_size=2, dtype="float64")
+    assert [z.shape for z in nest.flatten(zero)] == [tuple([2, s]) for s in nest.flatten(stack.state_size)]
+    with pytest.raises(ValueError):
+        layers.StackedRNNCells([layers.Dense(3)])
+    twin = layers.StackedRNNCells.from_config(stack.get_config())
+    assert twin.state_size == stack.state_size
+
+
+# --- legacy cells -----------------------------------------------------------------------------------------------------
+
+
+def weights_of(cell):
+    return {w.name.partition("/")[2].removesuffix(":0"): w.numpy() for w in cell.weights}
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "tanh"])
+def test_legacy_equations(activation):
+    act = np.tanh if activation != "relu" else lambda v: np.maximum(v, 0)
+    joined = np.concatenate([X, H], 1)
+    basic = rnn_cell.BasicRNNCell(3, activation=activation)
+    output, state = basic(X, H)
+    w = weights_of(basic)
+    np.testing.assert_allclose(output, act(joined @ w["kernel"] + w["bias"]), rtol=1e-10)
+    np.testing.assert_array_equal(output, state)
+    gru = rnn_cell.GRUCell(3, activation=activation)
+    output, _ = gru(X, H)
+    w = weights_of(gru)
+    assert w["gates/bias"].min() == 1 and not w["candidate/bias"].any()
+    r, u = np.split(sigma(joined @ w["gates/kernel"] + w["gates/bias"]), 2, 1)
+    c = act(np.concatenate([X, r * H], 1) @ w["candidate/kernel"] + w["candidate/bias"])
+    np.testing.assert_allclose(output, u * H + (1 - u) * c, rtol=1e-10)
+    lstm = rnn_cell.BasicLSTMCell(3, forget_bias=0.5, activation=activation)
+    output, state = lstm(X, rnn_cell.LSTMStateTuple(C, H))
+    w = weights_of(lstm)
+    i, j, f, o = np.split(joined @ w["kernel"] + w["bias"], 4, 1)
+    new_c = C * sigma(f + 0.5) + sigma(i) * act(j)
+    np.testing.assert_allclose(state.c, new_c, rtol=1e-10)
+    np.testing.assert_allclose(output, act(new_c) * sigma(o), rtol=1e-10)
+
+
+@pytest.mark.parametrize("peepholes, clip, projection", list(itertools.product([False, True], [None, 0.2], [None, 2])))
+def test_legacy_lstm(peepholes, clip, projection):
+    cell = rnn_cell.LSTMCell(
+        3, use_peepholes=peepholes, cell_clip=clip, num_proj=projection, proj_clip=0.1 if projection else None
+    )
+    h = RNG.standard_normal((2, projection or 3))
+    assert cell.state_size == (3, projection or 3) and cell.output_size == (projection or 3)
+    output, state = cell(X, rnn_cell.LSTMStateTuple(C, h))
+    w = weights_of(cell)
+    i, j, f, o = np.split(np.concatenate([X, h], 1) @ w["kernel"] + w["bias"], 4, 1)
+    wf, wi, wo = (w.get(f"w_{gate}_diag", 0) for gate in "fio")
+    c = sigma(f + 1 + wf * C) * C + sigma(i + wi * C) * np.tanh(j)
+    c = np.clip(c, -clip, clip) if clip else c
+    m = sigma(o + wo * c) * np.tanh(c)
+    m = np.clip(m @ w["projection/kernel"], -0.1, 0.1) if projection else m
+    np.testing.assert_allclose(state.c, c, rtol=1e-9)
+    np.testing.assert_allclose(output, m, rtol=1e-9)
+    np.testing.assert_array_equal(state.h, output)
+
+
+def test_shards_cut_the_kernels():
+    cell = rnn_cell.LSTMCell(3, num_unit_shards=2, num_proj=2, num_proj_shards=3)
+    cell(X, cell.zero_state(2, "float64"))
+    assert isinstance(cell.kernel, PartitionedVariable) and len(list(cell.kernel)) == 2
+    assert len(cell.weights) == 2 + 1 + 3
+
+
+def test_states_side_by_side():
+    tuples, flat = rnn_cell.BasicLSTMCell(3), rnn_cell.BasicLSTMCell(3, state_is_tuple=False)
+    assert flat.state_size == 6
+    y, state = tuples(X, rnn_cell.LSTMStateTuple(C, H))
+    flat(X, np.concatenate([C, H], 1))
+    flat.set_weights(tuples.get_weights())
+    z, joined = flat(X, np.concatenate([C, H], 1))
+    np.testing.assert_array_equal(y, z)
+    np.testing.assert_array_equal(joined, np.concatenate(state, 1))
+
+
+def test_legacy_names_states_and_errors():
+    with Graph().as_default():
+        x, h = placeholder("float32", (2, 3)), placeholder("float32", (2, 3))
+        cells = [rnn_cell.BasicRNNCell(3), rnn_cell.GRUCell(3), rnn_cell.BasicLSTMCell(3), rnn_cell.LSTMCell(3)]
+        for cell in cells:
+            cell(x, (h, h) if isinstance(cell.state_size, tuple) else h)
+        prefixes = [cell.weights[0].name for cell in cells]
+        assert [p.split("/")[0] for p in prefixes] == ["basic_rnn_cell", "gru_cell", "basic_lstm_cell", "lstm_cell"]
+        with pytest.raises(ValueError, match="inputs.shape\\[-1\\] to be known"):
+            rnn_cell.BasicRNNCell(3)(placeholder("float32", (2, None)), h)
+        with pytest.raises(ValueError, match="ndim=2"):
+            rnn_cell.BasicRNNCell(3)(placeholder("float32", (2, 3, 3)), h)
+        shared = rnn_cell.BasicRNNCell(3, reuse=True, name="basic_rnn_cell")
+        shared(x, h)
+        assert shared.weights[0] is cells[0].weights[0]
+    cell = rnn_cell.BasicRNNCell(3)
+    with pytest.raises(ValueError, match="only supports floating point"):
+        cell(X.astype(int), H)
+    assert cell.zero_state(4, "float32").shape == (4, 3)
+    with pytest.raises(ValueError, match="batch size"):
+        cell.get_initial_state(inputs=X, batch_size=3)
+    with pytest.raises(ValueError, match="dtype"):
+        cell.get_initial_state(inputs=X, dtype="float32")
+    with pytest.warns(DeprecationWarning):
+        rnn_cell.LSTMCell(3)
+
+
+def test_multi_cell():
+    cells = [rnn_cell.BasicLSTMCell(3), rnn_cell.GRUCell(4)]
+    multi = rnn_cell.MultiRNNCell(cells)
+    assert multi.state_size == ((3, 3), 4) and multi.output_size == 4
+    zero = multi.zero_state(2, "float64")
+    output, states = multi(X, zero)
+    below, first = cells[0](X, zero[0])
+    above, second = cells[1](below, zero[1])
+    np.testing.assert_array_equal(output, above)
+    np.testing.assert_array_equal(states[0].c, first.c)
+    assert [w.name for w in multi.weights][0] == "multi_rnn_cell/cell_0/basic_lstm_cell/kernel:0"
+    assert len(multi.trainable_weights) == 6
+    twin = rnn_cell.MultiRNNCell.from_config(multi.get_config())
+    assert [type(c) for c in twin.cells] == [type(c) for c in cells]
+    with pytest.raises(ValueError):
+        multi(X, X)
+    with pytest.raises(ValueError):
+        multi(X, (zero[0],))
+    with pytest.raises(ValueError):
+        rnn_cell.MultiRNNCell([])
+    with pytest.raises(TypeError):
+        rnn_cell.MultiRNNCell(cells[0])
+    with pytest.raises(ValueError):
+        rnn_cell.MultiRNNCell(cells, state_is_tuple=False)
+
+
+def test_multi_cell_with_one_state():
+    cells = [rnn_cell.GRUCell(3), rnn_cell.BasicRNNCell(4)]
+    multi = rnn_cell.MultiRNNCell(cells, state_is_tuple=False)
+    assert multi.state_size == 7
+    output, state = multi(X, np.zeros((2, 7)))
+    np.testing.assert_array_equal(state[:, 3:], output)
+    np.testing.assert_array_equal(state[:, :3], cells[0](X, np.zeros((2, 3)))[0])
+
+
+# --- dropout and device wrappers --------------------------------------------------------------------------------------
+
+WRAPPERS = [RNNCellDropoutWrapper, rnn_cell.DropoutWrapper]
+ONES = np.ones((64, 50), np.float32)
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_dropped_parts(kind):
+    cell = rnn_cell.BasicRNNCell(50)
+    same, _ = cell(ONES, ONES)
+    output, state = kind(cell, output_keep_prob=0.5, seed=3)(ONES, ONES)
+    kept = output != 0
+    assert 0.4 < kept.mean() < 0.6
+    np.testing.assert_allclose(output[kept], 2 * np.asarray(same)[kept], rtol=1e-5)
+    np.testing.assert_array_equal(state, same)
+    output, state = kind(cell, state_keep_prob=0.5)(ONES, ONES)
+    np.testing.assert_array_equal(output, same)
+    assert 0.4 < (state != 0).mean() < 0.6
+    output, _ = kind(cell, input_keep_prob=0.5)(ONES, ONES)
+    assert not np.allclose(output, same)
+    output, state = kind(cell)(ONES, ONES)
+    np.testing.assert_array_equal(output, same)
+    assert not kind(cell, output_keep_prob=0.0)(ONES, ONES)[0].any()
+
+
+def test_memory_of_an_lstm_is_not_dropped_unless_asked():
+    cell = rnn_cell.BasicLSTMCell(50)
+    state = rnn_cell.LSTMStateTuple(ONES, ONES)
+    _, new = rnn_cell.DropoutWrapper(cell, state_keep_prob=0.5)(ONES, state)
+    assert (new.c != 0).all() and (new.h == 0).any()
+    everything = rnn_cell.DropoutWrapper(cell, state_keep_prob=0.5, dropout_state_filter_visitor=lambda s: True)
+    _, new = everything(ONES, state)
+    assert (new.c == 0).any() and (new.h == 0).any()
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_variational_masks_stay(kind):
+    cell = rnn_cell.BasicRNNCell(50)
+    wrapper = kind(cell, 0.5, 0.5, 0.5, variational_recurrent=True, input_size=50, dtype="float32", seed=1)
+    (a, s), (b, t) = wrapper(ONES, ONES), wrapper(ONES, ONES)
+    np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(s, t)
+    np.testing.assert_array_equal((a != 0)[0], (a != 0)[1])
+    assert 0.2 < (a != 0).mean() < 0.8
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_dropout_wrapper_errors(kind):
+    cell = rnn_cell.BasicRNNCell(3)
+    for keywords in (
+        {"input_keep_prob": 1.5},
+        {"output_keep_prob": -0.1},
+        {"variational_recurrent": True},
+        {"variational_recurrent": True, "dtype": "float32", "input_keep_prob": 0.5},
+    ):
+        with pytest.raises(ValueError):
+            kind(cell, **keywords)
+    with pytest.raises(TypeError):
+        kind(cell, dropout_state_filter_visitor=3)
+    with pytest.raises(ValueError, match="modern LSTMCell"):
+        kind(layers.LSTMCell(3))
+
+
+def test_seeds_depend_on_what_is_dropped():
+    wrapper = RNNCellDropoutWrapper(layers.GRUCell(3), seed=5)
+    seeds = [wrapper._dropout._seed_of(*which) for which in (("input", 0), ("output", 0), ("input", 1))]
+    assert seeds == [
+        int(hashlib.md5(t).hexdigest()[:8], 16) & 0x7FFFFFFF for t in (b"5input_0", b"5output_0", b"5input_1")
+    ]
+
+
+def test_dropout_wrapper_in_a_layer_and_its_config():
+    wrapper = RNNCellDropoutWrapper(layers.GRUCell(3), output_keep_prob=0.5, seed=1)
+    y = layers.RNN(wrapper, return_sequences=True)(np.ones((8, 6, 3), np.float32))
+    assert (y == 0).any() and not np.array_equal(y[:, 0] == 0, y[:, 1] == 0)
+    twin = RNNCellDropoutWrapper.from_config(wrapper.get_config())
+    assert twin.get_config() == wrapper.get_config()
+
+
+@pytest.mark.parametrize("kind", [RNNCellDeviceWrapper, rnn_cell.DeviceWrapper])
+def test_device_wrapper(kind):
+    cell = rnn_cell.BasicRNNCell(3)
+    wrapper = kind(cell, "cpu")
+    x, h = X.astype(np.float32), H.astype(np.float32)
+    np.testing.assert_array_equal(wrapper(x, h)[0], cell(x, h)[0])
+    assert wrapper.zero_state(2, "float32").shape == (2, 3) and wrapper.get_config()["device"] == "cpu"
+    with pytest.raises(gl.errors.DeviceError):
+        kind(cell, "nowhere")
+
+
+def test_wrappers_keep_the_cells_variables():
+    wrapper = RNNCellResidualWrapper(RNNCellDropoutWrapper(RNNCellDeviceWrapper(layers.GRUCell(3), "cpu")))
+    wrapper(X, H)
+    assert [w.name for w in wrapper.weights][0].endswith("/kernel:0") and len(wrapper.weights) == 3
+    assert gl.nn.RNNCellResidualWrapper is RNNCellResidualWrapper
