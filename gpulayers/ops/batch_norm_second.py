@@ -1,8 +1,8 @@
 """Gradients of the gradients of batch normalisation, written in operations.
 
-With ``n = (x - mean) i``, ``i = 1 / sqrt(var + epsilon)``, ``P u = i (u - M(u) - n M(u n))`` (M the mean over the reduced
-axes of a sub-batch), ``S = gamma r`` and ``G = g S``, the first gradients are ``dx = P G``, ``dgamma = sum g (n r + d)``,
-``dbeta = sum g``. For cotangents a, b, e of these three:
+With ``n = (x - mean) i``, ``i = 1 / sqrt(var + epsilon)``, ``P u = i (u - M(u) - n M(u n))`` (M the mean over the
+reduced axes of a sub-batch), ``S = gamma r`` and ``G = g S``, the first gradients are ``dx = P G``,
+``dgamma = sum g (n r + d)``, ``dbeta = sum g``. For cotangents a, b, e of these three:
 
     dg     = S P a + b (n r + d) + e
     dgamma = sum (P a) g r
