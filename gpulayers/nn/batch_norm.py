@@ -1,7 +1,7 @@
 """Batch normalisation without a layer: ``gl.nn.batch_normalization`` and the fused functions on plain arrays.
 
-`forward`, `backward`, `inference`, `inference_backward` and `statistics` take and return plain arrays, record nothing and
-keep no state: the kernels themselves, for programs with a gradient machinery of their own. See
+`forward`, `backward`, `inference`, `inference_backward` and `statistics` take and return plain arrays, record nothing
+and keep no state: the kernels themselves, for programs with a gradient machinery of their own. See
 `gpulayers.ops.batch_norm_arrays`.
 """
 

@@ -208,7 +208,9 @@ def tensordot(a: Any, b: Any, axes: Any, name: str | None = None) -> Any:
 
 def convert_to_tensor(value: Any, dtype: Any = None, dtype_hint: Any = None, name: str | None = None) -> Any:
     """Return numbers, lists or an array as an array of the default device (in a graph, as a tensor)."""
-    return ops.cast(value, dtype or value.dtype) if isinstance(value, Recordable) else ops.constant(value, dtype)
+    if not isinstance(value, Recordable):
+        return ops.constant(value, dtype)
+    return ops.identity(value) if dtype is None else ops.cast(value, dtype)
 
 
 def add_n(inputs: Any, name: str | None = None) -> Any:

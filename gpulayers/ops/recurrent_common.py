@@ -109,7 +109,8 @@ def skipped_rows(mask_tn: np.ndarray | None, time: int) -> tuple[Any, list[bool]
     if mask_tn is None:
         return None, [False] * time
     skipped = ~mask_tn[:, :, None]
-    return skipped, [bool(any_row) for any_row in skipped.any(axis=(1, 2))]
+    steps: np.ndarray = np.any(skipped, axis=(1, 2))
+    return skipped, steps.tolist()
 
 
 def gates_apart(weights: np.ndarray, gates: int, dtype: np.dtype, transposed: bool = False) -> np.ndarray:

@@ -67,7 +67,7 @@ def launch_step(name: str, rows: int, units: int, *, hard: bool = False, **value
     if rows * units >= 2**31:
         raise ShapeError(message(name, "one step is too large", "fewer than 2^31 values", rows * units))
     fields = {field: values.get(field) for field, _ in _FIELDS[name]}
-    arrays = [a for field, a in fields.items() if hasattr(a, "dtype") and field != "mask"]
+    arrays: list[Any] = [a for field, a in fields.items() if hasattr(a, "dtype") and field != "mask"]
     width = vector_width(arrays, units)
     fields.update(rows=rows, units=units, hard=int(hard), vectors=int(width > 1))
     if "zero_output" in fields:
