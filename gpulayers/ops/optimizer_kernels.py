@@ -138,7 +138,7 @@ def adam_update(
     or float64 with C-contiguous slots of float32 (float64 for float64) and gradients of the parameter's dtype (or
     float32 for 16 bits); a gradient that is not C-contiguous is copied first.
 
-    Launches: one for up to 480 parameters of one pair of dtypes (parameter, gradient), and one more for each 480 beyond.
+    Launches: one for up to 480 parameters of one pair of dtypes (parameter, gradient), one more for each 480 beyond.
     Returns the indexes of the members that the kernels do not take: the caller updates those by expressions. Members
     whose written memory overlaps are never taken, since blocks have no order.
 
