@@ -1,0 +1,1 @@
+"""Benchmarks: pytest-benchmark suites (``pytest benchmarks``) and a report (``python -m benchmarks``)."""

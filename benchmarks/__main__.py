@@ -1,0 +1,130 @@
+"""``python -m benchmarks``: measure every row, print one table, write JSON, CSV, text and pictures."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--batch", type=int, default=32, help="batch of the ResNet-50 list (the issue's: 32 and 256)")
+    parser.add_argument("--dtype", default="float32", choices=["float64", "float32", "float16", "bfloat16"])
+    parser.add_argument("--only", default="", help="measure rows whose name or regime contains one of these, by commas")
+    parser.add_argument("--peers", default="all", help="names by commas, 'all' or 'none'")
+    parser.add_argument("--seconds", type=float, default=0.5, help="time for each variant of a row")
+    parser.add_argument("--threads", type=int, default=0, help="processors to use (CPU); 0: all that are there")
+    parser.add_argument("--device", default="", choices=["", "cpu", "gpu"], help="default: a GPU if one is usable")
+    parser.add_argument("--out", type=Path, help="folder to write to; default: benchmarks/results/<machine>")
+    parser.add_argument("--list", action="store_true", help="name the rows and stop")
+    return parser
+
+
+def _limit_threads(threads: int) -> None:
+    """Leave this process `threads` processors: every library then sees that many. Before anything is imported."""
+    if threads and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    for name in THREAD_VARIABLES:
+        if threads:
+            os.environ[name] = str(threads)
+
+
+def _progress(total: int) -> Any:
+    """Return a progress bar on standard error, a plain counter without tqdm."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm(total=total, unit="row", file=sys.stderr, disable=None)
+
+
+def _measure_all(chosen: list[Any], peers: list[Any], on_gpu: bool, seconds: float, save: Any) -> tuple[list[Any], int]:
+    from benchmarks.machine import on_chip_bytes
+    from benchmarks.measure import measure
+    from benchmarks.report import record
+
+    records, failures, on_chip = [], 0, on_chip_bytes(on_gpu)
+    bar = _progress(len(chosen))
+    for case in chosen:
+        if bar is not None:
+            bar.set_postfix_str(case.name)
+        try:
+            records.append(record(measure(case, peers, on_gpu, on_chip, seconds)))
+        except (ValueError, MemoryError, RuntimeError) as error:  # a wrong row is named and fails the run at its end
+            failures += 1
+            print(f"\nfailed: {case.name}: {error}", file=sys.stderr)
+        else:
+            save(records)
+        if bar is not None:
+            bar.update()
+    if bar is not None:
+        bar.close()
+    return records, failures
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return 1 if a row was wrong or none was measured."""
+    options = _parser().parse_args(arguments)
+    _limit_threads(options.threads)
+    import gpulayers as gl
+    from benchmarks import machine, peers, picture, report, shapes
+    from benchmarks.measure import copy_function
+    from benchmarks.timing_cpu import interleaved
+
+    on_gpu = options.device == "gpu" or (not options.device and gl.gpu_available())
+    if on_gpu and not gl.gpu_available():
+        print(f"benchmarks: no GPU is usable. {gl.gpu_unavailable_reason()}", file=sys.stderr)
+        return 1
+    gl.set_device("gpu" if on_gpu else "cpu")
+    wanted = [word for word in options.only.split(",") if word]
+    chosen = [
+        case
+        for case in shapes.cases(options.batch, options.dtype)
+        if not wanted or any(word in f"{case.name} {case.regime}" for word in wanted)
+    ]
+    if options.list:
+        print("\n".join(case.name for case in chosen))
+        return 0
+    names = {"all": peers.NAMES, "none": ()}.get(options.peers, tuple(options.peers.split(",")))
+    found = peers.find(names, on_gpu)
+    if not on_gpu and any(p.module is not None and p.name.startswith("torch") for p in found):
+        import torch
+
+        torch.set_num_threads(machine.thread_count())
+    copy = copy_function(256 << 20, on_gpu)
+    if on_gpu:
+        from benchmarks.timing_gpu import samples_flushed
+
+        copy_time = sorted(samples_flushed(copy, lambda: None, 0, 20))[10]
+    else:
+        copy_time = interleaved({"copy": copy}, {}, 0.5)["copy"].p50
+    header = machine.header(on_gpu, (256 << 20) / copy_time)
+    header["peers"] = ", ".join(f"{p.name}: {p.module.version()}" for p in found if p.module is not None) or "none"
+    skipped = {peer.name: peer.reason for peer in found if peer.module is None}
+    folder = options.out or Path(__file__).parent / "results" / machine.class_name(on_gpu)
+
+    def save(records: list[Any]) -> None:  # after every row: a run that is cut off keeps what it has
+        report.write(folder, header, records, skipped)
+
+    records, failures = _measure_all(chosen, found, on_gpu, options.seconds, save)
+    if not records:
+        print("benchmarks: no row was measured. Look at --list and --only.", file=sys.stderr)
+        return 1
+    print(report.text_report(header, records, skipped))
+    try:
+        made = picture.draw(folder, header, records)
+    except ImportError as error:
+        print(f"no pictures: {error}. Install gpulayers[plot].", file=sys.stderr)
+        made = []
+    print(f"written to {folder}: report.json, report.csv, report.txt{''.join(f', {path.name}' for path in made)}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

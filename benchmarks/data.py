@@ -1,0 +1,111 @@
+"""The arrays of a row, the same for every variant: drawn from the row's name, so that processes agree."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import numpy as np
+
+from benchmarks.shapes import Case, axis_of
+
+__all__ = ["PARAMETERS", "make", "split_parameters"]
+
+
+def _random(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any, scale: float = 1.0) -> np.ndarray:
+    drawn = rng.standard_normal(shape, dtype=np.float32)
+    if scale != 1.0:
+        drawn *= np.float32(scale)
+    return drawn.astype(dtype, copy=False)
+
+
+def _norm(case: Case, rng: np.random.Generator, dtype: Any) -> dict[str, Any]:
+    channels = int(np.prod([case.shape[a] for a in axis_of(case)]))
+    wide = np.float32 if dtype.itemsize == 2 else dtype
+    x = rng.standard_normal(case.shape, dtype=np.float32)
+    x += np.float32(0.5)
+    found = {"x": x.astype(dtype, copy=False)}
+    for name in ("gamma", "moving_variance", "renorm_stddev"):
+        found[name] = (1 + 0.5 * rng.random(channels)).astype(wide)
+    for name in ("beta", "moving_mean", "renorm_mean"):
+        found[name] = _random(rng, (channels,), wide, 0.5)
+    if case.mode == "backward":
+        found["dy"] = _random(rng, case.shape, dtype)
+    if case.op.endswith("residual"):
+        found["residual"] = _random(rng, case.shape, dtype)
+    return found
+
+
+def _recurrent(case: Case, rng: np.random.Generator, dtype: Any) -> dict[str, Any]:
+    *times, batch, depth, units = case.shape
+    gates = 4 if case.op.startswith("lstm") else 3
+    found = {
+        "x": _random(rng, (*times, batch, depth), dtype),
+        "h": _random(rng, (batch, units), dtype, 0.3),
+        "kernel": _random(rng, (depth, gates * units), dtype, depth**-0.5),
+        "recurrent_kernel": _random(rng, (units, gates * units), dtype, 0.5 * units**-0.5),
+        "bias": _random(rng, (4 * units,) if gates == 4 else (2, 3 * units), dtype, 0.1),
+    }
+    if gates == 4:
+        found["c"] = _random(rng, (batch, units), dtype, 0.3)
+    if case.mode == "backward":
+        found["dy"] = _random(rng, (*times, batch, units), dtype)
+    return found
+
+
+def _digits(case: Case, rng: np.random.Generator, dtype: Any) -> dict[str, Any]:
+    from gpulayers.data import load_digits
+
+    digits = load_digits()
+    rows = case.shape[0]
+    return {
+        "x": (digits.train_images[:rows].reshape(rows, 64) / 16).astype(dtype),
+        "labels": digits.train_labels[:rows].astype(np.int64),
+        "kernel_1": _random(rng, (64, 128), dtype, 0.125),
+        "gamma": np.ones(128, dtype),
+        "beta": np.zeros(128, dtype),
+        "kernel_2": _random(rng, (128, 10), dtype, 128**-0.5),
+        "bias_2": np.zeros(10, dtype),
+    }
+
+
+PARAMETERS = [9408, 64, 64] + [4096, 64, 64, 36864, 64, 64, 16384, 256, 256] * 17
+
+
+def split_parameters(flat: np.ndarray) -> list[np.ndarray]:
+    """Cut a flat array into 161 pieces, of sizes found in residual networks; five equal ones hold what is left."""
+    sizes = np.minimum(np.cumsum(PARAMETERS), flat.size)
+    pieces = [piece for piece in np.split(flat, sizes) if piece.size]
+    last = pieces.pop()
+    return [*pieces, *np.array_split(last, 5)]
+
+
+def make(case: Case) -> dict[str, Any]:
+    """Return the arrays of a row by name, on the host."""
+    rng = np.random.default_rng(zlib.crc32(repr(case[:5]).encode()))
+    if case.dtype == "bfloat16":
+        import ml_dtypes
+
+        dtype = np.dtype(ml_dtypes.bfloat16)
+    else:
+        dtype = np.dtype(case.dtype)
+    if case.op.startswith("batch_norm"):
+        return _norm(case, rng, dtype)
+    if case.op.endswith(("_cell", "_sequence")):
+        return _recurrent(case, rng, dtype)
+    if case.op == "residual_add":
+        return {"x": _random(rng, case.shape, dtype), "residual": _random(rng, case.shape, dtype)}
+    if case.op == "dense":
+        batch, depth, units = case.shape
+        return {
+            "x": _random(rng, (batch, depth), dtype),
+            "kernel": _random(rng, (depth, units), dtype, depth**-0.5),
+            "bias": _random(rng, (units,), dtype),
+        }
+    if case.op == "conv2d":
+        *image, depth, filters = case.shape
+        kernel = _random(rng, (3, 3, depth, filters), dtype, (9 * depth) ** -0.5)
+        return {"x": _random(rng, (*image, depth), dtype), "kernel": kernel}
+    if case.op == "digits":
+        return _digits(case, rng, dtype)
+    return {"parameters": _random(rng, case.shape, dtype), "gradients": _random(rng, case.shape, dtype)}

@@ -1,0 +1,38 @@
+"""Other ways to compute the same rows. A peer that is missing is a skipped column with its reason.
+
+A peer is a module with ``unavailable(on_gpu) -> str`` (empty where it can run), ``version() -> str`` and
+``prepare(case, data, on_gpu) -> function or str`` (a string says why it has no such operation). The function returns
+results by name, and ``to_numpy(value)`` of the module turns one into a NumPy array in the row's own layout; it waits
+for the device. Where a peer keeps another layout, the arrays are converted before the timing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+__all__ = ["NAMES", "Peer", "find"]
+
+NAMES = ("plain", "chainer_style", "torch", "torch_other_layout", "torch_compile", "jax_jit", "tensorflow", "thinc")
+
+
+class Peer:
+    """A peer that can run here, or the reason why it cannot."""
+
+    def __init__(self, name: str, module: ModuleType | None, reason: str) -> None:
+        self.name, self.module, self.reason = name, module, reason
+
+
+def find(names: tuple[str, ...] | list[str] = NAMES, on_gpu: bool = False) -> list[Peer]:
+    """Return a peer for each name, in order. Raises ValueError for a name that is not known."""
+    found = []
+    for name in names:
+        if name not in NAMES:
+            raise ValueError(f"benchmarks: no such peer. Expected some of {', '.join(NAMES)}; got {name!r}.")
+        try:
+            module = importlib.import_module(f"benchmarks.peers.{name}_peer")
+            reason = module.unavailable(on_gpu)
+        except ImportError as error:
+            module, reason = None, f"not installed ({error})"
+        found.append(Peer(name, None if reason else module, reason))
+    return found

@@ -1,0 +1,385 @@
+"""The benchmark harness: byte counts by hand, the float64 truth, tables, missing peers, timing, the GPU script."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+import types
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import data, machine, measure, own, peers, report, shapes, timing_cpu, timing_gpu
+from benchmarks.__main__ import main
+from benchmarks.bytes_moved import minimum_bytes, regime_bytes
+from benchmarks.measure import Row, Variant, error_of
+from benchmarks.shapes import Case, small, suite_cases
+from benchmarks.timing_cpu import Quantiles
+from benchmarks.truth import truth
+from gpulayers import _cupy
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "benchmarks" / "on_gpu.sh"
+
+BN = Case("batch_norm", "forward", "NHWC", (32, 56, 56, 64), "float16")
+SIZE = 32 * 56 * 56 * 64  # 6,422,528 elements
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        (BN, 2 * SIZE * 2),
+        (BN._replace(mode="inference"), 2 * SIZE * 2),
+        (BN._replace(mode="backward"), 3 * SIZE * 2),
+        (BN._replace(op="batch_norm_renorm", mode="backward", dtype="float32"), 3 * SIZE * 4),
+        (BN._replace(op="batch_norm_relu_residual"), 3 * SIZE * 2),
+        (BN._replace(op="batch_norm_relu_residual", mode="backward"), 4 * SIZE * 2 + SIZE // 8),
+        (Case("residual_add", "forward", "ND", (3, 5), "float64"), 3 * 15 * 8),
+        # x 2x3, h and c in and out 4 * 2x5, output 2x5, weights (3 + 5) * 20
+        (Case("lstm_cell", "forward", "ND", (2, 3, 5), "float32"), (6 + 40 + 10 + 160) * 4),
+        # x 7x2x3, h in and out, outputs 7x2x5, weights (3 + 5) * 15; backward again dy, dx and the weights' gradients
+        (Case("gru_sequence", "forward", "TND", (7, 2, 3, 5), "float32"), (42 + 20 + 70 + 120) * 4),
+        (Case("gru_sequence", "backward", "TND", (7, 2, 3, 5), "float32"), (42 + 20 + 70 + 120 + 112 + 120) * 4),
+        (Case("dense", "forward", "NC", (2, 3, 5), "float32"), (6 + 15 + 10) * 4),
+        (Case("conv2d", "forward", "NHWC", (2, 4, 4, 3, 5), "float32"), (96 + 160 + 135) * 4),
+        (Case("momentum", "step", "parameters", (10,), "float32"), 200),
+        (Case("adam", "step", "parameters", (10,), "float32"), 280),
+        (BN._replace(dtype="bfloat16"), 2 * SIZE * 2),
+    ],
+    ids=lambda value: value.name if isinstance(value, Case) else None,
+)
+def test_minimum_bytes(case, expected):
+    assert minimum_bytes(case) == expected
+
+
+def test_regime_bytes():
+    tensor = SIZE * 2
+    assert regime_bytes(BN, tensor) == 2 * tensor  # fits: read once
+    assert regime_bytes(BN, 0) == 3 * tensor
+    assert regime_bytes(BN, tensor // 4) == 3 * tensor - tensor // 4
+    assert regime_bytes(BN._replace(mode="backward"), tensor) == 4 * tensor  # x and dy would have to stay
+    assert regime_bytes(BN._replace(mode="inference"), 0) == 2 * tensor
+    add = Case("residual_add", "forward", "ND", (3, 5), "float32")
+    assert regime_bytes(add, 0) == minimum_bytes(add)
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+def test_the_resnet50_list_is_the_network(layout):
+    """Against the network built from its blocks: 1x1, 3x3, 1x1 and, in the first of a stage, a projection."""
+    wanted = Counter({(112, 64): 1})
+    for side, width, blocks in ((56, 64, 3), (28, 128, 4), (14, 256, 6), (7, 512, 3)):
+        wanted[side, width] += 2 * blocks
+        wanted[side, 4 * width] += blocks + 1
+    found = {}
+    for case in shapes.resnet50(32, layout):
+        batch, *image = case.shape
+        side, channels = (image[0], image[2]) if layout == "NHWC" else (image[1], image[0])
+        assert batch == 32
+        assert found.setdefault((side, channels), case.count) == case.count
+    assert found == wanted and sum(found.values()) == 53
+
+
+def test_row_names_are_unique():
+    names = [case.name for case in shapes.cases(32)]
+    assert len(set(names)) == len(names)
+    assert {"resnet50 N=256"} == {case.regime for case in shapes.resnet50(256)}
+
+
+def test_suites_cover_every_operation_and_are_small_when_quick():
+    quick, full = suite_cases(True), suite_cases(False)
+    assert {case.op for case in quick} == {case.op for case in full} == {case.op for case in shapes.cases(8)}
+    assert {(c.op, c.mode, c.layout) for c in quick} == {(c.op, c.mode, c.layout) for c in full}
+    assert max(np.prod(case.shape) for case in quick) < 10_000
+
+
+def test_data_depend_on_the_row_alone():
+    case = small(BN)
+    first, second = data.make(case), data.make(case)
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+    assert not np.array_equal(first["x"], data.make(case._replace(mode="inference"))["x"])
+    assert data.make(case._replace(dtype="bfloat16"))["x"].dtype.name == "bfloat16"
+
+
+@pytest.mark.parametrize("size", [10, 20_000, 25_557_032])
+def test_parameters_are_cut_without_loss(size):
+    pieces = data.split_parameters(np.arange(size))
+    assert np.array_equal(np.concatenate(pieces), np.arange(size))
+    assert all(piece.size for piece in pieces) or size < 20
+
+
+def test_a_parameter_list_like_a_network():
+    assert len(data.split_parameters(np.zeros(25_557_032, np.int8))) == 161
+
+
+GRADIENT_CASES = [case for case in suite_cases(True) if case.mode == "backward" and case.dtype == "float32"]
+GRADIENT_CASES = list({(c.op, c.layout): c._replace(dtype="float64") for c in GRADIENT_CASES}.values())
+
+
+@pytest.mark.parametrize("case", GRADIENT_CASES, ids=lambda case: f"{case.op}-{case.layout}")
+def test_true_gradients_agree_with_finite_differences(case):
+    host = data.make(case)
+    gradient = truth(case, host)["dx"]
+    direction = np.random.default_rng(1).standard_normal(host["x"].shape)
+    renorm_limits = case.op == "batch_norm_renorm"
+    if renorm_limits:  # r and d are constants of the gradient: clip them, so that they are constants of the value, too
+        host["renorm_stddev"] = np.full_like(host["renorm_stddev"], 1e-3)
+        host["renorm_mean"] = np.full_like(host["renorm_mean"], 100.0)
+        gradient = truth(case, host)["dx"]
+
+    def value(step):
+        moved = {**host, "x": host["x"] + step * direction}
+        found = truth(case._replace(mode="forward"), moved)
+        return float(np.sum(found.get("y", found.get("output")) * host["dy"]))
+
+    numeric = (value(1e-6) - value(-1e-6)) / 2e-6
+    assert float(np.sum(gradient * direction)) == pytest.approx(numeric, rel=1e-5, abs=1e-6)
+
+
+def test_error_of_sees_what_is_wrong():
+    true = {"y": np.array([1.0, -4.0]), "mean": np.array([2.0])}
+    assert error_of({"y": np.array([1.0, -4.0])}, true, np.asarray) == 0.0
+    assert error_of({"y": np.array([1.0, -3.0])}, true, np.asarray) == 0.25
+    assert error_of({"y": [np.array([1.0]), np.array([-3.0])]}, true, np.asarray) == 0.25  # in pieces
+    assert error_of({"y": np.array([1.0, np.nan])}, true, np.asarray) == float("inf")
+    with pytest.raises(ValueError, match="wrong shape"):
+        error_of({"y": np.array([1.0])}, true, np.asarray)
+    with pytest.raises(ValueError, match="nothing to compare"):
+        error_of({"z": np.array([1.0])}, true, np.asarray)
+
+
+def test_a_wrong_result_of_ours_fails_the_row(monkeypatch):
+    case = small(BN._replace(mode="inference", dtype="float32"))
+    prepare = own.prepare
+
+    def wrong(case, given, xp):
+        function = prepare(case, given, xp)
+        return lambda: {"y": function()["y"] * np.float32(1.001)}
+
+    measure.measure(case, [], False, 1 << 20, 0.001)
+    monkeypatch.setattr(own, "prepare", wrong)
+    with pytest.raises(ValueError, match="the result is wrong"):
+        measure.measure(case, [], False, 1 << 20, 0.001)
+
+
+def test_a_missing_peer_is_a_reason(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    (peer,) = peers.find(["tensorflow"])
+    assert peer.module is None and peer.reason.startswith("not installed")
+    with pytest.raises(ValueError, match="no such peer.*'keras'"):
+        peers.find(["keras"])
+    case = small(BN._replace(dtype="float32"))
+    row = measure.measure(case, [peer], False, 1 << 20, 0.001)
+    assert row.variants["tensorflow"].times is None and row.variants["tensorflow"].reason == peer.reason
+    assert report.record(row)["skipped"] == {"tensorflow": peer.reason}
+
+
+def test_a_peer_that_fails_or_has_no_such_row_is_skipped_with_its_reason():
+    def failing(case, given, on_gpu):
+        raise RuntimeError("out of luck")
+
+    module = types.SimpleNamespace(prepare=failing, to_numpy=np.asarray)
+    nothing = types.SimpleNamespace(prepare=lambda *_: "no such operation", to_numpy=np.asarray)
+    late = types.SimpleNamespace(prepare=lambda *_: lambda: {}, to_numpy=np.asarray)
+    found = [peers.Peer("torch", module, ""), peers.Peer("plain", nothing, ""), peers.Peer("jax_jit", late, "")]
+    row = measure.measure(small(BN._replace(dtype="float32")), found, False, 1 << 20, 0.001)
+    assert row.variants["torch"].reason == "RuntimeError: out of luck"
+    assert row.variants["plain"].reason == "no such operation"
+    assert row.variants["jax_jit"].reason.startswith("ValueError: benchmarks: nothing to compare")
+    assert row.variants["gpulayers"].times.samples >= 5 and row.variants["copy"].times.samples >= 5
+
+
+@pytest.mark.parametrize("name", ["plain", "chainer_style", "torch", "torch_other_layout", "jax_jit"])
+def test_peers_compute_the_same(name):
+    (peer,) = peers.find([name])
+    if peer.module is None:
+        pytest.skip(peer.reason)
+    computed = 0
+    for case in {(c.op, c.mode, c.layout): c for c in suite_cases(True) if c.dtype == "float32"}.values():
+        host = data.make(case)
+        function = peer.module.prepare(case, {key: value.copy() for key, value in host.items()}, False)
+        if not isinstance(function, str):
+            computed += 1
+            limit = 1e-4 if case.op == "adam" else 1e-5  # PyTorch's epsilon is added to the corrected root
+            assert error_of(function(), truth(case, host), peer.module.to_numpy) < limit, case.name
+    assert computed >= 9
+
+
+def test_interleaved_times_every_function_in_every_round():
+    calls = {"a": 0, "b": 0, "finished": 0}
+
+    def make(name):
+        def function():
+            calls[name] += 1
+        return function
+
+    def finished(result):
+        calls["finished"] += 1
+
+    found = timing_cpu.interleaved({"a": make("a"), "b": make("b")}, {"b": finished}, 0.0, least=5)
+    assert found["a"].samples == found["b"].samples == 5
+    assert calls["a"] >= 5 and calls["finished"] == 2 + 5
+    assert 0 <= found["a"].p20 <= found["a"].p50 <= found["a"].p80
+
+
+def test_quantiles():
+    assert timing_cpu.quantiles([5.0, 1.0, 4.0, 2.0, 3.0, 6.0]) == Quantiles(2.0, 3.5, 5.0, 6)
+
+
+def test_rotation_leaves_the_cache():
+    for row_bytes in (1 << 10, 10 << 20, 1 << 30):
+        copies = timing_gpu.copies_needed(row_bytes, 50 << 20)
+        assert copies >= 2 and (copies == 32 or (copies - 1) * row_bytes >= 2 * (50 << 20))
+
+
+def row(case, time, copy=50e-6, peers=None, launches=None):
+    def quantiles(t):
+        return Quantiles(t * 0.9, t, t * 1.1, 7)
+
+    variants = {"gpulayers": Variant(quantiles(time), 1e-7), "copy": Variant(quantiles(copy))}
+    for name, value in (peers or {}).items():
+        variants[name] = Variant(None, None, value) if isinstance(value, str) else Variant(quantiles(value), 1e-7)
+    return Row(case, 1_000_000, 1_500_000, variants, launches)
+
+
+def test_a_record_by_hand():
+    one = report.record(row(BN, 100e-6, peers={"torch": 250e-6, "jax_jit": "not installed"}, launches=2))
+    assert one["p50_us"] == pytest.approx(100) and one["p20_us"] == pytest.approx(90)
+    assert one["gb_per_s"] == pytest.approx(10.0)  # 1 MB in 100 us
+    assert one["percent_of_copy"] == pytest.approx(50) and one["percent_of_floor"] == pytest.approx(75)
+    assert one["ratios"] == {"torch": pytest.approx(2.5)} and one["skipped"] == {"jax_jit": "not installed"}
+
+
+def test_totals_weigh_by_count_and_leave_out_what_is_incomplete():
+    cases = [case for case in shapes.resnet50(32) if case.mode == "forward"][:2]  # counts 1 and 4
+    records = [
+        report.record(row(cases[0], 100e-6, peers={"torch": 200e-6, "plain": 300e-6})),
+        report.record(row(cases[1], 50e-6, peers={"torch": 50e-6, "plain": "too slow"})),
+    ]
+    (total,) = report.totals(records)
+    assert total["layers"] == 5 and total["total_us"] == pytest.approx(300)
+    assert total["ratios"] == {"torch": pytest.approx((200 + 4 * 50) / 300)}
+    assert total["percent_of_copy"] == pytest.approx(100 * 250 / 300)
+    assert "| forward | NHWC | 5 | 0.3 | 83 | 1.33 |" in report.markdown(records, ["torch"])
+
+
+def test_tables_and_files(tmp_path):
+    records = [report.record(row(BN, 100e-6, peers={"torch": 250e-6})), report.record(row(small(BN), 1e-6))]
+    text = report.table(records, ["torch"])
+    lines = text.splitlines()
+    assert len(lines) == 3 and lines[0].split()[:3] == ["op", "pass", "layout"] and lines[0].endswith("/ torch")
+    assert lines[1].endswith("2.50") and lines[2].endswith("-") and "32x56x56x64" in lines[1]
+    report.write(tmp_path / "new", {"commit": "abc", "date": "today"}, records, {"jax_jit": "not installed"})
+    loaded = report.load(tmp_path / "new")
+    assert loaded["rows"] == json.loads(json.dumps(records)) and loaded["skipped"] == {"jax_jit": "not installed"}
+    with (tmp_path / "new" / "report.csv").open(newline="") as file:
+        table = list(csv.reader(file))
+    assert len(table) == 3 and table[0][-1] == "/ torch" and table[1][-1] == "2.50"
+    written = (tmp_path / "new" / "report.txt").read_text()
+    assert "commit: abc" in written and "skipped: jax_jit: not installed" in written
+
+
+def test_pictures(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks import picture
+
+    records = [report.record(row(case, 1e-4, peers={"torch": 2e-4})) for case in shapes.resnet50(4, dtype="float16")]
+    made = picture.draw(tmp_path, {"commit": "abc", "date": "today", "processor": "one"}, records)
+    assert [path.name for path in made] == ["roofline.png", "ratios.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in made)
+
+
+def test_header_and_machine():
+    header = machine.header(False, 10e9)
+    assert {"date", "commit", "processor", "threads", "load", "NumPy", "copy of 256 MB"} <= set(header)
+    assert machine.class_name(False).startswith(f"cpu-{os.cpu_count()}-core-")
+    assert machine.on_chip_bytes(False) >= 1 << 18
+
+
+def test_the_command_line(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    arguments = ["--device", "cpu", "--only", "8x16", "--peers", "plain", "--seconds", "0.01", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("8x16") == 3 and "/ plain" in printed
+    assert len(report.load(tmp_path)["rows"]) == 3
+    assert main(["--device", "cpu", "--only", "no such row"]) == 1
+    assert main(["--list"]) == 0
+    assert "batch_norm forward NHWC 32x112x112x64 float32" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not _cupy.unusable_reason(), reason="a GPU answers here")
+def test_without_a_gpu_the_report_says_so(capsys):
+    assert main(["--device", "gpu"]) == 1
+    assert "no GPU is usable" in capsys.readouterr().err
+
+
+def run_script(*arguments, out):
+    return subprocess.run(
+        ["bash", SCRIPT, *arguments],
+        env={**os.environ, "OUT": str(out), "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_gpu_script_is_bash():
+    subprocess.run(["bash", "-n", SCRIPT], check=True)
+    assert os.access(SCRIPT, os.X_OK)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--full"], ["--full", "nothing"], ["--full", "norm32 norm256"]])
+def test_the_gpu_script_explains_itself(arguments, tmp_path):
+    done = run_script(*arguments, out=tmp_path / "out")
+    assert done.returncode == 2 and "--full PART" in done.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not _cupy.unusable_reason(), reason="a GPU answers here")
+def test_the_gpu_script_without_a_gpu(tmp_path):
+    done = run_script("--quick", out=tmp_path / "out")
+    assert done.returncode == 3 and "no GPU: CuPy" in done.stdout
+    assert (tmp_path / "out.tar.gz").stat().st_size and "no GPU" in (tmp_path / "out" / "summary.txt").read_text()
+
+
+FAKE_PYTHON = """#!/usr/bin/env bash
+case "$*" in
+    *gpu_unavailable_reason*) echo ;;
+    *gpu_probe*) sleep 60 ;;
+    *"-m pytest"*) echo "3 failed"; exit 1 ;;
+    *) for i in $(seq 500); do echo "line $i of $*"; done ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("stop", [False, True], ids=["whole", "stopped"])
+def test_the_gpu_script_keeps_what_it_has(tmp_path, stop):
+    """With a Python that pretends: a failing step, a long output, and a run that is stopped in the middle."""
+    python, out = tmp_path / "python", tmp_path / "out"
+    python.write_text(FAKE_PYTHON if stop else FAKE_PYTHON.replace("sleep 60", "echo probed"))
+    python.chmod(0o755)
+    process = subprocess.Popen(
+        ["bash", SCRIPT, "--quick"],
+        env={**os.environ, "OUT": str(out), "PYTHON": str(python)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    if stop:
+        text = out / "summary.txt"
+        while not (text.exists() and "report: passed" in text.read_text()):
+            assert process.poll() is None
+            time.sleep(0.02)
+        os.killpg(process.pid, 15)
+    printed = process.communicate(timeout=60)[0]
+    summary = (out / "summary.txt").read_text()
+    assert process.returncode == (130 if stop else 1), printed
+    assert "== report: passed" in summary and (out / "report.txt").read_text().count("line") == 500
+    assert len(summary.splitlines()) <= 100 and (tmp_path / "out.tar.gz").is_file()
+    if not stop:
+        assert "== gpu_tests: FAILED with status 1" in summary and "3 failed" in summary
