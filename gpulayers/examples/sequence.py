@@ -1,8 +1,8 @@
 """Train residual LSTM cells on English text, character by character: ``python -m gpulayers.examples.sequence``.
 
 The text is Python's own manual, which the standard library carries for ``help()`` (`pydoc_data.topics`). Each cell of
-the stack adds its input to its output, so that a gradient reaches the lowest one undiminished. The last twentieth of the
-text is held out; its bits per character are printed before and after training, and the network writes a line.
+the stack adds its input to its output, so that a gradient reaches the lowest one undiminished. The last twentieth of
+the text is held out; its bits per character are printed before and after training, and the network writes a line.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m gpulayers.examples.sequence",
         description="Train a stack of residual LSTM cells on the Python manual, character by character.",
     )
-    parser.add_argument("--steps", type=_positive(int), default=700, help="training steps (default 700)")
+    parser.add_argument("--steps", type=_positive(int), default=500, help="training steps (default 500)")
     parser.add_argument("--units", type=_positive(int), default=128, help="width of the cells (default 128)")
     parser.add_argument("--depth", type=_positive(int), default=2, help="cells in the stack (default 2)")
     parser.add_argument("--batch-size", type=_positive(int), default=32, help="places read at once (default 32)")
@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             gl.set_device(options.device)
         except gl.errors.DeviceError as error:
             raise SystemExit(f"python -m gpulayers.examples.sequence: error: {error}") from error
-    gl.set_random_seed(options.seed)
+    gl.ops.set_seed(options.seed)
     whole = text()
     cut = len(whole) - len(whole) // 20
     if options.batch_size * (options.window + 2) > cut:

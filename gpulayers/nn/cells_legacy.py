@@ -16,7 +16,16 @@ from gpulayers.nn import registry
 from gpulayers.nn.building import build_cell
 from gpulayers.nn.cells_modern import activation_config, get_activation
 from gpulayers.nn.fused import FusedCell, Sequence, is_tanh
-from gpulayers.nn.states import LSTMStateTuple, as_tensor, check_states, initial_state, require_cell, size_of, zeros_for
+from gpulayers.nn.states import (
+    LSTMStateTuple,
+    as_tensor,
+    cell_output_shape,
+    check_states,
+    initial_state,
+    require_cell,
+    size_of,
+    zeros_for,
+)
 from gpulayers.ops.recurrent import recurrent_sequence, recurrent_step
 from gpulayers.scopes import variable_scope
 from gpulayers.variables import fixed_size_partitioner
@@ -46,6 +55,10 @@ class RNNCell(LegacyLayer):
     def output_size(self) -> Any:
         """Size of the output."""
         raise NotImplementedError(message(self._name, "does not say its output_size"))
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """Return the shape (N, output_size) for inputs (N, D). TypeError for no shape, ValueError for an unknown D."""
+        return cell_output_shape(self._name, input_shape, self.output_size)
 
     def zero_state(self, batch_size: Any, dtype: Any) -> Any:
         """Return zeros in the structure of `state_size`."""
@@ -115,7 +128,7 @@ class _BasicCell(FusedCell, RNNCell):
         return is_tanh(self._activation)
 
     def call(self, inputs: Any, state: Any) -> tuple[Any, Any]:
-        """Compute one step for `inputs` (N, D) and a state as `state_size` says. Returns the output and the new state."""
+        """Compute one step for `inputs` (N, D) and a state as `state_size` says; return output and new state."""
         return self.advance(inputs, state, None, residual=False)
 
     def advance(self, inputs: Any, state: Any, training: Any, residual: bool) -> tuple[Any, Any]:  # noqa: D102
@@ -439,8 +452,8 @@ class MultiRNNCell(RNNCell):
 
     Parameters: `cells`, a list or tuple, not empty; `state_is_tuple`, False for one state with all states side by side.
     `state_size` is the tuple of the cells' (or their sum), `output_size` the last one's. The variables of cell i lie in
-    the scope ``cell_<i>``. Raises TypeError if `cells` is no list, ValueError if it is empty or a cell's state is a tuple
-    where states are to lie side by side. Source: ``tf.nn.rnn_cell.MultiRNNCell``.
+    the scope ``cell_<i>``. Raises TypeError if `cells` is no list, ValueError if it is empty or a cell's state is a
+    tuple where states are to lie side by side. Source: ``tf.nn.rnn_cell.MultiRNNCell``.
     """
 
     def __init__(self, cells: Any, state_is_tuple: bool = True, **kwargs: Any) -> None:

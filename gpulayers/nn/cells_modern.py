@@ -11,7 +11,7 @@ from gpulayers.layers.modern import Layer
 from gpulayers.nn import registry
 from gpulayers.nn.dropout_masks import Masks, draw_masks, held_masks
 from gpulayers.nn.fused import FusedCell, Sequence, gate_name, is_tanh
-from gpulayers.nn.states import check_states, initial_state
+from gpulayers.nn.states import cell_output_shape, check_states, initial_state
 from gpulayers.ops import activations
 from gpulayers.ops.recurrent import recurrent_sequence, recurrent_step
 
@@ -111,6 +111,10 @@ class _ModernCell(FusedCell, Layer):
 
     def _bias_initializer(self) -> Any:
         return self.bias_initializer  # type: ignore[attr-defined]
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """Return the shape (N, output_size) for inputs (N, D). TypeError for no shape, ValueError for an unknown D."""
+        return cell_output_shape(self._name, input_shape, self.output_size)
 
     def get_initial_state(self, inputs: Any = None, batch_size: Any = None, dtype: Any = None) -> Any:
         """Return zeros in the structure of `state_size`, for `inputs` (batch first) or for a batch size and dtype.

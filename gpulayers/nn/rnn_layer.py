@@ -25,6 +25,17 @@ from gpulayers.variables import Variable
 __all__ = ["RNN"]
 
 
+_FLAGS = (
+    "return_sequences",
+    "return_state",
+    "go_backwards",
+    "stateful",
+    "unroll",
+    "time_major",
+    "zero_output_for_mask",
+)
+
+
 class _Kept:
     """The states that a stateful layer keeps between calls: variables that are not weights of the layer."""
 
@@ -287,9 +298,7 @@ class RNN(Layer):
         return {**super().get_config(), **self._flags(), "cell": registry.cell_config(self.cell)}
 
     def _flags(self) -> dict[str, Any]:
-        names = ("return_sequences", "return_state", "go_backwards", "stateful", "unroll", "time_major")
-        names += ("zero_output_for_mask",)
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in _FLAGS}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Any:

@@ -11,7 +11,7 @@ from gpulayers.layers.calling import signature_of
 from gpulayers.layers.modern import Layer
 from gpulayers.nn import registry
 from gpulayers.nn.building import build_cell
-from gpulayers.nn.states import initial_state, require_cell, size_of
+from gpulayers.nn.states import cell_output_shape, initial_state, require_cell, size_of
 
 __all__ = ["StackedRNNCells"]
 
@@ -52,6 +52,10 @@ class StackedRNNCells(Layer):
     def _in_state_order(self) -> list[Any]:
         return self.cells[::-1] if self.reverse_state_order else self.cells
 
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """Return the shape (N, output_size) for inputs (N, D). TypeError for no shape, ValueError for an unknown D."""
+        return cell_output_shape(self._name, input_shape, self.output_size)
+
     def get_initial_state(self, inputs: Any = None, batch_size: Any = None, dtype: Any = None) -> Any:
         """Return the tuple of the cells' initial states."""
         states = []
@@ -74,7 +78,7 @@ class StackedRNNCells(Layer):
     def call(
         self, inputs: Any, states: Any, constants: Any = None, training: Any = None, **kwargs: Any
     ) -> tuple[Any, Any]:
-        """Run the cells one after the other; return the last output and the new states, in the structure of `state_size`."""
+        """Run the cells one after the other; return the last output and the new states, as `state_size` has them."""
         leaves = nest.flatten(states)
         if len(leaves) != len(nest.flatten(self.state_size)):
             raise StructureError(message(self._name, "the number of states does not fit", self.state_size, len(leaves)))

@@ -8,9 +8,18 @@ from gpulayers import nest, ops
 from gpulayers.device import asarray, is_array
 from gpulayers.dtypes import TensorShape, as_dtype
 from gpulayers.errors import LayerError, ShapeError, StructureError, message
+from gpulayers.layers.config_part import as_shape_structure
 from gpulayers.ops.operation import Recordable
 
-__all__ = ["LSTMStateTuple", "check_states", "initial_state", "require_cell", "size_of", "zeros_for"]
+__all__ = [
+    "LSTMStateTuple",
+    "cell_output_shape",
+    "check_states",
+    "initial_state",
+    "require_cell",
+    "size_of",
+    "zeros_for",
+]
 
 
 class LSTMStateTuple(NamedTuple):
@@ -81,6 +90,19 @@ def as_tensor(value: Any) -> Any:
     return value if isinstance(value, Recordable) or is_array(value) else asarray(value)
 
 
+def cell_output_shape(name: str, input_shape: Any, output_size: Any) -> TensorShape:
+    """Return the shape (N, output_size) of a cell's output for inputs of a shape (N, D).
+
+    Raises TypeError for something that is no shape, ValueError for one without a known depth or of another rank.
+    """
+    shape = as_shape_structure(input_shape, name)
+    if not isinstance(shape, TensorShape):
+        shape = nest.flatten(shape)[0]
+    if shape.rank is None or shape.rank < 2 or shape[-1] is None:
+        raise ShapeError(message(name, "not the shape of one step", "(batch, depth), the depth known", shape))
+    return TensorShape((shape[0], *size_of(output_size)))
+
+
 def check_states(name: str, states: list[Any], sizes: Any, batch: Any = None) -> list[Any]:
     """Return the flat `states` as tensors, after checking their number and widths against `sizes`.
 
@@ -111,7 +133,7 @@ def _plainly_fits(value: Any, size: Any) -> bool:
 
 
 def require_cell(cell: Any, name: str, needs: tuple[str, ...], error: type[Exception] = TypeError) -> None:
-    """Raise `error`, listing what is missing, unless `cell` has every attribute in `needs` (``a or b``: one of them)."""
+    """Raise `error`, listing what is missing, unless `cell` has all attributes in `needs` (``a or b``: one of them)."""
     missing = [need for need in needs if not any(_has(cell, option) for option in need.split(" or "))]
     if missing:
         raise error(

@@ -28,8 +28,8 @@ __all__ = ["Run", "is_symbolic", "run_cell"]
 class Run:
     """How to run a cell: everything but the data.
 
-    `mask` (T, N) or None; `keywords` for each call of the cell, which exclude fused sequences; `listed`: whether a state
-    of one tensor is handed over in a list.
+    `mask` (T, N) or None; `keywords` for each call of the cell, which exclude fused sequences; `listed`: whether a
+    state of one tensor is handed over in a list.
     """
 
     def __init__(
@@ -244,7 +244,7 @@ def _scan_steps(stepper: _Stepper, leaves: list[Any], states: list[Any], run: Ru
 
 
 def _output_specs(stepper: _Stepper, leaves: list[Any], states: list[Any]) -> list[tuple[tuple[int, ...], Any]]:
-    """Return shape (without the batch) and dtype of each output of a step, by recording one whose result is not used."""
+    """Return shape (without the batch) and dtype of each output of a step, by recording one that is not used."""
     outputs: list[Any] = []
 
     def step(slices: list[Any], carried: list[Any]) -> tuple[list[Any], list[Any]]:
@@ -279,6 +279,6 @@ def _all_masks(cell: Any, x: Any, training: Any) -> list[tuple[Any, Any]]:
     for one in _inside(cell):
         if getattr(one, "_drops", False) and held_masks(one) is None:
             batch, dtype = batch_of(x, 1), one.compute_dtype or nest.flatten(x)[0].dtype
-            likes = [ops.zeros((batch, width), as_dtype(dtype)) for width in (tuple(one.kernel.shape)[0], one.units)]
-            found.append((one, draw_masks(*likes, training, one.dropout, one.recurrent_dropout)))
+            x_nd, h_nu = (ops.zeros((batch, width), as_dtype(dtype)) for width in (one.kernel.shape[0], one.units))
+            found.append((one, draw_masks(x_nd, h_nu, training, one.dropout, one.recurrent_dropout)))
     return found

@@ -8,8 +8,10 @@ from typing import Any
 from gpulayers import nest, serialization
 from gpulayers.device import device as on_device
 from gpulayers.device import parse_device
+from gpulayers.dtypes import TensorShape
 from gpulayers.errors import message
 from gpulayers.layers.calling import signature_of
+from gpulayers.layers.config_part import as_shape_structure
 from gpulayers.layers.core import CoreLayer
 from gpulayers.layers.modern import Layer
 from gpulayers.layers.naming import unique_layer_name
@@ -18,7 +20,9 @@ from gpulayers.nn.building import build_inside
 from gpulayers.nn.dropout_maths import DropoutSettings, default_filter
 from gpulayers.nn.fused import FusedCell
 from gpulayers.nn.residual import apply_residual, check_depths
-from gpulayers.nn.states import initial_state
+from gpulayers.nn.states import cell_output_shape, initial_state
+from gpulayers.trace import FunctionGraph
+from gpulayers.trace.graph import new_placeholder
 
 __all__ = ["RNNCellDeviceWrapper", "RNNCellDropoutWrapper", "RNNCellResidualWrapper"]
 
@@ -54,6 +58,10 @@ class _CellWrapper(Layer):
     def output_size(self) -> Any:
         """The cell's `output_size`, whatever the wrapper does to the output."""
         return self.cell.output_size
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """Return the shape (N, output_size) for inputs (N, D). TypeError for no shape, ValueError for an unknown D."""
+        return cell_output_shape(self._name, input_shape, self.output_size)
 
     def zero_state(self, batch_size: Any, dtype: Any) -> Any:
         """Return the cell's `zero_state`. Raises AttributeError for a modern cell, which has none."""
@@ -140,8 +148,23 @@ class RNNCellResidualWrapper(_CellWrapper):
         output, new_state = self._run_cell(inputs, state, training, kwargs)
         return apply_residual(self._residual_fn, inputs, output), new_state
 
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """Return the shape of the output for inputs of a shape, or nested structure of shapes. Builds nothing.
+
+        Raises TypeError for something that is no shape, ValueError for an unknown depth, or one that cannot be added.
+        """
+        shape = super().compute_output_shape(input_shape)
+        if self._residual_fn is not None:
+            inputs = as_shape_structure(input_shape, self._name)
+            return _result_shape(self._residual_fn, inputs, shape, self.compute_dtype or "float32")
+        own = as_shape_structure(input_shape, self._name)
+        if not isinstance(own, TensorShape):
+            return own
+        check_depths(own, shape)
+        return shape
+
     def _fused_form(self) -> tuple[Any, bool] | None:
-        """Return the cell whose fused sequence computes this wrapper, and that the inputs are added; None if none does."""
+        """Return the cell whose fused sequence computes this wrapper, and True: inputs are added. None if none does."""
         if self._residual_fn is None and type(self).call is RNNCellResidualWrapper.call:
             if isinstance(self.cell, FusedCell) and self.cell.fuses():
                 return self.cell, True
@@ -180,11 +203,22 @@ class RNNCellResidualWrapper(_CellWrapper):
                     f"residual_fn of type {kind!r} is not read: code in a configuration is never executed",
                     "the name of a registered function",
                     type(function).__name__,
-                    "Register the function with gl.keras.utils.register_serializable and write the configuration again.",
+                    "Register the function with gl.keras.utils.register_serializable and write it again.",
                 )
             )
         settings["residual_fn"] = serialization.find(function, custom_objects, what="residual_fn")
         return settings
+
+
+def _result_shape(function: Callable[[Any, Any], Any], inputs: Any, output: TensorShape, dtype: Any) -> Any:
+    """Return the shapes of what a residual function makes of values of these shapes, without any value."""
+    graph = FunctionGraph()
+    values, raw = nest.map_structure(
+        lambda shape: new_placeholder(graph, dtype, shape, "shape_probe"), [inputs, output]
+    )
+    with graph.as_default():
+        result = function(values, raw)
+    return nest.map_structure(lambda value: TensorShape(value.shape), result)
 
 
 class RNNCellDropoutWrapper(_CellWrapper):

@@ -74,7 +74,7 @@ class _LegacyWrapper(RNNCell):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Any:
-        """Make a wrapper of a configuration whose ``cell`` entry was replaced by a live cell. ValueError if it was not."""
+        """Make a wrapper of a configuration whose ``cell`` was replaced by a live cell. ValueError if it was not."""
         if isinstance(config.get("cell"), dict):
             raise ValueError(
                 message(cls.__name__, "the cell is a configuration", "a live cell", config["cell"].get("class_name"))

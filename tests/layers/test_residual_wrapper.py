@@ -285,6 +285,21 @@ def test_states_to_start_from():
     assert wrapped(rnn_cell.BasicRNNCell(3)).zero_state(2, "float32").shape == (2, 3)
 
 
+def test_output_shape_checks_its_argument_and_builds_nothing():
+    wrapper = wrapped(layers.GRUCell(3))
+    assert wrapper.compute_output_shape((None, 3)) == (None, 3) and not wrapper.built
+    assert wrapper.compute_output_shape(gl.TensorShape((2, 3))) == (2, 3)
+    joined = wrapped(layers.GRUCell(5), residual_fn=lambda i, o: ops.concatenate([i, o], -1))
+    assert joined.compute_output_shape((2, 3)) == (2, 8)
+    assert layers.LSTMCell(4).compute_output_shape((2, 3)) == (2, 4)
+    assert rnn_cell.LSTMCell(4, num_proj=2).compute_output_shape((2, 3)) == (2, 2)
+    with pytest.raises(TypeError):
+        wrapper.compute_output_shape("junk")
+    for shape in ((2, 4), (2, None), (3,)):
+        with pytest.raises(ValueError):
+            wrapper.compute_output_shape(shape)
+
+
 # --- build ------------------------------------------------------------------------------------------------------------
 
 
