@@ -15,6 +15,7 @@ __all__ = [
     "call_context",
     "learning_phase",
     "no_state_updates",
+    "probing",
     "set_learning_phase",
     "signature_of",
     "state_updates_allowed",
@@ -50,17 +51,28 @@ def signature_of(call: Any) -> Signature:
 class CallContext(threading.local):
     """The layer call in progress in this thread: its depth, its `training`, the outermost layer, the name prefix.
 
-    `number` counts the outermost calls.
+    `number` counts the outermost calls. While `probing`, only the shapes of a call matter: nothing is kept of it.
     """
 
     depth = 0
     number = 0
+    probing = False
     training: Any = None
     root: Any = None
     name_prefix = ""
 
 
 call_context = CallContext()
+
+
+@contextlib.contextmanager
+def probing() -> Iterator[None]:
+    """Keep no losses and metrics of layer calls inside the block."""
+    before, call_context.probing = call_context.probing, True
+    try:
+        yield
+    finally:
+        call_context.probing = before
 
 
 class _LearningPhase(threading.local):

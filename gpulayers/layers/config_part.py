@@ -9,6 +9,7 @@ from typing import Any
 from gpulayers import nest
 from gpulayers.dtypes import TensorShape
 from gpulayers.errors import message
+from gpulayers.layers.calling import probing
 from gpulayers.layers.hooks import LayerHooks
 from gpulayers.trace import FunctionGraph, GraphTensor, RecordedTensor
 from gpulayers.trace.graph import new_placeholder
@@ -29,12 +30,8 @@ class ConfigPart(LayerHooks):
         graph = FunctionGraph()
         dtype = self.compute_dtype or "float32"
         tensors = nest.map_structure(lambda s: new_placeholder(graph, dtype, s, "shape_probe"), shapes)
-        kept = list(self._node_book.nodes), list(self._loss_book.tensors), list(self._loss_book.updates)
-        try:
-            with graph.as_default():
-                outputs = self(tensors)  # type: ignore[operator]  # CoreLayer has the call
-        finally:
-            self._node_book.nodes[:], self._loss_book.tensors[:], self._loss_book.updates[:] = kept
+        with probing(), graph.as_default():
+            outputs = self(tensors)  # type: ignore[operator]  # CoreLayer has the call
         return nest.map_structure(lambda t: t.shape, outputs)
 
     def compute_mask(self, inputs: Any, mask: Any = None) -> Any:

@@ -27,7 +27,15 @@ from gpulayers.layers.nodes_part import NodesPart
 from gpulayers.layers.spec import check_inputs, check_spec_structure
 from gpulayers.layers.variables_part import VariablesPart
 from gpulayers.ops.operation import Recordable, state
-from gpulayers.trace import GraphTensor, active_graph, active_tapes, as_recorded, autocast, autocast_dtype
+from gpulayers.trace import (
+    GraphTensor,
+    active_graph,
+    active_tapes,
+    as_recorded,
+    autocast,
+    autocast_dtype,
+    recording_function,
+)
 from gpulayers.variables import Variable
 
 __all__ = ["CoreLayer"]
@@ -214,7 +222,7 @@ class CoreLayer(VariablesPart, LossesPart, NodesPart, ConfigPart):
         if saved[0] == 0:
             context.root = self
             context.number += 1
-            if not symbolic and self._books_with_losses:
+            if self._books_with_losses and not call_context.probing and (not symbolic or recording_function()):
                 self._forget_call_losses()
         context.depth, context.training = saved[0] + 1, training
         context.name_prefix = f"{saved[2]}{self._name}/"
@@ -356,6 +364,8 @@ class CoreLayer(VariablesPart, LossesPart, NodesPart, ConfigPart):
                 set_mask(output, one)
 
     def _record_node(self, inputs: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
+        if recording_function():
+            return outputs
         outputs = self._own_outputs(inputs, outputs)
         self._node_book.nodes.append(CallNode(inputs, args, kwargs, outputs))
         for index, output in enumerate(nest.flatten(outputs)):

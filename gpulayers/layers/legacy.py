@@ -11,7 +11,7 @@ from gpulayers.layers.calling import Signature
 from gpulayers.layers.core import CoreLayer
 from gpulayers.layers.naming import snake_case, unique_layer_name
 from gpulayers.scopes import VariableScope, find_variable, variable_scope
-from gpulayers.trace import GraphKeys, active_graph
+from gpulayers.trace import GraphKeys, active_graph, recording_function
 from gpulayers.trace.graph import check_scope_name
 
 __all__ = ["LegacyLayer"]
@@ -142,7 +142,7 @@ class LegacyLayer(CoreLayer):
 
     def _add_loss_function(self, function: Callable[[], Any], conditional: bool) -> None:
         value = None
-        if active_graph() is not None:
+        if active_graph() is not None and not recording_function():
             value = self._evaluate_loss(function)
             if value is not None:
                 self._publish_loss(value)

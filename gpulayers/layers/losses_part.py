@@ -14,7 +14,7 @@ from gpulayers.layers.calling import call_context
 from gpulayers.layers.hooks import LayerHooks
 from gpulayers.metrics import Mean, Metric
 from gpulayers.ops.operation import Recordable
-from gpulayers.trace import GraphTensor, Node, active_graph, autocast
+from gpulayers.trace import GraphTensor, Node, active_graph, autocast, recording_function
 
 __all__ = ["LossesPart"]
 
@@ -33,7 +33,7 @@ class LossesPart(LayerHooks):
         reach variables. State written: `losses`; in a graph, a legacy layer's REGULARIZATION_LOSSES.
         """
         for loss in nest.flatten(losses):
-            if loss is None:
+            if loss is None or (call_context.probing and self.built):
                 continue
             if callable(loss) and not isinstance(loss, Recordable):
                 self._add_loss_function(loss, inputs is not None)
@@ -42,7 +42,7 @@ class LossesPart(LayerHooks):
                 loss = asarray(loss, dtype="float32") if active_graph() is None else ops.identity(float(loss))
             self._check_loss(loss)
             entry = Entry(loss, inputs is not None)
-            if isinstance(loss, GraphTensor):
+            if isinstance(loss, GraphTensor) and not recording_function():
                 self._loss_book.tensors.append(entry)
             else:
                 inside = call_context.depth > 0
@@ -77,7 +77,8 @@ class LossesPart(LayerHooks):
         `inputs` as in `add_loss`. In eager mode a function is called now (unless the layer is not trainable), and
         nothing is kept: everything else has happened already. State written: `updates`.
         """
-        eager = active_graph() is None and not any(isinstance(u, GraphTensor | Node) for u in nest.flatten(updates))
+        symbolic = any(isinstance(update, GraphTensor | Node) for update in nest.flatten(updates))
+        eager = recording_function() or (active_graph() is None and not symbolic)
         for update in nest.flatten(updates):
             if update is None:
                 continue
@@ -133,6 +134,8 @@ class LossesPart(LayerHooks):
         """
         if aggregation not in (None, "mean"):
             raise ValueError(message(self._name, "unknown aggregation", "None or 'mean'", repr(aggregation)))
+        if call_context.probing:
+            return
         if name is None:
             if any(metric.last_result is value for metric in self._attribute_metrics()):
                 return

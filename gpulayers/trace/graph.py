@@ -30,6 +30,7 @@ __all__ = [
     "group",
     "no_op",
     "placeholder",
+    "recording_function",
     "symbolic_graph",
 ]
 
@@ -325,6 +326,12 @@ def active_graph() -> Graph | None:
 def executing_eagerly() -> bool:
     """Say whether operations run at once (True), or are recorded into a graph."""
     return active_graph() is None
+
+
+def recording_function() -> bool:
+    """Say whether a `function` (or a shape) is being recorded: what is recorded then must not be kept beyond it."""
+    graph = active_graph()
+    return isinstance(graph, FunctionGraph) and not graph.initializes_variables_in_session
 
 
 def get_default_graph() -> Graph:
