@@ -1,4 +1,4 @@
-"""torch.compile of the eager batch normalisation, in the row's own layout, compiled once for all shapes of a rank."""
+"""torch.compile of the eager batch normalisation, in the row's own layout, compiled for any sizes."""
 
 from __future__ import annotations
 
@@ -22,9 +22,12 @@ def unavailable(on_gpu: bool) -> str:
 
 def prepare(case: Case, data: dict[str, Any], on_gpu: bool) -> Any:
     import torch
+    import torch._dynamo.config
     import torch._functorch.config
 
     torch._functorch.config.donated_buffer = False  # a backward row goes through its graph many times
+    torch._dynamo.config.recompile_limit = 1000  # every row compiles anew; beyond the limit PyTorch runs eagerly
+    torch._dynamo.config.accumulated_recompile_limit = 10_000
     if case.op not in ("batch_norm", "batch_norm_relu_residual"):
         return "only batch normalisation is compiled here"
     if not on_gpu and not case.regime.startswith(("resnet50", "fused")):
