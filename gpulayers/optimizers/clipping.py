@@ -8,6 +8,7 @@ from typing import Any
 from gpulayers import ops
 from gpulayers.device import asarray, is_array
 from gpulayers.errors import message
+from gpulayers.ops.norms import global_norm as norm_of_all
 from gpulayers.ops.operation import Recordable
 
 __all__ = ["clip_by_global_norm", "clip_by_norm", "clip_by_value", "global_norm"]
@@ -43,18 +44,15 @@ def clip_by_norm(t: Any, clip_norm: float, axes: Any = None) -> Any:
 
 
 def global_norm(t_list: Sequence[Any]) -> Any:
-    """Return the Euclidean length of all arrays together, None among them left out.
+    """Return the Euclidean length of all arrays together, None among them left out. Raises ValueError for no array.
 
     >>> float(global_norm([[3.0], None, [4.0]]))
     5.0
     """
-    squares = [_squares(_operand(t)) for t in t_list if t is not None]
-    if not squares:
+    given = [_operand(t) for t in t_list if t is not None]
+    if not given:
         raise ValueError(message("global_norm", "there is nothing to measure", "one array at least"))
-    total = squares[0]
-    for one in squares[1:]:
-        total = total + one
-    return ops.sqrt(total)
+    return norm_of_all(given)
 
 
 def clip_by_global_norm(t_list: Sequence[Any], clip_norm: float, use_norm: Any = None) -> tuple[list[Any], Any]:
@@ -70,4 +68,5 @@ def clip_by_global_norm(t_list: Sequence[Any], clip_norm: float, use_norm: Any =
     norm = global_norm(t_list) if use_norm is None else _operand(use_norm)
     scale = ops.where(ops.isfinite(norm), clip_norm / ops.maximum(norm, clip_norm), float("nan"))
     values = [None if t is None else _operand(t) for t in t_list]
-    return [None if t is None else ops.cast(t * ops.cast(scale, t.dtype), t.dtype) for t in values], norm
+    scales = {dtype: ops.cast(scale, dtype) for dtype in {t.dtype for t in values if t is not None}}
+    return [None if t is None else ops.cast(t * scales[t.dtype], t.dtype) for t in values], norm

@@ -7,7 +7,7 @@ import pytest
 
 import gpulayers as gl
 from gpulayers import ops, optimizers
-from gpulayers.device import asnumpy
+from gpulayers.device import asarray, asnumpy
 from gpulayers.trace import GradientTape, Graph, Session
 from gpulayers.variables import Variable, global_variables_initializer
 from tests.kernels.emulation.build import compiler
@@ -126,3 +126,29 @@ def test_a_graph_updates_by_the_same_kernels():
             session.run(train)
         assert entries() == ["gl_adam"] * 2
         np.testing.assert_allclose(session.run(w), 0.8, rtol=1e-3)
+
+
+def test_clipping_measures_all_gradients_at_once(where):
+    """One launch for the length, and the same lengths as on the host, for the optimizer and for the function."""
+    hosts = [np.full((2, 3), 2.0, "f"), None, np.full(5, -1.0, "f")]
+    norm = np.sqrt(24.0 + 5.0)
+    with gl.device(where):
+        given = [None if h is None else asarray(h) for h in hosts]
+        clipped, found = optimizers.clip_by_global_norm(given, 1.0)
+    np.testing.assert_allclose(asnumpy(found), norm, rtol=1e-6)
+    assert clipped[1] is None and found.shape == ()
+    for index in (0, 2):
+        np.testing.assert_allclose(asnumpy(clipped[index]), hosts[index] / norm, rtol=1e-6)
+    if where == "emulated":
+        assert entries() == ["gl_global_norm"]
+        trained(MAKERS["clipped"], where, ["float32"] * 4, steps=2)
+        assert entries() == ["gl_global_norm", "gl_momentum"] * 2
+
+
+def test_the_gradient_of_the_length(where):
+    with gl.device(where):
+        x = asarray(np.array([3.0, 4.0], "f"))
+        with GradientTape() as tape:
+            tape.watch(x)
+            norm = optimizers.global_norm([x])
+        np.testing.assert_allclose(asnumpy(tape.gradient(norm, x)), [0.6, 0.8], rtol=1e-6)

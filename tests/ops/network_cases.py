@@ -9,6 +9,7 @@ import numpy as np
 import scipy.special
 
 from gpulayers import ops
+from gpulayers.ops.norms import global_norm
 from tests.ops.cases import CASES, apart, case, normal
 
 __all__ = ["CASES", "naive_convolution", "naive_pool"]
@@ -157,4 +158,12 @@ case(
     normal(2, 3, 2, 2),
     normal(3),
     note="-first",
+)
+case(
+    "global_norm",
+    lambda *x: global_norm(x),
+    lambda *x: np.sqrt(sum((one**2).sum() for one in x)),
+    normal(2, 3),
+    normal(),
+    normal(4),
 )
