@@ -89,6 +89,8 @@ class ConfigPart(LayerHooks):
                 copied = value
             elif key in ("_scope", "_current_scope"):
                 copied = copy.copy(value)
+            elif key == "_shortcuts":
+                copied = {}  # prepared for this layer's variables
             else:
                 copied = copy.deepcopy(value, memo)
             result.__dict__[key] = copied

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -108,7 +109,8 @@ class VariablesPart(LayerHooks):
         return initializers.get(initializer)
 
     def _add_weight_loss(self, regularizer: Callable[[Any], Any], variable: Any) -> None:
-        self._add_loss_function(lambda: regularizer(variable), conditional=False)
+        # A partial, not a closure: a copy of the layer then regularizes the copied variable.
+        self._add_loss_function(functools.partial(regularizer, variable), conditional=False)
 
     @property
     def trainable_weights(self) -> list[Any]:
