@@ -436,3 +436,45 @@ def test_a_time_axis_without_steps():
     layer = layers.LSTM(3, return_sequences=True, return_state=True)
     y, h, c = layer(np.zeros((2, 0, 3), np.float32))
     assert y.shape == (2, 0, 3) and not h.any() and not c.any()
+
+
+def on_a_device(name):
+    """Masks, dropout, kept states, a custom residual function and a stack on one device, against the host."""
+    x = numbers(2, 4, 3, dtype=np.float32)
+    mask = np.array([[1, 1, 0, 1], [0, 1, 1, 0]], bool)
+    results, values = {}, None
+    for where in ("cpu", name):
+        with gl.device(where):
+            cells = [
+                RNNCellResidualWrapper(layers.LSTMCell(3)),
+                RNNCellResidualWrapper(layers.GRUCell(3), lambda i, o: i - o),
+            ]
+            found = []
+            for cell in (cells[0], cells):
+                layer = layers.RNN(cell, return_sequences=True, stateful=True)
+                layer(gl.asarray(x))
+                layer.reset_states()
+                values = values or {}
+                layer.set_weights(values.setdefault(len(layer.weights), layer.get_weights()))
+                a = gl.asarray(x)
+                for _ in range(2):
+                    with GradientTape() as tape:
+                        tape.watch(a)
+                        y = layer(a, mask=gl.asarray(mask))
+                    found += [gl.asnumpy(y.value), *map(gl.asnumpy, tape.gradient(y, [a, *layer.weights]))]
+            dropped = layers.LSTM(3, dropout=0.5, recurrent_dropout=0.5)(gl.asarray(x), training=True)
+            assert np.isfinite(gl.asnumpy(dropped)).all()
+            results[where] = found
+    for ours, theirs in zip(results["cpu"], results[name], strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_on_the_emulated_device():
+    from tests.kernels import strict_array  # noqa: F401  # registers the device
+
+    on_a_device("emulated")
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    on_a_device("gpu")
