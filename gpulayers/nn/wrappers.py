@@ -140,7 +140,7 @@ class RNNCellResidualWrapper(_CellWrapper):
         """Return ``residual_fn(inputs, output)`` and the new state, of ``cell.call(inputs, state, ...)``."""
         cell = self.cell
         if self._residual_fn is None and not kwargs and isinstance(cell, FusedCell) and cell.fuses():
-            if not nest.is_nested(inputs):
+            if not isinstance(inputs, list | tuple | dict):
                 width = cell.output_size  # type: ignore[attr-defined]
                 if tuple(inputs.shape)[-1] != width:
                     check_depths(inputs.shape, (*tuple(inputs.shape)[:-1], width))
