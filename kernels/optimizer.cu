@@ -74,14 +74,16 @@ __device__ __forceinline__ void store_run(T* address, const A (&values)[N]) {
 
 typedef accumulate_t<PARAMETER> real;
 
-// A row of the table; `first` and `second` are null where a rule has no such slot.
+// A row of the table; `first` and `second` are null where a rule has no such slot. `decays` is 0 for a parameter that is
+// left out of weight decay, else 1.
 struct tensor_row {
     PARAMETER* parameter;
     real* first;
     real* second;
+    int64 decays;
     int64 count;
 };
-constexpr int32 row_words = 4;
+constexpr int32 row_words = 5;
 
 template <typename ARGUMENTS>
 __device__ __forceinline__ real number(const ARGUMENTS& arguments, int32 which) {
@@ -119,11 +121,12 @@ __device__ __forceinline__ void update_part(const tensor_row& row, const GRADIEN
     }
 }
 
-// What one block does. RULE::step returns what is taken off the parameter and changes the slots.
+// What one block does. RULE::begin sees the row; RULE::step returns what is taken off the parameter and changes the slots.
 template <int SLOTS, typename RULE, typename ARGUMENTS>
-__device__ __forceinline__ void update_chunk(const ARGUMENTS& arguments, const RULE& rule) {
+__device__ __forceinline__ void update_chunk(const ARGUMENTS& arguments, RULE rule) {
     const place here(arguments.table, arguments.rows, row_words);
     const tensor_row row = reinterpret_cast<const tensor_row*>(arguments.table)[here.tensor];
+    rule.begin(row);
     const GRADIENT* const gradient = arguments.gradients[here.tensor];
     const uint64 bits = address_bits(gradient) | address_bits(row.parameter) | address_bits(row.first) |
                         address_bits(row.second);
@@ -139,6 +142,7 @@ __device__ __forceinline__ void update_chunk(const ARGUMENTS& arguments, const R
 #if defined(GL_ENTRY_gl_sgd)
 struct sgd_rule {
     real rate;
+    __device__ __forceinline__ void begin(const tensor_row&) {}
     __device__ __forceinline__ real step(real, real g, real&, real&) const { return rate * g; }
 };
 
@@ -149,6 +153,7 @@ GL_KERNEL(gl_sgd, 256) { update_chunk<0>(arguments, sgd_rule{number(arguments, 0
 struct momentum_rule {
     real rate, momentum;
     bool nesterov;
+    __device__ __forceinline__ void begin(const tensor_row&) {}
     __device__ __forceinline__ real step(real, real g, real& b, real&) const {
         b = b * momentum + g;
         return rate * (nesterov ? b * momentum + g : b);
@@ -163,6 +168,9 @@ GL_KERNEL(gl_momentum, 256) {
 #if defined(GL_ENTRY_gl_adam)
 struct adam_rule {
     real rate, keep_1, keep_2, epsilon, decay;  // keep_i = 1 - beta_i, formed on the host in double
+    __device__ __forceinline__ void begin(const tensor_row& row) {
+        if (row.decays == 0) decay = real(0);
+    }
     __device__ __forceinline__ real step(real w, real g, real& m, real& v) const {
         m += (g - m) * keep_1;
         v += (g * g - v) * keep_2;

@@ -105,12 +105,14 @@ def adam_update(
     beta_2: float = 0.999,
     epsilon: float = 1e-7,
     weight_decay: float = 0.0,
+    decays: Sequence[bool] | None = None,
     step: int = 1,
 ) -> None:
     """Update `params`, and the moments `m` and `v`, in place; `step` counts from 1.
 
-    ``w -= learning_rate weight_decay w``, then ``m <- m + (1 - beta_1) (g - m)``, ``v <- v + (1 - beta_2) (g^2 - v)``
-    and ``w -= a m / (sqrt(v) + epsilon)`` with ``a = learning_rate sqrt(1 - beta_2^step) / (1 - beta_1^step)``.
+    ``w -= learning_rate weight_decay w`` (where `decays`, one for each parameter, does not say False), then
+    ``m <- m + (1 - beta_1) (g - m)``, ``v <- v + (1 - beta_2) (g^2 - v)`` and ``w -= a m / (sqrt(v) + epsilon)``, with
+    ``a = learning_rate sqrt(1 - beta_2^step) / (1 - beta_1^step)``.
 
     Source: Kingma and Ba 2015, the form before section 2.1, whose epsilon is TensorFlow's (PyTorch adds its epsilon to
     the corrected root); Loshchilov and Hutter 2019 for the decay.
@@ -126,7 +128,7 @@ def adam_update(
     left: Iterable[int] = range(len(members))
     if params and has_kernels(params[0]):
         settings = {"rate": rate, "beta_1": beta_1, "beta_2": beta_2, "epsilon": epsilon, "decay": decay}
-        left = optimizer_kernels.adam_update(params, grads, m, v, **settings)
+        left = optimizer_kernels.adam_update(params, grads, m, v, decays=decays, **settings)
     for index in left:
         for w, g, m_block, v_block in _blocks(xp, *members[index]):
             g = _wide(g)
@@ -141,6 +143,6 @@ def adam_update(
             xp.add(scratch, epsilon, out=scratch)
             xp.divide(m_block, scratch, out=scratch)
             xp.multiply(scratch, rate, out=scratch)
-            if decay:
+            if decay and (decays is None or decays[index]):
                 scratch += _wide(w) * decay
             _subtract(xp, w, scratch)

@@ -7,6 +7,7 @@ arrays in every step: their addresses travel by value in the argument struct, so
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 import weakref
@@ -128,11 +129,12 @@ def adam_update(
     beta_2: float,
     epsilon: float,
     decay: float = 0.0,
+    decays: Sequence[bool] | None = None,
 ) -> list[int]:
     """Do Adam's step in place; `rate` has the correction for the number of the step in it.
 
     ``m <- m + (1 - beta_1) (g - m)``, ``v <- v + (1 - beta_2) (g^2 - v)``, then
-    ``w -= rate m / (sqrt(v) + epsilon) + decay w``.
+    ``w -= rate m / (sqrt(v) + epsilon) + decay w``, without the decay for parameters that `decays` leaves out.
 
     Parameters: equally long lists of device arrays. Kernels take C-contiguous parameters of float16, bfloat16, float32
     or float64 with C-contiguous slots of float32 (float64 for float64) and gradients of the parameter's dtype (or
@@ -147,7 +149,7 @@ def adam_update(
 
     Raises ShapeError for a gradient of another shape than its parameter.
     """
-    return _update(_adam, params, grads, (m, v), (rate, 1.0 - beta_1, 1.0 - beta_2, epsilon, decay), {})
+    return _update(_adam, params, grads, (m, v), (rate, 1.0 - beta_1, 1.0 - beta_2, epsilon, decay), {}, decays)
 
 
 def _update(
@@ -157,14 +159,15 @@ def _update(
     slots: Sequence[Sequence[Any]],
     numbers: Sequence[float],
     more: dict[str, Any],
+    decays: Sequence[bool] | None = None,
 ) -> list[int]:
-    plan = _plan(params, grads, slots)
+    plan = _plan(params, grads, slots, None if decays is None else tuple(decays))
     shapes = [g.shape for g in grads]
     if shapes != plan.shapes:
         wrong = next(i for i, (a, b) in enumerate(itertools.zip_longest(shapes, plan.shapes)) if a != b)
         expected, got = (s[wrong] if wrong < len(s) else "no array" for s in (plan.shapes, shapes))
         raise ShapeError(message(kernel.name, f"gradient {wrong} has another shape than its parameter", expected, got))
-    narrow = [_float32(number) for number in numbers]
+    narrow = [ctypes.c_float(number).value for number in numbers]  # too large a number becomes infinite
     for table in plan.tables:
         values = {
             "table": table.words,
@@ -180,12 +183,6 @@ def _update(
     return plan.rest
 
 
-def _float32(number: float) -> float:
-    """Return the number as float32 has it: one too large is infinite there, as it is for NumPy."""
-    with np.errstate(over="ignore"):
-        return float(np.float32(number))
-
-
 def _contiguous(array: Any) -> Any:
     return array if array.flags.c_contiguous else array_module(array).ascontiguousarray(array)
 
@@ -193,18 +190,23 @@ def _contiguous(array: Any) -> Any:
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def _plan(params: Sequence[Any], grads: Sequence[Any], slots: Sequence[Sequence[Any]]) -> _Plan:
+def _plan(
+    params: Sequence[Any],
+    grads: Sequence[Any],
+    slots: Sequence[Sequence[Any]],
+    decays: tuple[bool, ...] | None,
+) -> _Plan:
     """Return the plan for these parameters, slots and gradient dtypes, that of an earlier step for the same arrays.
 
     An array that lives keeps its address and size, so its identity is enough; a plan goes when one of its arrays does.
     """
     arrays = [*params, *itertools.chain.from_iterable(slots)]
-    key = (len(slots), tuple(map(id, arrays)), tuple([g.dtype for g in grads]))
+    key = (len(slots), tuple(map(id, arrays)), tuple([g.dtype for g in grads]), decays)
     plan = _plans.get(key)
     if plan is None:
         forget = functools.partial(_forget, key)
         references = [weakref.ref(array, forget) for array in arrays]
-        plan = _make_plan(params, grads, slots, references)
+        plan = _make_plan(params, grads, slots, decays or (True,) * len(params), references)
         while len(_plans) >= TABLES:
             _plans.pop(next(iter(_plans)), None)
         _plans[key] = plan
@@ -216,7 +218,11 @@ def _forget(key: Any, _: Any, pop: Any = _plans.pop) -> None:
 
 
 def _make_plan(
-    params: Sequence[Any], grads: Sequence[Any], slots: Sequence[Sequence[Any]], references: list[Any]
+    params: Sequence[Any],
+    grads: Sequence[Any],
+    slots: Sequence[Sequence[Any]],
+    decays: Sequence[bool],
+    references: list[Any],
 ) -> _Plan:
     members = list(zip(params, *slots, strict=True))
     tangled = _overlapping(members)
@@ -231,7 +237,7 @@ def _make_plan(
     for (parameter, gradient), indexes in groups.items():
         for start in range(0, len(indexes), GRADIENTS):
             served = indexes[start : start + GRADIENTS]
-            words, blocks = _words([_row(members[index]) for index in served], params[0])
+            words, blocks = _words([_row(members[index], decays[index]) for index in served], params[0])
             written = [references[index + part * len(params)] for index in served for part in range(1 + len(slots))]
             tables.append(_Table(served, parameter, gradient, words, blocks, written))
     return _Plan(tables, rest, [parameter.shape for parameter in params], references)
@@ -269,9 +275,9 @@ def _overlapping(members: Sequence[Sequence[Any]]) -> set[int]:
     return found
 
 
-def _row(member: Sequence[Any]) -> list[int]:
+def _row(member: Sequence[Any], decays: bool) -> list[int]:
     pointer = launcher_of(member[0]).pointer
-    return [*map(pointer, member), *[0] * (3 - len(member)), member[0].size]
+    return [*map(pointer, member), *[0] * (3 - len(member)), int(decays), member[0].size]
 
 
 def _words(rows: Sequence[Sequence[int]], like: Any) -> tuple[Any, int]:

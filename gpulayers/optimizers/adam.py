@@ -51,12 +51,11 @@ class Adam(Optimizer):
             raise ValueError(message(name, "epsilon is negative", "0 or more", epsilon))
         self.beta_1, self.beta_2, self.epsilon = beta_1, beta_2, epsilon
 
-    def _decay(self, variable: Variable) -> float:
-        """Return the weight decay of a variable."""
-        return 0.0
+    weight_decay: float = 0.0
 
-    def _group(self, variable: Variable) -> Any:
-        return variable.device, self._decay(variable)
+    def _decays(self, variable: Variable) -> bool:
+        """Say whether weight decay applies to a variable."""
+        return True
 
     def _update_arrays(
         self,
@@ -77,7 +76,8 @@ class Adam(Optimizer):
             beta_1=self.beta_1,
             beta_2=self.beta_2,
             epsilon=self.epsilon,
-            weight_decay=self._decay(variables[0]),
+            weight_decay=self.weight_decay,
+            decays=[self._decays(variable) for variable in variables] if self.weight_decay else None,
             step=step,
         )
 
@@ -137,11 +137,10 @@ class AdamW(Adam):
         self._undecayed += list(var_list)
         self._undecayed_names += list(var_names)
 
-    def _decay(self, variable: Variable) -> float:
-        excluded = any(variable is one for one in self._undecayed) or any(
+    def _decays(self, variable: Variable) -> bool:
+        return not any(variable is one for one in self._undecayed) and not any(
             re.search(pattern, variable.name) for pattern in self._undecayed_names
         )
-        return 0.0 if excluded else self.weight_decay
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments as plain data; what is excluded from decay is not among them."""

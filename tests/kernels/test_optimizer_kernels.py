@@ -245,6 +245,22 @@ def test_a_gradient_of_another_shape_is_refused(arrays):
         update("sgd", [w], w[:1], 1)
 
 
+def test_decay_leaves_out_whom_it_is_told(arrays):
+    """In the kernel, in the expressions for what the kernel does not take (the last one here), and in NumPy."""
+    hosts = [drawn((6, 4), "f", i) for i in range(3)]
+    zeros = [[np.zeros((6, 4), "f") for _ in hosts] for _ in "mv"]
+    for decays in ([True, False, False], [False, True, True]):
+        for put in (arrays.asarray, np.array):
+            params = [*map(put, hosts[:2]), put(hosts[2].T.copy()).T]
+            given = [params, *[[put(z) for z in members] for members in zeros]]
+            grads = [put(np.zeros((6, 4), "f")) for _ in hosts]
+            settings = {"learning_rate": 0.5, "weight_decay": 0.5, "decays": decays}
+            optimizer_arrays.adam_update(array_module(*params), params, grads, *given[1:], **settings)
+            for host, one, decayed in zip(hosts, params, decays, strict=True):
+                found = one if put is np.array else one.get()
+                np.testing.assert_allclose(found, host * 0.75 if decayed else host, rtol=1e-6)
+
+
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
@@ -392,6 +408,7 @@ MUTANTS = {
     "Nesterov is forgotten": ("(nesterov ? b * momentum + g : b)", "b", momentum_check),
     "the slot is not written": ("store_run<N, cache::streaming>(row.first + at, first);", "", momentum_check),
     "no decay": ("moved + w * decay", "moved", adam_check),
+    "nobody is told to decay": ("row.decays == 0", "row.decays != 0", adam_check),
     "epsilon under the root": ("(sqrt(v) + epsilon)", "sqrt(v + epsilon)", adam_check),
     "the last block does not wait": ("!last_block(arguments.counters, gridDim.x)", "blockIdx.x != 0", norm_check),
     "every block counts from 0": (
