@@ -267,7 +267,7 @@ class Optimizer:
         rate = self._rate(done, given_rate)
         groups: dict[Any, list[int]] = {}
         for index, variable in enumerate(variables):
-            groups.setdefault(self._group(variable), []).append(index)
+            groups.setdefault(variable.device, []).append(index)
         ready = [_beside(g, v) for g, v in zip(grads, variables, strict=True)]
         for members in groups.values():
             chosen = [variables[index] for index in members]
@@ -282,10 +282,6 @@ class Optimizer:
         for variable in variables:
             if variable.constraint is not None:
                 variable.store(variable.accept(variable.constraint(variable.read())))
-
-    def _group(self, variable: Variable) -> Any:
-        """Return what variables must have in common to be updated by one call: here the device."""
-        return variable.device
 
     def _update_arrays(
         self,

@@ -154,6 +154,11 @@ def test_all_parameters_take_one_launch(rule):
     assert [entry[0].name for entry in launcher.record] == [ENTRIES[RULES[rule][0]]]
 
 
+def test_the_arguments_fit_what_every_driver_takes():
+    kernels = [value for value in vars(optimizer_kernels).values() if type(value).__name__ == "Kernel"]
+    assert len(kernels) == 4 and all(kernel.packer.size <= 4096 for kernel in kernels)
+
+
 def test_more_parameters_than_a_launch_takes(arrays):
     launcher.record.clear()
     check(arrays, "adam", [1 + i % 5 for i in range(2 * GRADIENTS + 9)], ("e", "f"), steps=2)
