@@ -1,6 +1,6 @@
 """Cutting an array into blocks that stay in a core's cache, and running them on a small thread pool.
 
-A block is 512 KB: large enough that two threads seldom meet at the interpreter lock, small enough that a chain of
+A block is 256 KB: large enough that two threads seldom meet at the interpreter lock, small enough that a chain of
 NumPy calls on it costs one trip to memory. Which blocks there are, and which of them are summed together, depends on
 the shape alone, never on the number of threads: results are the same bits on any machine with the same NumPy.
 
@@ -22,7 +22,8 @@ from gpulayers.ops.batch_norm_plan import Layout
 
 __all__ = ["Block", "View", "block_rows", "run_tasks", "view_of"]
 
-ELEMENTS = 512 * 1024 // 4  # of a block
+ELEMENTS = 256 * 1024 // 4  # of a block
+TABLE = 64 * 1024 // 4  # elements of one row of a block with several rows channels first: its tables stay in the cache
 WIDE = 2048  # elements of a wide row: enough that a ufunc's inner loop hides its start
 NARROW_INNER = 64  # below this, channels-first rows are too short for a loop of their own
 THREADED_BYTES = 1 << 20  # below this, waking a thread costs more than it saves
@@ -86,10 +87,8 @@ def tasks_of(view: View) -> tuple[tuple[Block, ...], ...]:
 
 
 def _block_slots(view: View) -> int:
-    """Return how many slots a block spans: all, unless one row of them is more than a block."""
-    if view.columns or view.slots * view.inner <= ELEMENTS:
-        return view.slots
-    return max(1, ELEMENTS // view.inner)
+    """Return how many slots a block spans: all, or, channels first, as many as keep the tables in the cache."""
+    return view.slots if view.columns else max(1, min(view.slots, TABLE // view.inner))
 
 
 def block_rows(view: View) -> int:
@@ -103,8 +102,8 @@ def _blocks(view: View) -> Iterator[Block]:
     even = view.length - view.length % view.tile  # the rest cannot be laid side by side
     for segment in range(view.segments):
         for stop, start in ((even, 0), (view.length, even)):
-            for first in range(start, stop, rows_at_once):
-                for left in range(0, view.slots, slots_at_once):
+            for left in range(0, view.slots, slots_at_once):
+                for first in range(start, stop, rows_at_once):
                     yield Block(
                         segment,
                         first,

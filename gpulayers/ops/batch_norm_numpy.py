@@ -15,6 +15,7 @@ from gpulayers.ops import batch_norm_moving
 from gpulayers.ops import batch_norm_sweeps as sweeps
 from gpulayers.ops.batch_norm_moving import MovingStatistics, Renorm
 from gpulayers.ops.batch_norm_plan import Layout
+from gpulayers.ops.host_buffers import aligned
 
 __all__ = ["Tables", "backward", "channel_tables", "forward", "gradient_tables", "inference", "inference_backward"]
 
@@ -129,7 +130,7 @@ def forward(
             result = direct.normalise(shifted, layout, tables.a, tables.b, residual, relu)
             y = result.astype(x.dtype, copy=False).reshape(x.shape)
         else:
-            y = np.empty_like(x)
+            y = aligned(x.shape, x.dtype)
             affine = sweeps.Affine(pivot, tables.a, tables.b)
             sweeps.normalise(x, y, layout, affine, residual, relu, dtype)
         if moving is not None:
@@ -155,7 +156,8 @@ def backward(
         else:
             double = sweeps.backward_sums(dy, x, layout, saved[0], y, dtype)
             a, slope, b, dgamma, dbeta = gradient_tables(np, double, saved, gamma, layout.samples)
-            dx, dresidual = np.empty_like(x), np.empty_like(x) if own_residual else None
+            dx = aligned(x.shape, x.dtype)
+            dresidual = aligned(x.shape, x.dtype) if own_residual else None
             affine = sweeps.Affine(saved[0], a, b)
             sweeps.backward_apply(dy, x, dx, dresidual, layout, affine, slope, y, dtype)
             dresidual = dresidual if own_residual else dy
@@ -191,7 +193,7 @@ def inference(
             return (
                 direct.normalise(result, layout, a, bias, residual, relu).astype(x.dtype, copy=False).reshape(x.shape)
             )
-        y = np.empty_like(x)
+        y = aligned(x.shape, x.dtype)
         affine = sweeps.near_zero(mean, a, bias, inverse)
         sweeps.normalise(x, y, layout, affine, residual, relu, dtype)
     return y
@@ -223,7 +225,8 @@ def inference_backward(
             dresidual = g.astype(x.dtype, copy=False).reshape(x.shape) if own_residual else dy
         else:
             first, second = sweeps.backward_sums(dy, x, layout, mean, y, dtype)
-            dx, dresidual = np.empty_like(x), np.empty_like(x) if own_residual else None
+            dx = aligned(x.shape, x.dtype)
+            dresidual = aligned(x.shape, x.dtype) if own_residual else None
             affine = sweeps.Affine(np.zeros_like(a), a, np.zeros_like(a))
             sweeps.backward_apply(dy, x, dx, dresidual, layout, affine, None, y, dtype)
             dresidual = dresidual if own_residual else dy

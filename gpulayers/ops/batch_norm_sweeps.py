@@ -14,11 +14,12 @@ import numpy as np
 
 from gpulayers.ops.batch_norm_blocks import Block, View, block_rows, run_tasks, view_of
 from gpulayers.ops.batch_norm_plan import Layout
+from gpulayers.ops.host_buffers import aligned
 
 __all__ = ["Affine", "backward_apply", "backward_sums", "moments", "near_zero", "normalise"]
 
 FAR_PIVOT = 16.0  # (mean - pivot)^2 / variance above which float32 sums and factors lose digits: take a nearer pivot
-REPEATED = 1 << 18  # elements that a table may be blown up to
+REPEATED = 1 << 20  # elements that a table may be blown up to
 SAMPLE = 4096  # elements of the sample, at least one row of it
 SHORT_ROW = 8192  # BLAS dot products start threads above 10000 elements
 
@@ -36,33 +37,34 @@ class _Tables:
 
     def __init__(self, view: View, values: Any) -> None:
         self.view = view
-        shaped = values.reshape(view.tables, view.slots)
+        shaped = values.reshape(view.tables, view.slots, 1)
         if view.columns:
-            if view.inner > 1:
-                shaped = np.repeat(shaped, view.inner, axis=1)
+            width = view.slots * view.inner
             # Whole blocks of repeated rows: NumPy's loops are faster on equal shapes than on broadcast ones.
             rows = block_rows(view)
-            self.wide = _repeated(np.tile(shaped, (1, view.tile)), rows // view.tile)
-            self.plain = shaped[:, None] if view.tile > 1 else self.wide
+            times = rows if view.tables * rows * width <= REPEATED else view.tile
+            whole = _filled((view.tables, times, view.slots, view.inner), shaped[:, None])
+            self.wide = whole.reshape(view.tables, times // view.tile, view.tile * width)
+            self.plain = whole.reshape(view.tables, times, width)[:, :1]
         else:
             repeat = view.inner if shaped.size * view.inner <= REPEATED else 1
-            self.plain = np.repeat(shaped[:, :, None], repeat, axis=2)
+            self.plain = _filled((view.tables, view.slots, repeat), shaped)
 
     def row(self, block: Block) -> Any:
         table = block.segment % self.view.tables
         if not self.view.columns:
             return self.plain[table, block.left : block.right]
         rows = block.last - block.first
-        if self.view.tile == 1:
-            return self.wide[table, :rows]
-        return self.wide[table, : rows // self.view.tile] if _tiled(self.view, block) else self.plain[table]
+        if self.view.tile == 1 or _tiled(self.view, block):
+            return self.wide[table, : rows // self.view.tile]
+        return self.plain[table]
 
 
-def _repeated(rows: Any, times: int) -> Any:
-    """Return (tables, width) rows as (tables, times, width); as one row that broadcasts if that would be large."""
-    if rows.size * times > REPEATED:
-        return rows[:, None]
-    return np.repeat(rows[:, None], times, axis=1)
+def _filled(shape: tuple[int, ...], values: Any) -> Any:
+    """Return an aligned array of this shape with `values` broadcast into it."""
+    array = aligned(shape, values.dtype)
+    array[...] = values
+    return array
 
 
 def _tiled(view: View, block: Block) -> bool:
@@ -89,9 +91,9 @@ class _Scratch:
 
     def like(self, part: Any, index: int) -> Any:
         while len(self.buffers) <= index:
-            self.buffers.append(np.empty(part.size, self.dtype))
+            self.buffers.append(aligned((part.size,), self.dtype))
         if self.buffers[index].size < part.size:
-            self.buffers[index] = np.empty(part.size, self.dtype)
+            self.buffers[index] = aligned((part.size,), self.dtype)
         return self.buffers[index][: part.size].reshape(part.shape)
 
 
