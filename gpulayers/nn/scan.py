@@ -27,7 +27,7 @@ from gpulayers.trace import (
     read_stored,
     stop_recording,
 )
-from gpulayers.trace.function import _BranchGraph
+from gpulayers.trace.branches import BranchGraph
 from gpulayers.trace.graph import Node, new_placeholder
 
 __all__ = ["scan"]
@@ -39,7 +39,7 @@ class _Body:
     """The recorded step: its inputs, its outputs, and the outer tensors that it uses."""
 
     def __init__(self, outer: Any, step: Step, sequences: Sequence[Any], states: Sequence[Any]) -> None:
-        self.graph = _BranchGraph(outer)
+        self.graph = BranchGraph(outer)
         slices = [new_placeholder(self.graph, x.dtype, tuple(x.shape)[1:], "step") for x in sequences]
         carried = [new_placeholder(self.graph, s.dtype, s.shape, "state") for s in states]
         with self.graph.as_default():

@@ -1,5 +1,7 @@
 """Recording: tensors, tapes, graphs, and running what was recorded."""
 
+from gpulayers.trace.branches import cond as cond
+from gpulayers.trace.custom_gradients import custom_gradient as custom_gradient
 from gpulayers.trace.default_session import get_default_session as get_default_session
 from gpulayers.trace.dispatch import as_value as as_value
 from gpulayers.trace.dispatch import autocast as autocast
@@ -7,9 +9,7 @@ from gpulayers.trace.dispatch import autocast_dtype as autocast_dtype
 from gpulayers.trace.execute import Plan as Plan
 from gpulayers.trace.execute import ancestors as ancestors
 from gpulayers.trace.execute import execute as execute
-from gpulayers.trace.function import cond as cond
-from gpulayers.trace.function import custom_gradient as custom_gradient
-from gpulayers.trace.function import function as function
+from gpulayers.trace.functions import function as function
 from gpulayers.trace.gradients import UnconnectedGradients as UnconnectedGradients
 from gpulayers.trace.graph import FunctionGraph as FunctionGraph
 from gpulayers.trace.graph import Graph as Graph

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from gpulayers import ops
 from gpulayers.trace.graph import Node
+from gpulayers.trace.stored import read_stored
 from gpulayers.trace.tensor import GraphTensor
 
-__all__ = ["Plan", "ancestors", "execute"]
+__all__ = ["Plan", "ancestors", "execute", "replay_node"]
 
 
 def ancestors(targets: Iterable[Any], stop: Iterable[GraphTensor] = ()) -> list[Node]:
@@ -66,3 +68,12 @@ def execute(
         for identity in done:
             values.pop(identity, None)
     return [values[id(t)] if isinstance(t, GraphTensor) else None for t in plan.targets]
+
+
+def replay_node(node: Node, inputs: Sequence[Any]) -> Any:
+    """Run a node through its operation, so that tapes see it."""
+    if node.operation is read_stored:
+        stored = node.attributes["stored"]
+        stored.lend()  # the value read here must survive an assignment that is replayed later
+        return ops.identity(stored)  # as an operation, so that tapes watch the variable
+    return node.operation(*inputs, **node.attributes)

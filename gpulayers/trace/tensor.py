@@ -66,7 +66,6 @@ _METHODS = (
 ).split()
 
 
-
 def array_like_operators(cls: type) -> type:
     """Class decorator: give a recordable class the operators, methods and NumPy protocols of an array."""
 
