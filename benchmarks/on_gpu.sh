@@ -3,7 +3,8 @@
 # are used where they are installed. No network.
 #
 #   benchmarks/on_gpu.sh --quick                 # at most 5 minutes
-#   benchmarks/on_gpu.sh --full PART             # norm32 norm256 shapes recurrent tests sanitizer: at most 8 minutes each
+#   benchmarks/on_gpu.sh --full PART             # one of these, at most 8 minutes each:
+#       norm32 compiled norm256 shapes recurrent tests sanitizer
 #
 # Environment: PYTHON (python3), OUT (folder for everything that is written; gpulayers-run).
 # What there is when the run is cut off stays in OUT; the archive OUT.tar.gz and the summary are made in any case.
@@ -11,7 +12,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 usage() {
-    sed -n '2,9p' "$0" | sed 's/^# \{0,1\}//' >&2
+    sed -n '2,10p' "$0" | sed 's/^# \{0,1\}//' >&2
     exit 2
 }
 
@@ -20,7 +21,7 @@ case "${1:-}" in
     --full)
         part=${2:-} limit=470
         case $part in
-            norm32 | norm256 | shapes | recurrent | tests | sanitizer) ;;
+            norm32 | compiled | norm256 | shapes | recurrent | tests | sanitizer) ;;
             *) usage ;;
         esac
         ;;
@@ -119,19 +120,22 @@ case $part in
     quick)
         step report 20 4 "$python" -m gpulayers.report
         step probe 60 24 "$python" -m benchmarks.gpu_probe --out "$out/probe.json"
-        report resnet50 110 34 --batch 32 --dtype float16 --only "resnet50" --peers torch --seconds 0.1
+        report resnet50 150 34 --batch 32 --dtype float16 --only "resnet50" --peers torch --seconds 0.1
         gpu_tests 60
         sanitize 30
         ;;
     norm32)
         for dtype in float16 float32; do
             report "norm32-$dtype" 230 40 --batch 32 --dtype $dtype --only resnet50 --seconds 0.1 \
-                --peers torch,torch_other_layout,torch_compile,jax_jit,plain,chainer_style
+                --peers torch,torch_other_layout,plain,chainer_style
         done
         ;;
+    compiled) # compiling takes most of it: channels last alone
+        report compiled 460 40 --batch 32 --dtype float16 --only "NHWC 32x" --seconds 0.1 --peers torch_compile,jax_jit
+        ;;
     norm256)
-        report norm256-float16 460 90 --batch 256 --dtype float16 --only resnet50 --seconds 0.1 \
-            --peers torch,torch_other_layout,torch_compile,jax_jit
+        report norm256 460 40 --batch 256 --dtype float16 --only "NHWC 256x" --seconds 0.1 \
+            --peers torch,torch_other_layout
         ;;
     shapes)
         report shapes 460 90 --dtype float16 --seconds 0.1 --only unet,tabular,speech,tiny,adversarial,fused,renorm,ghost,several

@@ -22,23 +22,23 @@ def _roofline(plt: Any, rows: Sequence[dict[str, Any]], title: str, path: Path) 
     figure, axes = plt.subplots(1, len(modes), figsize=(4.6 * len(modes), 4.2), sharey=True, squeeze=False)
     for axis, mode in zip(axes[0], modes, strict=True):
         chosen = sorted((r for r in rows if r["mode"] == mode), key=lambda r: r["minimum_bytes"])
-        size = [r["minimum_bytes"] / 1e6 for r in chosen]
+        sizes = [r["minimum_bytes"] / 1e6 for r in chosen]
         copied = [r["minimum_bytes"] / r["copy_us"] / 1e3 for r in chosen]
-        axis.plot(size, copied, color="#777777", lw=1.5, label="copy")
+        axis.plot(sizes, copied, color="#777777", lw=1.5, label="copy")
         for name, (colour, marker) in _STYLE.items():
             points = [
                 (r["minimum_bytes"] / 1e6, r["gb_per_s"] / (1 if name == "gpulayers" else r["ratios"][name]))
                 for r in chosen
                 if name == "gpulayers" or name in r["ratios"]
             ]
-            if points:
-                line = "-" if name == "gpulayers" else ":"
-                axis.plot(*zip(*points, strict=True), line, color=colour, marker=marker, ms=5, lw=1, label=name)
+            if points:  # no lines: shapes of one size differ
+                size = 6 if name == "gpulayers" else 4
+                axis.plot(*zip(*points, strict=True), ls="", color=colour, marker=marker, ms=size, label=name)
         axis.set(xscale="log", yscale="log", title=mode, xlabel="minimum bytes, MB")
         axis.grid(True, which="both", alpha=0.2)
     axes[0][0].set_ylabel("GB/s of minimum bytes")
-    handles, labels = axes[0][-1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=5, frameon=False, fontsize=8)
+    shown = dict(reversed(pair) for axis in axes[0] for pair in zip(*axis.get_legend_handles_labels(), strict=True))
+    figure.legend(shown.values(), shown.keys(), loc="lower center", ncol=len(shown), frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.tight_layout(rect=(0, 0.1, 1, 1))
     figure.savefig(path, dpi=110)
@@ -65,9 +65,12 @@ def _bars(plt: Any, rows: Sequence[dict[str, Any]], title: str, path: Path) -> N
     axis.set(xscale="log", xlabel="time of the peer / time of gpulayers (right of 1: gpulayers is faster)")
     axis.set_title(title, fontsize=10)
     axis.grid(True, axis="x", which="both", alpha=0.2)
+    ticks = [2.0**k for k in range(-8, 9) if axis.get_xlim()[0] <= 2.0**k <= axis.get_xlim()[1]]
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_xticks([], minor=True)
     handles, labels = axis.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
-    axis.legend(unique.values(), unique.keys(), fontsize=7, loc="lower right")
+    axis.legend(unique.values(), unique.keys(), fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
