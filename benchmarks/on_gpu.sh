@@ -93,9 +93,11 @@ say "on_gpu.sh --$part, commit $(git rev-parse --short=12 HEAD 2>/dev/null || ec
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit --format=csv,noheader 2>/dev/null | head -1 |
     tee -a "$summary" || true
 
-gpu_tests() { # what pytest needs here does not include hypothesis and pytest-benchmark: only files that do without
-    step gpu_tests "$1" 12 "$python" -m pytest -m gpu -q --no-header --maxfail=5 -p no:cacheprovider \
-        --continue-on-collection-errors tests/kernels tests/unit/test_cuda_graph.py tests/unit/test_report.py
+gpu_tests() { # SECONDS folders: files that need a package which is not here skip or fail by themselves
+    local seconds=$1
+    shift
+    step gpu_tests "$seconds" 12 "$python" -m pytest -m gpu -q --no-header --maxfail=20 -p no:cacheprovider \
+        --continue-on-collection-errors "$@"
 }
 
 sanitize() { # seconds for each tool
@@ -121,7 +123,7 @@ case $part in
         step report 20 4 "$python" -m gpulayers.report
         step probe 60 24 "$python" -m benchmarks.gpu_probe --out "$out/probe.json"
         report resnet50 150 34 --batch 32 --dtype float16 --only "resnet50" --peers torch --seconds 0.1
-        gpu_tests 60
+        gpu_tests 60 tests/kernels tests/unit/test_cuda_graph.py tests/unit/test_report.py
         sanitize 30
         ;;
     norm32)
@@ -141,6 +143,6 @@ case $part in
         report shapes 460 90 --dtype float16 --seconds 0.1 --only unet,tabular,speech,tiny,adversarial,fused,renorm,ghost,several
         ;;
     recurrent) report recurrent 460 60 --seconds 0.1 --only residual_add,cell,sequence,context,training,optimizer ;;
-    tests) gpu_tests 460 ;;
+    tests) gpu_tests 460 tests ;;
     sanitizer) sanitize 220 ;;
 esac
