@@ -87,6 +87,7 @@ from gpulayers.trace import gradients as gradients
 from gpulayers.trace import group as group
 from gpulayers.trace import no_op as no_op
 from gpulayers.trace import placeholder as placeholder
+from gpulayers.trace import placeholder_with_default as placeholder_with_default
 from gpulayers.trace import reset_default_graph as reset_default_graph
 from gpulayers.trace import stop_recording as stop_recording
 from gpulayers.variables import PartitionedVariable as PartitionedVariable

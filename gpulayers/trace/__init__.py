@@ -23,6 +23,7 @@ from gpulayers.trace.graph import get_default_graph as get_default_graph
 from gpulayers.trace.graph import group as group
 from gpulayers.trace.graph import no_op as no_op
 from gpulayers.trace.graph import placeholder as placeholder
+from gpulayers.trace.graph import placeholder_with_default as placeholder_with_default
 from gpulayers.trace.graph import recording_function as recording_function
 from gpulayers.trace.graph import reset_default_graph as reset_default_graph
 from gpulayers.trace.graph import symbolic_graph as symbolic_graph

@@ -12,7 +12,7 @@ from typing import Any
 from gpulayers.device import asarray
 from gpulayers.dtypes import TensorShape, as_dtype
 from gpulayers.errors import GraphError, StateError, message
-from gpulayers.ops.operation import Operation, Spec, state
+from gpulayers.ops.operation import Operation, Recordable, Spec, state
 from gpulayers.trace.default_session import session_for
 from gpulayers.trace.stored import StoredValue, read_stored
 from gpulayers.trace.tensor import GraphTensor, RecordedTensor
@@ -30,6 +30,7 @@ __all__ = [
     "group",
     "no_op",
     "placeholder",
+    "placeholder_with_default",
     "recording_function",
     "symbolic_graph",
 ]
@@ -420,6 +421,29 @@ def new_placeholder(graph: Graph, dtype: Any, shape: Any = None, name: str | Non
     if graph.keeps_nodes:
         graph.nodes.append(node)
     return node.outputs[0]
+
+
+_default_operation = Operation(
+    "placeholder_with_default",
+    lambda xp, x, *, shape: x,
+    spec=lambda x, shape: Spec(None if shape.rank is None else tuple(shape), x.dtype),
+    gradient=(lambda c, g: g,),
+    doc="Return `x` where nothing is fed.",
+)
+
+
+def placeholder_with_default(input: Any, shape: Any, name: str | None = None) -> Any:
+    """Return a tensor that can be fed, and is `input` where it is not; in eager mode `input` itself, as an array.
+
+    `shape`: its static shape, which `input` must fit. Raises ShapeError if it does not.
+    Source: ``tf.compat.v1.placeholder_with_default``.
+    """
+    graph = active_graph()
+    value = input if isinstance(input, Recordable) else asarray(input)
+    if graph is None:
+        return value
+    TensorShape(shape).assert_is_compatible_with(value.shape)
+    return graph.record(_default_operation, (value,), {"shape": TensorShape(shape)})
 
 
 _group = Operation(

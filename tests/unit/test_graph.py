@@ -819,3 +819,15 @@ def test_second_derivative_of_a_cond_in_a_function_by_nested_tapes():
                 y = f(t, v)
             slope = inner.gradient(y, t)
         np.testing.assert_allclose(outer.gradient(slope, z), expected)
+
+
+def test_a_placeholder_with_a_default_is_fed_or_not():
+    with gl.Graph().as_default(), gl.Session() as session:
+        x = gl.placeholder_with_default([1.0, 2.0], (None,))
+        assert tuple(x.shape) == (None,)
+        y = x * 3.0
+        np.testing.assert_array_equal(session.run(y), [3.0, 6.0])
+        np.testing.assert_array_equal(session.run(y, {x: [5.0]}), [15.0])
+        with pytest.raises(ValueError, match="incompatible"):
+            gl.placeholder_with_default([1.0, 2.0], (3,))
+    np.testing.assert_array_equal(gl.placeholder_with_default([1.0, 2.0], (None,)), [1.0, 2.0])
