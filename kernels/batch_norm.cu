@@ -14,12 +14,13 @@
 // Moving statistics and renorm's r and d are finished by the last block of a slab, in the same launch.
 // Grid: groups * slabs * splits (one-launch kernels: slabs * CLUSTER). Block: (lanes, depth), at most 256 threads.
 // Shared memory: at most 20 KB static; the keeping kernels add 16 bytes per unit held.
-// Registers: at most 128, so that two blocks fit a multiprocessor (without the second bound ptxas spills to fit more).
+// Registers: at most 80 in the sweeps, so that a multiprocessor holds the three blocks that the plan gives it: the grid is
+//   one wave. At most 128 in the one-launch kernels.
 // Deterministic; no floating-point atomics.
 #include "batch_norm.cuh"
 
 #if defined(GL_ENTRY_gl_bn_statistics)
-GL_KERNEL(gl_bn_statistics, 256, 2) {
+GL_KERNEL(gl_bn_statistics, 256, 3) {
     const Place p = place_of(arguments, static_cast<int32>(blockIdx.x));
     moments_of_split<false>(arguments, p, nullptr);
     if (!last_split(arguments, p)) return;
@@ -30,11 +31,11 @@ GL_KERNEL(gl_bn_statistics, 256, 2) {
 #endif
 
 #if defined(GL_ENTRY_gl_bn_normalise)
-GL_KERNEL(gl_bn_normalise, 256, 2) { normalise_split<false>(arguments, place_of(arguments, static_cast<int32>(blockIdx.x)), nullptr); }
+GL_KERNEL(gl_bn_normalise, 256, 3) { normalise_split<false>(arguments, place_of(arguments, static_cast<int32>(blockIdx.x)), nullptr); }
 #endif
 
 #if defined(GL_ENTRY_gl_bn_sums)
-GL_KERNEL(gl_bn_sums, 256, 2) {
+GL_KERNEL(gl_bn_sums, 256, 3) {
     const Place p = place_of(arguments, static_cast<int32>(blockIdx.x));
     sums_of_split<false>(arguments, p, nullptr);
     if (!last_split(arguments, p)) return;
@@ -45,7 +46,7 @@ GL_KERNEL(gl_bn_sums, 256, 2) {
 #endif
 
 #if defined(GL_ENTRY_gl_bn_apply)
-GL_KERNEL(gl_bn_apply, 256, 2) { apply_split<false>(arguments, place_of(arguments, static_cast<int32>(blockIdx.x)), nullptr); }
+GL_KERNEL(gl_bn_apply, 256, 3) { apply_split<false>(arguments, place_of(arguments, static_cast<int32>(blockIdx.x)), nullptr); }
 #endif
 
 #if defined(GL_ENTRY_gl_bn_forward)

@@ -6,11 +6,12 @@
 //   else: a thread holds `width` neighbours of one (row, channel).
 // Block: (lanes, depth) threads, both powers of two. `lanes` threads lie side by side over the channels of a slab
 //   (1 if not CHANNELS_LAST), `depth` of them share a channel's values. A slab is lanes * held channels.
-// Work: block = (group, slab, split); split s of `splits` takes the units [U s / splits, U (s + 1) / splits) of the
-//   slab, a unit being a row (CHANNELS_LAST) or `width` neighbours.
+// Work: block = (group, slab, split); the splits of a slab take U / splits of its units each, the first U mod splits of
+//   them one more, a unit being a row (CHANNELS_LAST) or `width` neighbours.
 // Statistics: each thread sums x - p and (x - p)^2 around its own first value p; (count, mean, square) triples are merged
-//   by Chan's formula in a fixed tree, blocks' triples in double in index order. The means are kept relative to the
-//   channel's first value, so that nothing is lost where mean / sigma is large. Saved per (group, channel): the mean
+//   by Chan's formula in a fixed tree, blocks' triples in double in a fixed order. The means are kept relative to the
+//   channel's first value, so that nothing is lost where mean / sigma is large: as that value is one of the N, the mean
+//   squared is at most N - 1 variances, and double takes their difference with a relative error of 2^-52 N at most. Saved per (group, channel): the mean
 //   rounded to float (pivot), the rest of it (offset), and 1 / sqrt(variance + epsilon).
 // Deterministic: a fixed grid for a shape and device, fixed trees, no floating-point atomics.
 // Source: Chan, Golub, LeVeque 1979 (merging); arXiv 1502.03167; arXiv 1702.03275 (renorm).
@@ -67,11 +68,17 @@ __device__ __forceinline__ int32 depth() { return static_cast<int32>(blockDim.y)
 __device__ __forceinline__ int64 units(const Place& p) {
     return CHANNELS_LAST ? p.rows * p.spread : p.rows * p.spread * (p.inner / width);
 }
-__device__ __forceinline__ int64 first_unit(const Place& p, int32 split) { return units(p) * split / p.splits; }
-// Values of a channel in one split.
-__device__ __forceinline__ int64 values_in(const Place& p, int32 split) {
-    return (first_unit(p, split + 1) - first_unit(p, split)) * (CHANNELS_LAST ? 1 : width);
-}
+// How the units are dealt out: split s has `share` of them, one more if s < `longer`.
+struct Shares {
+    int64 share, longer;
+
+    __device__ __forceinline__ explicit Shares(const Place& p) {
+        share = units(p) / p.splits;
+        longer = units(p) - share * p.splits;
+    }
+    __device__ __forceinline__ int64 first(int32 split) const { return share * split + (split < longer ? split : longer); }
+    __device__ __forceinline__ int64 count(int32 split) const { return share + (split < longer); }
+};
 __device__ __forceinline__ int64 values_in_all(const Place& p) { return p.rows * p.spread * p.inner; }
 
 template <typename Arguments> __device__ __forceinline__ Place place_of(const Arguments& arguments, int32 block) {
@@ -106,7 +113,8 @@ struct Walk {
     int64 left, row, position, step_rows, step_positions, inner_units;
 
     __device__ __forceinline__ Walk(const Place& p, bool backwards) {
-        const int64 first = first_unit(p, p.split), count = first_unit(p, p.split + 1) - first;
+        const Shares shares(p);
+        const int64 first = shares.first(p.split), count = shares.count(p.split);
         const int64 mine = threadIdx.y, step = depth();
         left = p.inside && mine < count ? (count - mine + step - 1) / step : 0;
         const int64 unit = backwards ? first + count - 1 - mine : first + mine;
@@ -218,6 +226,31 @@ __device__ __forceinline__ int64 slot_index(const Place& p, int32 group, int64 c
 }
 __device__ __forceinline__ int64 slot_plane(const Place& p) { return p.groups * p.channels; }
 
+// Calls add(split, first, second) with both partial results of every split that this thread has of its column, in order.
+// One block does this while the others have ended, so the loads of several splits are in flight together.
+template <typename Arguments, typename Add>
+__device__ __forceinline__ void for_parts(const Arguments& arguments, const Place& p, const Column& column, Add add) {
+    constexpr int32 ahead = 4;
+    if (!column.inside) return;
+    const A* const parts = arguments.parts + part_index(p, 0, column.channel);
+    const int64 plane = part_plane(p);
+    for (int32 start = column.part; start < p.splits; start += ahead * column.parts) {
+        A first[ahead], second[ahead];
+#pragma unroll
+        for (int32 slot = 0; slot < ahead; ++slot) {
+            const int32 split = start + slot * column.parts;
+            if (split >= p.splits) continue;
+            first[slot] = parts[split * p.channels];
+            second[slot] = parts[split * p.channels + plane];
+        }
+#pragma unroll
+        for (int32 slot = 0; slot < ahead; ++slot) {
+            const int32 split = start + slot * column.parts;
+            if (split < p.splits) add(split, first[slot], second[slot]);
+        }
+    }
+}
+
 // Ends a split: true in the block that is to merge the splits of its slab and group.
 template <typename Arguments> __device__ __forceinline__ bool last_split(const Arguments& arguments, const Place& p) {
     return last_block(arguments.counters + static_cast<int64>(p.group) * p.slabs + p.slab, static_cast<uint32>(p.splits));
@@ -246,7 +279,7 @@ __device__ __forceinline__ void moments_of_split(const Arguments& arguments, con
     GL_SHARED(A, counts, [largest]);
     GL_SHARED(A, means, [held][largest]);
     GL_SHARED(A, squares, [held][largest]);
-    constexpr int32 ahead = 4;
+    constexpr int32 ahead = KEEP ? 8 : 4;  // keeping blocks fill a multiprocessor alone
     A base[held], sum[held], square[held];
     Packet values[ahead];
 #pragma unroll
@@ -311,16 +344,15 @@ template <typename Arguments>
 __device__ __forceinline__ void finish_group(const Arguments& arguments, const Place& p) {
     const Column column(p);
     const double all = static_cast<double>(values_in_all(p));
+    const Shares shares(p);
     double sum = 0.0, square = 0.0;
-    for (int32 split = column.part; column.inside && split < p.splits; split += column.parts)
-        sum += static_cast<double>(values_in(p, split)) * arguments.parts[part_index(p, split, column.channel)];
+    for_parts(arguments, p, column, [&](int32 split, double part_mean, double part_square) {
+        const double part_sum = static_cast<double>(shares.count(split) * (CHANNELS_LAST ? 1 : width)) * part_mean;
+        sum += part_sum;
+        square += part_square + part_sum * part_mean;
+    });
     const double mean = column_sum(sum, column.columns) / all;
-    for (int32 split = column.part; column.inside && split < p.splits; split += column.parts) {
-        const int64 index = part_index(p, split, column.channel);
-        const double delta = arguments.parts[index] - mean;
-        square += arguments.parts[index + part_plane(p)] + static_cast<double>(values_in(p, split)) * delta * delta;
-    }
-    double variance = column_sum(square, column.columns) / all;
+    double variance = column_sum(square, column.columns) / all - mean * mean;
     if (variance < 0.0) variance = 0.0;
     if (column.part == 0 && column.inside) {
         const int64 slot = slot_index(p, p.group, column.channel), plane = slot_plane(p);
@@ -483,7 +515,7 @@ __device__ __forceinline__ void sums_of_split(const Arguments& arguments, const 
         pivot[i] = affine.pivot;
         scale[i] = affine.a;
     }
-    constexpr int32 ahead = 2;
+    constexpr int32 ahead = KEEP ? 4 : 2;
     Packet x[ahead], g[ahead];
     for_units<ahead>(
         p, false,
@@ -542,11 +574,10 @@ template <typename Arguments>
 __device__ __forceinline__ void finish_group_sums(const Arguments& arguments, const Place& p) {
     const Column column(p);
     double sum = 0.0, product = 0.0;
-    for (int32 split = column.part; column.inside && split < p.splits; split += column.parts) {
-        const int64 index = part_index(p, split, column.channel);
-        sum += arguments.parts[index];
-        product += arguments.parts[index + part_plane(p)];
-    }
+    for_parts(arguments, p, column, [&](int32, double part_sum, double part_product) {
+        sum += part_sum;
+        product += part_product;
+    });
     sum = column_sum(sum, column.columns);
     product = column_sum(product, column.columns);
     if (column.part != 0 || !column.inside) return;

@@ -60,7 +60,7 @@ class Launcher(Protocol):
         """Return the address of an array's first element."""
 
     def workspace(self, like: Any, counters: int, scratch: int) -> tuple[Any, Any]:
-        """Return the cached (uint32 counters, uint8 scratch) of the device and stream."""
+        """Return the cached (uint32 counters, uint8 scratch) of the device, stream and thread."""
 
     def resident_blocks(self, specialisation: Specialisation, threads: int, shared: int) -> int:
         """Return how many blocks of this size one multiprocessor holds at a time."""
@@ -84,13 +84,20 @@ class Launcher(Protocol):
         """
 
 
+class _OfThread(threading.local):
+    """What every thread has for itself: workspaces by device and stream."""
+
+    def __init__(self) -> None:
+        self.workspaces: dict[tuple[int, int], tuple[Any, Any]] = {}
+
+
 class CupyLauncher:
     """Compiles with NVRTC through CuPy and launches on CuPy's current stream."""
 
     def __init__(self) -> None:
         self._functions: dict[tuple[int, Specialisation], Any] = {}
         self._shared_limits: dict[tuple[int, Specialisation], int] = {}
-        self._workspaces: dict[tuple[int, int], tuple[Any, Any]] = {}
+        self._own = _OfThread()
         self._properties: dict[int, DeviceProperties] = {}
         self._lock = threading.Lock()
 
@@ -135,20 +142,22 @@ class CupyLauncher:
                 )
 
     def workspace(self, like: Any, counters: int, scratch: int) -> tuple[Any, Any]:
-        """Return the workspace of the current device and stream, grown if it is too small.
+        """Return the workspace of the current device, stream and thread, grown if it is too small.
 
+        An operation of two launches keeps its tables there in between, where another thread may launch on the same
+        stream; and the per-thread default stream has one number in all threads.
         Growing inside a captured CUDA graph would record the clearing of the counters: call once before capturing.
         """
         cupy = _cupy.cupy()
         key = (self._device(), cupy.cuda.get_current_stream().ptr)
-        found = self._workspaces.get(key)
+        found = self._own.workspaces.get(key)
         if found is None or found[0].size < counters or found[1].size < scratch:
             old = (0, 0) if found is None else (found[0].size, found[1].size)
             found = (
                 cupy.zeros(max(counters, old[0], 4096), dtype=np.uint32),
                 cupy.empty(max(scratch, old[1], 1 << 20), dtype=np.uint8),
             )
-            self._workspaces[key] = found
+            self._own.workspaces[key] = found
         return found
 
     def _compile(self, device: int, specialisation: Specialisation) -> Any:
@@ -161,8 +170,8 @@ class CupyLauncher:
                     function = raw.kernel
                 except Exception as error:  # NVRTC, missing headers and driver errors have no common type
                     raise KernelError(self._compile_message(specialisation, error)) from error
-                self._functions[device, specialisation] = function
                 self._shared_limits[device, specialisation] = 48 * 1024 - int(raw.shared_size_bytes)
+                self._functions[device, specialisation] = function  # last: whoever finds it needs the limit too
         return function
 
     def _compile_message(self, specialisation: Specialisation, error: Exception) -> str:
@@ -245,9 +254,10 @@ def device_properties(like: Any) -> DeviceProperties:
 
 
 def workspace(like: Any, counters: int = 0, scratch: int = 0) -> tuple[Any, Any]:
-    """Return (counters, scratch): arrays cached per device and stream, at least this long.
+    """Return (counters, scratch): arrays cached per device, stream and thread, at least this long.
 
     `counters` is uint32, zero at first; every launch must leave it zero (the top bit of a `grid_barrier` excepted).
-    `scratch` is uint8 with any contents, 256-byte aligned, valid until the next call that uses the stream.
+    `scratch` is uint8 with any contents, 256-byte aligned, valid until the thread's next call that uses the
+    stream.
     """
     return launcher_of(like).workspace(like, counters, scratch)

@@ -115,6 +115,7 @@ STATIC_SHARED = 20 * 1024  # an upper bound of what the kernels use besides the 
 THREADS = 256
 LANES_WIDE, LANES_NARROW = 16, 4  # 256 and 64 bytes of a row with 16-byte accesses
 AHEAD = 4  # accesses in flight per thread, as in batch_norm.cuh
+RESIDENT = 3  # blocks that a multiprocessor holds at least in the sweeps: the launch bounds in batch_norm.cu
 
 
 class Plan(NamedTuple):
@@ -150,7 +151,7 @@ def choose(layout: Layout, itemsize: int, aligned: bool, device: Any, kept: int 
     ...     print(p.regime, p.lanes, p.depth, p.slabs, p.splits)
     small 4 64 2 1
     cluster 8 32 16 8
-    sweeps 8 32 1 528
+    sweeps 4 64 2 198
     cluster 1 256 64 8
     """
     return _choose(layout, itemsize, aligned, device, kept, one_launch)
@@ -163,15 +164,10 @@ def _choose(layout: Layout, itemsize: int, aligned: bool, device: Any, kept: int
     vector = aligned and along % (16 // itemsize) == 0
     width = 16 // itemsize if vector else 1
     for lanes_limit in (LANES_NARROW, LANES_WIDE // 2, LANES_WIDE):
-        lanes = min(lanes_limit if vector else 2 * lanes_limit, _power_of_two(-(-layout.channels // width)))
-        lanes = lanes if channels_last else 1
+        lanes, depth, slabs, units = _block(layout, vector, width, lanes_limit)
         columns = lanes * (width if channels_last else 1)
-        slabs = -(-layout.channels // columns)
         slab_bytes = layout.samples * columns * itemsize
         small = layout.groups <= SMALL_GROUPS and slab_bytes * layout.groups <= SMALL_BYTES
-        units = layout.samples // (1 if channels_last else width)
-        least = max(width if channels_last else 1, 32 // lanes)
-        depth = max(least, min(THREADS // lanes, _power_of_two(units)))
         if one_launch and small:
             return Plan("small", vector, channels_last, lanes, depth, slabs, 1, 0)
         per_thread = -(-(-(-units // CLUSTER) + 1) // depth)
@@ -180,9 +176,41 @@ def _choose(layout: Layout, itemsize: int, aligned: bool, device: Any, kept: int
         wide_enough = not channels_last or lanes_limit > LANES_NARROW
         if one_launch and device.has_clusters and layout.groups == 1 and wide_enough and fits:
             return Plan("cluster", vector, channels_last, lanes, depth, slabs, CLUSTER, shared)
-    blocks = 4 * device.multiprocessors
-    splits = max(1, min(-(-blocks // (slabs * layout.groups)), -(-units // (depth * AHEAD))))
+    # After all others have ended, one block merges what the splits of a slab leave. A narrow slab has fewer channels
+    # and (as there are more slabs) fewer splits; where rows are short it still reads whole neighbourhoods of memory.
+    short = layout.channels <= LANES_WIDE * width
+    lanes_limit = (LANES_NARROW if short else LANES_WIDE // 2) if vector else LANES_WIDE
+    lanes, depth, slabs, units = _block(layout, vector, width, lanes_limit)
+    splits = min(_splits(slabs * layout.groups, RESIDENT * device.multiprocessors), -(-units // (depth * AHEAD)))
     return Plan("sweeps", vector, channels_last, lanes, depth, slabs, splits, 0)
+
+
+def _splits(count: int, resident: int) -> int:
+    """Return how many blocks work on each of `count` slabs, so that waves of `resident` blocks are full.
+
+    One wave if it can be nine tenths full, else the first number of splits that fills the last wave so, up to eight.
+
+    >>> _splits(2, 396), _splits(256, 396)
+    (198, 3)
+    """
+    least = max(1, resident // count)
+    for splits in range(least, max(least, 8 * resident // count) + 1):
+        blocks = splits * count
+        if 10 * blocks >= 9 * resident * -(-blocks // resident):
+            return splits
+    return least
+
+
+def _block(layout: Layout, vector: bool, width: int, lanes_limit: int) -> tuple[int, int, int, int]:
+    """Return lanes, depth, slabs, and the units of a slab, for slabs of at most `lanes_limit` 16-byte accesses."""
+    channels_last = layout.inner == 1
+    held = width if channels_last else 1
+    lanes = min(lanes_limit if vector else 2 * lanes_limit, _power_of_two(-(-layout.channels // held)))
+    lanes = lanes if channels_last else 1
+    units = layout.samples // (1 if channels_last else width)
+    least = max(held, 32 // lanes)
+    depth = max(least, min(THREADS // lanes, _power_of_two(units)))
+    return lanes, depth, -(-layout.channels // (lanes * held)), units
 
 
 def _power_of_two(value: int) -> int:

@@ -357,9 +357,31 @@ def test_every_plan_can_be_launched(device):
             assert plan.regime != "cluster" or device.has_clusters
             if plan.regime == "cluster":
                 units = layout.samples // (16 // itemsize if plan.vector and not plan.channels_last else 1)
-                largest = max(units * (s + 1) // plan.splits - units * s // plan.splits for s in range(plan.splits))
+                largest = -(-units // plan.splits)
                 width = 16 // itemsize if plan.vector else 1
                 assert -(-largest // plan.depth) * plan.lanes * plan.depth * width * itemsize * kept <= plan.shared
+
+
+RESNET_50 = [(112, 64), (56, 64), (56, 256), (28, 128), (28, 512), (14, 256), (14, 1024), (7, 512), (7, 2048)]
+
+
+@pytest.mark.parametrize("device", [H200_LIKE, A100_LIKE], ids=lambda d: d.name)
+def test_sweeps_fill_the_gpu_and_leave_little_to_merge(device):
+    """Large inputs: full waves of three blocks per multiprocessor, rows of 64 bytes, few partial sums for one block."""
+    seen = 0
+    for batch, (size, channels), itemsize, last in itertools.product((32, 256), RESNET_50, (2, 4), (True, False)):
+        shape, axis = ((batch, size, size, channels), 3) if last else ((batch, channels, size, size), 1)
+        layout = collapse(shape, (axis,))
+        plan = choose(layout, itemsize, True, device, 2)
+        if plan.regime != "sweeps" or layout.size * itemsize < 30e6:
+            continue
+        seen += 1
+        blocks, resident = plan.slabs * plan.splits, 3 * device.multiprocessors
+        assert blocks >= 0.9 * resident * -(-blocks // resident), (shape, plan)
+        columns = plan.lanes * 16 // itemsize if last else 1
+        assert not last or columns * itemsize >= 64
+        assert plan.splits * columns * 8 <= 100 * 1024, (shape, plan)
+    assert seen > 10
 
 
 # ---- broken copies must be caught ----------------------------------------------------------------------------------
@@ -441,6 +463,24 @@ MUTANTS = {
         "return (p.group * p.rows + row) * length;",
         forward_of,
         SUB_BATCHES,
+    ),
+    "the longer splits weigh like the others": (
+        "static_cast<double>(shares.count(split) *",
+        "static_cast<double>(shares.share *",
+        forward_of,
+        ((5003, 3),),
+    ),
+    "the splits' means are not merged": (
+        "square += part_square + part_sum * part_mean;",
+        "square += part_square;",
+        forward_of,
+        TWO_SWEEPS,
+    ),
+    "the last parts are left out": (
+        "if (split >= p.splits) continue;",
+        "if (split >= p.splits - 1) continue;",
+        forward_of,
+        TWO_SWEEPS,
     ),
     "the offset is lost": (
         "result.b -= arguments.saved[slot + plane] * result.a;",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 import types
 
 import numpy as np
@@ -396,6 +397,19 @@ def test_cupys_workspace_is_one_per_stream(monkeypatch):
     assert grown[1].size >= 2**21 and cupy_launcher.workspace(None, 1, 1)[1] is grown[1]
     fake.cuda.get_current_stream = lambda: types.SimpleNamespace(ptr=78)
     assert cupy_launcher.workspace(None, 5, 5)[0] is not grown[0]
+
+
+def test_cupys_workspace_is_one_per_thread(monkeypatch):
+    """Threads share the default stream: what one keeps between two launches, another must not overwrite."""
+    fake, found = FakeCupy(), []
+    monkeypatch.setattr(_cupy, "cupy", lambda: fake)
+    cupy_launcher = CupyLauncher()
+    first = cupy_launcher.workspace(None, 1, 1)
+    thread = threading.Thread(target=lambda: found.extend(cupy_launcher.workspace(None, 1, 1)))
+    thread.start()
+    thread.join()
+    assert found[0] is not first[0] and found[1] is not first[1]
+    assert cupy_launcher.workspace(None, 1, 1)[1] is first[1]
 
 
 @pytest.mark.skipif(not _cupy.installed(), reason="needs CuPy")
