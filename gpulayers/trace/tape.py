@@ -7,6 +7,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from gpulayers import nest, ops
 from gpulayers.device import is_array
 from gpulayers.dtypes import is_floating
@@ -271,7 +273,7 @@ class GradientTape:
             one = cotangents.get(id(tensor))
             total = one if total is None else (total if one is None else total + one)
         if total is not None:
-            return total
+            return np.asarray(total) if isinstance(total, np.generic) else total  # NumPy's 0-d arithmetic gives scalars
         if unconnected == UnconnectedGradients.ZERO:
             return ops.zeros_like(source.read() if isinstance(source, StoredValue) else source)
         if not isinstance(source, Recordable):

@@ -131,7 +131,13 @@ def _array_ufunc(self: Any, ufunc: np.ufunc, method: str, *inputs: Any, **keywor
     return operation(*inputs)
 
 
+# Questions about a static shape need no recording.
+_ABOUT_SHAPES: dict[Any, Callable[[Any], Any]] = {np.shape: lambda a: tuple(a.shape), np.ndim: lambda a: len(a.shape)}
+
+
 def _array_function(self: Any, function: Callable[..., Any], types: Any, arguments: Any, keywords: Any) -> Any:
+    if function in _ABOUT_SHAPES:
+        return _ABOUT_SHAPES[function](*arguments)
     replacement = getattr(ops, function.__name__, None)
     if replacement is None:
         raise TypeError(
@@ -171,6 +177,13 @@ class Tensor(Recordable):
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
         raise TypeError(_no_conversion("np.asarray(t)"))
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        raise TypeError(
+            message(
+                "Tensor", "cannot be changed in place", do="Make a new one: gl.where, gl.ops.concatenate and so on."
+            )
+        )
 
     # CuPy asks an unknown operand for this before it gives up: the one chance to say what to write.
     def __cupy_override_elementwise_kernel__(self, *arguments: Any, **keywords: Any) -> Any:

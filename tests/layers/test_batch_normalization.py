@@ -669,14 +669,45 @@ def test_gamma_and_beta_may_be_cut_and_the_statistics_are_not():
         close(np.concatenate(parts[2:]), np.full(3, 6.0))
 
 
+@BOTH
+@pytest.mark.parametrize("keywords", [{}, {"virtual_batch_size": 3}, {"axis": 0}])
+def test_gradients_of_gradients(family, keywords):
+    x = RNG.normal(size=(6, 3))
+    layer = family.BatchNormalization(dtype="float64", **keywords)
+    layer.build((6, 3))
+
+    def slopes(value):
+        with gl.GradientTape() as tape:
+            y = gl.reduce_sum(layer(tape.watch(value), training=True) ** 3)
+        return tape.gradient(y, value)
+
+    with gl.GradientTape() as outer:
+        t = outer.watch(x)
+        with gl.GradientTape() as inner:
+            inner.watch(t)
+            y = gl.reduce_sum(layer(t, training=True) ** 3)
+        slope = inner.gradient(y, t)
+        penalty = gl.reduce_sum(slope * slope)
+    direction = RNG.normal(size=x.shape)
+    step = 1e-5
+    expected = (np.sum(slopes(x + step * direction) ** 2) - np.sum(slopes(x - step * direction) ** 2)) / (2 * step)
+    assert np.sum(outer.gradient(penalty, x) * direction) == pytest.approx(expected, rel=1e-5)
+
+
+EXTENDED = {
+    "plain": {},
+    "renorm": {"renorm": True},
+    "sub_batches": {"virtual_batch_size": 3},
+    "adjustment": {"adjustment": lambda shape: (2, 1)},
+}
+
+
 # --- extensions -------------------------------------------------------------------------------------------------------
 
 
 @BOTH
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(
-    "keywords", [{}, {"renorm": True}, {"virtual_batch_size": 3}, {"adjustment": lambda s: (2, 1)}]
-)
+@pytest.mark.parametrize("keywords", list(EXTENDED.values()), ids=EXTENDED)
 @pytest.mark.parametrize("activation", [None, "relu", "tanh"])
 def test_residual_and_activation_are_the_composition_with_its_gradients(family, training, keywords, activation):
     functions = {None: lambda v: v, "relu": gl.ops.relu, "tanh": gl.ops.tanh}

@@ -211,6 +211,15 @@ def test_nothing_is_recorded_after_the_block():
 # --- cotangents, unconnected sources ----------------------------------------------------------------------------------
 
 
+def test_gradients_of_scalars_are_arrays_too():
+    v, x = gl.Variable(3.0), np.array(2.0)
+    with gl.GradientTape() as tape:
+        t = tape.watch(x)
+        y = v * v * v + v * gl.ops.cast(t * t, "float32")
+    for gradient in tape.gradient(y, [v, x]):
+        assert type(gradient) is np.ndarray and gradient.shape == ()
+
+
 def test_output_gradients_weigh_the_target():
     v = gl.Variable(X)
     weights = np.array([1.0, 10.0, 100.0])
@@ -521,6 +530,20 @@ def test_indexing_iterating_length_and_methods(t):
     assert float(t.sum()) == X.sum() and float(t.mean()) == X.mean()
     np.testing.assert_array_equal(t.reshape(3, 1).T.value, X[None])
     assert t.astype("float32").dtype == np.float32
+
+
+def test_numpys_questions_about_shape(t):
+    assert np.shape(t) == (3,) and np.ndim(t) == 1 and int(np.size(t)) == 3
+    np.testing.assert_array_equal(gl.asnumpy(np.zeros_like(t)), np.zeros(3))
+
+
+def test_a_tensor_is_not_changed_in_place(t):
+    with pytest.raises(TypeError, match=r"in place.*gl\.where"):
+        t[0] = 1.0
+    before = t
+    t += 1.0
+    assert t is not before
+    np.testing.assert_array_equal(before.value, X)
 
 
 def test_a_scalar_tensor_is_a_number():
