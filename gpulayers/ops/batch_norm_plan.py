@@ -115,6 +115,7 @@ STATIC_SHARED = 20 * 1024  # an upper bound of what the kernels use besides the 
 THREADS = 256
 LANES_WIDE, LANES_NARROW = 16, 4  # 256 and 64 bytes of a row with 16-byte accesses
 AHEAD = 4  # accesses in flight per thread, as in batch_norm.cuh
+BUSY, BUSY_SMALL = 0.5, 0.45  # share of the multiprocessors that clusters keep busy; small parts save a launch
 RESIDENT = 3  # blocks that a multiprocessor holds at least in the sweeps: the launch bounds in batch_norm.cu
 
 
@@ -172,7 +173,8 @@ def _choose(layout: Layout, itemsize: int, aligned: bool, device: Any, kept: int
             return Plan("small", vector, channels_last, lanes, depth, slabs, 1, 0)
         per_thread = -(-(-(-units // CLUSTER) + 1) // depth)
         shared = per_thread * lanes * depth * width * itemsize * kept
-        fits = shared <= device.shared_per_block - STATIC_SHARED and slabs * CLUSTER * 2 >= device.multiprocessors
+        busy = BUSY if shared > SMALL_BYTES else BUSY_SMALL
+        fits = shared <= device.shared_per_block - STATIC_SHARED and slabs * CLUSTER >= busy * device.multiprocessors
         wide_enough = not channels_last or lanes_limit > LANES_NARROW
         if one_launch and device.has_clusters and layout.groups == 1 and wide_enough and fits:
             return Plan("cluster", vector, channels_last, lanes, depth, slabs, CLUSTER, shared)

@@ -334,12 +334,13 @@ def test_the_plan_as_a_table():
         ((32, 14, 14, 1024), (3,), 1),
         ((32, 56, 56, 64), (3,), 1),
         ((32, 64, 56, 56), (1,), 1),
+        ((32, 7, 7, 512), (3,), 1),
     ]
     assert plan_table(shapes, 2, H200_LIKE).splitlines()[1].startswith("(256, 64), (1,), 1 | small")
     regimes = [
         [choose(collapse(*case), 2, True, device).regime for case in shapes] for device in (H200_LIKE, A100_LIKE)
     ]
-    assert regimes == [["small", "cluster", "sweeps", "cluster"], ["small", "sweeps", "sweeps", "sweeps"]]
+    assert regimes == [["small", "cluster", "sweeps", "cluster", "cluster"], ["small", *["sweeps"] * 4]]
 
 
 @pytest.mark.parametrize("device", [H200_LIKE, A100_LIKE, SMALL], ids=lambda d: d.name)
