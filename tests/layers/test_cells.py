@@ -5,7 +5,6 @@ import itertools
 
 import numpy as np
 import pytest
-import torch
 
 import gpulayers as gl
 from gpulayers import nest, ops
@@ -29,6 +28,7 @@ def sigma(x):
 
 @pytest.mark.parametrize("implementation", [1, 2])
 def test_lstm_is_torchs(implementation):
+    torch = pytest.importorskip("torch")
     cell = layers.LSTMCell(4, dtype="float64", implementation=implementation)
     cell.build((2, 3))
     peer = torch.nn.LSTMCell(3, 4, dtype=torch.float64)
@@ -45,6 +45,7 @@ def test_lstm_is_torchs(implementation):
 
 @pytest.mark.parametrize("implementation", [1, 2])
 def test_gru_is_torchs(implementation):
+    torch = pytest.importorskip("torch")
     cell = layers.GRUCell(4, dtype="float64", implementation=implementation)
     cell.build((2, 3))
     peer = torch.nn.GRUCell(3, 4, dtype=torch.float64)
