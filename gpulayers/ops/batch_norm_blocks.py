@@ -1,8 +1,9 @@
 """Cutting an array into blocks that stay in a core's cache, and running them on a small thread pool.
 
-A block is 256 KB: large enough that two threads seldom meet at the interpreter lock, small enough that a chain of
-NumPy calls on it costs one trip to memory. Which blocks there are, and which of them are summed together, depends on
-the shape alone, never on the number of threads: results are the same bits on any machine with the same NumPy.
+A block is 256 KB, or half of that in a sweep with many operands: large enough that two threads seldom meet at the
+interpreter lock, small enough that a chain of NumPy calls on it costs one trip to memory. Which blocks there are, and
+which of them are summed together, depends on the shape alone, never on the number of threads: results are the same
+bits on any machine with the same NumPy.
 
 No call made inside a task may start threads of its own: sums use ufuncs and ``vecdot`` on rows too short for a
 threaded BLAS.
@@ -14,16 +15,17 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from gpulayers.ops.batch_norm_plan import Layout
 
-__all__ = ["Block", "View", "block_rows", "run_tasks", "view_of"]
+__all__ = ["ELEMENTS", "Block", "Operand", "View", "block_rows", "run_tasks", "view_of"]
 
 ELEMENTS = 256 * 1024 // 4  # of a block
 TABLE = 64 * 1024 // 4  # elements of one row of a block with several rows channels first: its tables stay in the cache
+LINE = 16  # slots: a multiple of it begins on a cache line, whatever `inner` is
 WIDE = 2048  # elements of a wide row: enough that a ufunc's inner loop hides its start
 NARROW_INNER = 64  # below this, channels-first rows are too short for a loop of their own
 THREADED_BYTES = 1 << 20  # below this, waking a thread costs more than it saves
@@ -33,9 +35,10 @@ Result = TypeVar("Result")
 
 
 class Block(NamedTuple):
-    """Rows `first` to `last` of one segment, statistics `left` to `right`."""
+    """Rows `first` to `last` of one segment, statistics `left` to `right`; `rest`: of the rows that fill no tile."""
 
     segment: int
+    rest: bool
     first: int
     last: int
     left: int
@@ -45,7 +48,8 @@ class Block(NamedTuple):
 class View(NamedTuple):
     """An input as ``[segments, length, slots, inner]``; segment q uses row ``q % tables`` of the tables of statistics.
 
-    `columns`: the blocks are treated as rows of ``slots * inner`` columns, `tile` of them laid side by side.
+    `columns`: the blocks are treated as rows of ``slots * inner`` columns, `tile` of them laid side by side as far as
+    they go. A block has about `elements`.
     """
 
     segments: int
@@ -55,15 +59,40 @@ class View(NamedTuple):
     inner: int
     columns: bool
     tile: int
+    elements: int
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """The shape to view arrays in."""
         return self.segments, self.length, self.slots, self.inner
 
+    @property
+    def even(self) -> int:
+        """The number of rows that fill whole tiles."""
+        return self.length - self.length % self.tile
+
+
+class Operand:
+    """An array seen through a view, to be cut into blocks: (rows, columns), or channels first (rows, slots, inner)."""
+
+    def __init__(self, view: View, array: Any) -> None:
+        self.columns = view.columns
+        self.main = self.rest = array.reshape(view.shape)
+        if view.columns:
+            width, even = view.slots * view.inner, view.even
+            self.rest = self.main[:, even:].reshape(view.segments, view.length - even, width)
+            self.main = self.main[:, :even].reshape(view.segments, even // view.tile, view.tile * width)
+
+    def cut(self, block: Block) -> Any:
+        """Return the block as a view of the array."""
+        segment, rest, first, last, left, right = block
+        if self.columns:
+            return (self.rest if rest else self.main)[segment, first:last]
+        return self.main[segment, first:last, left:right]
+
 
 @functools.lru_cache(maxsize=4096)
-def view_of(layout: Layout) -> View:
+def view_of(layout: Layout, elements: int = ELEMENTS) -> View:
     """Choose the view for a layout: sub-batches are extra channels where the memory allows, else many segments."""
     rows, groups, spread, channels, inner = layout[:5]
     if spread == 1:
@@ -75,7 +104,7 @@ def view_of(layout: Layout) -> View:
     if columns:
         while tile * 2 * slots * inner <= WIDE and tile * 2 <= length:
             tile *= 2
-    return View(segments, length, tables, slots, inner, columns, tile)
+    return View(segments, length, tables, slots, inner, columns, tile, elements)
 
 
 @functools.lru_cache(maxsize=256)
@@ -88,29 +117,26 @@ def tasks_of(view: View) -> tuple[tuple[Block, ...], ...]:
 
 def _block_slots(view: View) -> int:
     """Return how many slots a block spans: all, or, channels first, as many as keep the tables in the cache."""
-    return view.slots if view.columns else max(1, min(view.slots, TABLE // view.inner))
+    if view.columns or view.slots * view.inner <= TABLE:
+        return view.slots
+    slots = max(1, TABLE // view.inner)
+    return slots - slots % LINE if slots > LINE else slots
 
 
 def block_rows(view: View) -> int:
-    """Return how many rows a block has at most, a multiple of the tile."""
-    most = min(ELEMENTS // (_block_slots(view) * view.inner), view.length)
-    return max(1, most // view.tile) * view.tile
+    """Return how many rows a block has at most, tiles counting as rows."""
+    return max(1, min(view.elements // (_block_slots(view) * view.inner), view.length) // view.tile)
 
 
 def _blocks(view: View) -> Iterator[Block]:
     slots_at_once, rows_at_once = _block_slots(view), block_rows(view)
-    even = view.length - view.length % view.tile  # the rest cannot be laid side by side
+    parts = ((False, view.even // view.tile), (True, view.length - view.even))
     for segment in range(view.segments):
-        for stop, start in ((even, 0), (view.length, even)):
+        for rest, rows in parts:
             for left in range(0, view.slots, slots_at_once):
-                for first in range(start, stop, rows_at_once):
-                    yield Block(
-                        segment,
-                        first,
-                        min(first + rows_at_once, stop),
-                        left,
-                        min(left + slots_at_once, view.slots),
-                    )
+                right = min(left + slots_at_once, view.slots)
+                for first in range(0, rows, rows_at_once):
+                    yield Block(segment, rest, first, min(first + rows_at_once, rows), left, right)
 
 
 @functools.cache

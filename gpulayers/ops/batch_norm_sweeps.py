@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpulayers.ops.batch_norm_blocks import Block, View, block_rows, run_tasks, view_of
+from gpulayers.ops.batch_norm_blocks import ELEMENTS, Block, Operand, View, block_rows, run_tasks, view_of
 from gpulayers.ops.batch_norm_plan import Layout
 from gpulayers.ops.host_buffers import aligned
 
@@ -20,7 +20,8 @@ __all__ = ["Affine", "backward_apply", "backward_sums", "moments", "near_zero", 
 
 FAR_PIVOT = 16.0  # (mean - pivot)^2 / variance above which float32 sums and factors lose digits: take a nearer pivot
 REPEATED = 1 << 20  # elements that a table may be blown up to
-SAMPLE = 4096  # elements of the sample, at least one row of it
+SAMPLE = 4096  # elements of the sample, and at least
+SAMPLE_EACH = 16  # of every statistic: fewer often look far from 0 by chance
 SHORT_ROW = 8192  # BLAS dot products start threads above 10000 elements
 
 
@@ -33,31 +34,28 @@ class Affine(NamedTuple):
 
 
 class _Tables:
-    """Per-channel rows for the blocks of a view, laid out to broadcast against them; one set per task's tables."""
+    """Per-channel rows for the blocks of a view, laid out to broadcast against them."""
 
-    def __init__(self, view: View, values: Any) -> None:
+    def __init__(self, view: View, values: Any, dtype: Any) -> None:
         self.view = view
-        shaped = values.reshape(view.tables, view.slots, 1)
+        shaped = values.astype(dtype, copy=False).reshape(view.tables, 1, view.slots, 1)
         if view.columns:
-            width = view.slots * view.inner
             # Whole blocks of repeated rows: NumPy's loops are faster on equal shapes than on broadcast ones.
-            rows = block_rows(view)
-            times = rows if view.tables * rows * width <= REPEATED else view.tile
-            whole = _filled((view.tables, times, view.slots, view.inner), shaped[:, None])
-            self.wide = whole.reshape(view.tables, times // view.tile, view.tile * width)
-            self.plain = whole.reshape(view.tables, times, width)[:, :1]
+            rows, width = block_rows(view), view.slots * view.inner
+            rows = rows if view.tables * rows * view.tile * width <= REPEATED else 1
+            whole = _filled((view.tables, rows * view.tile, view.slots, view.inner), shaped)
+            self.main = whole.reshape(view.tables, rows, view.tile * width)
+            self.rest = whole.reshape(view.tables, rows * view.tile, width)[:, :1]
         else:
             repeat = view.inner if shaped.size * view.inner <= REPEATED else 1
-            self.plain = _filled((view.tables, view.slots, repeat), shaped)
+            self.main = _filled((view.tables, view.slots, repeat), shaped[:, 0])
 
     def row(self, block: Block) -> Any:
-        table = block.segment % self.view.tables
-        if not self.view.columns:
-            return self.plain[table, block.left : block.right]
-        rows = block.last - block.first
-        if self.view.tile == 1 or _tiled(self.view, block):
-            return self.wide[table, : rows // self.view.tile]
-        return self.plain[table]
+        segment, rest, first, last, left, right = block
+        table = segment % self.view.tables
+        if self.view.columns:
+            return self.rest[table] if rest else self.main[table, : last - first]
+        return self.main[table, left:right]
 
 
 def _filled(shape: tuple[int, ...], values: Any) -> Any:
@@ -67,34 +65,18 @@ def _filled(shape: tuple[int, ...], values: Any) -> Any:
     return array
 
 
-def _tiled(view: View, block: Block) -> bool:
-    return view.tile > 1 and (block.last - block.first) % view.tile == 0
-
-
-def _cut(view: View, array: Any, block: Block) -> Any:
-    """Return the part of `array` (in the view's shape) that is this block, in the shape the sweeps work on."""
-    part = array[block.segment, block.first : block.last, block.left : block.right]
-    if not view.columns:
-        return part
-    rows, width = block.last - block.first, view.slots * view.inner
-    if _tiled(view, block):
-        rows, width = rows // view.tile, width * view.tile
-    return part.reshape(rows, width)
-
-
 class _Scratch:
-    """Working copies of blocks, one buffer per use, kept for a whole task."""
+    """Working copies of blocks, one per use and shape, kept for a whole task."""
 
     def __init__(self, dtype: Any) -> None:
         self.dtype = dtype
-        self.buffers: list[Any] = []
+        self.buffers: dict[Any, Any] = {}
 
-    def like(self, part: Any, index: int) -> Any:
-        while len(self.buffers) <= index:
-            self.buffers.append(aligned((part.size,), self.dtype))
-        if self.buffers[index].size < part.size:
-            self.buffers[index] = aligned((part.size,), self.dtype)
-        return self.buffers[index][: part.size].reshape(part.shape)
+    def like(self, part: Any, use: str) -> Any:
+        key = use, part.shape
+        if key not in self.buffers:
+            self.buffers[key] = aligned(part.shape, self.dtype)
+        return self.buffers[key]
 
 
 def _fold(view: View, block: Block, sums: Any) -> Any:
@@ -122,7 +104,7 @@ def _sum(view: View, values: Any, ones: Any) -> Any:
 
 
 def _two_sums(view: View, task: Any, itemsize: int) -> Any:
-    """Run `task(block) -> (sums, sums)` over all blocks and return both totals, shape (2, tables, slots), float64."""
+    """Run `task()(block) -> (sums, sums)` over all blocks and return both totals, shape (2, tables, slots), float64."""
 
     def work(blocks: tuple[Block, ...]) -> Any:
         total = np.zeros((2, view.tables, view.slots))
@@ -148,12 +130,12 @@ def _two_sums(view: View, task: Any, itemsize: int) -> Any:
     return result
 
 
-def _shifted(view: View, x: Any, block: Block, table: _Tables | None, scratch: _Scratch, dtype: Any) -> Any:
+def _shifted(x: Operand, block: Block, table: _Tables | None, scratch: _Scratch, dtype: Any) -> Any:
     """Return the block of ``x - pivot`` in the working dtype; a view of x where that is x itself."""
-    part = _cut(view, x, block)
+    part = x.cut(block)
     if table is None and part.dtype == dtype:
         return part
-    shifted = scratch.like(part, 0)
+    shifted = scratch.like(part, "x")
     if table is None:
         np.copyto(shifted, part)
     else:
@@ -162,29 +144,30 @@ def _shifted(view: View, x: Any, block: Block, table: _Tables | None, scratch: _
 
 
 def _pivot_table(view: View, pivot: Any, dtype: Any) -> _Tables | None:
-    return _Tables(view, pivot.astype(dtype, copy=False)) if pivot.any() else None
+    return _Tables(view, pivot, dtype) if pivot.any() else None
 
 
 def _power_sums(x: Any, view: View, pivot: Any, dtype: Any) -> Any:
     table = _pivot_table(view, pivot, dtype)
     ones = np.ones(view.inner, dtype)
+    itemsize, x = x.itemsize, Operand(view, x)
 
     def task() -> Any:
         scratch = _Scratch(dtype)
 
         def one(block: Block) -> Any:
-            shifted = _shifted(view, x, block, table, scratch, dtype)
+            shifted = _shifted(x, block, table, scratch, dtype)
             return _sum(view, shifted, ones), _dot(view, shifted, shifted)
 
         return one
 
-    return _two_sums(view, task, x.itemsize)
+    return _two_sums(view, task, itemsize)
 
 
 def _first_pivot(x: Any, layout: Layout, dtype: Any) -> Any:
     """Return 0 where a sample's means are near it, beside its standard deviations; else the sample's means."""
     rows, groups, spread, channels, inner, _ = layout
-    wanted = max(1, SAMPLE // (groups * channels))  # values per statistic, spread over the axes in this order
+    wanted = max(SAMPLE_EACH, SAMPLE // (groups * channels))  # values per statistic, spread over the axes in this order
     many = min(rows, wanted)
     places = min(spread, max(1, wanted // many))
     neighbours = min(inner, max(1, wanted // (many * places)))
@@ -204,12 +187,11 @@ def moments(x: Any, layout: Layout, dtype: Any) -> tuple[Any, Any, Any]:
     """
     view = view_of(layout)
     pivot = _first_pivot(x, layout, dtype)
-    shaped = x.reshape(view.shape)
-    offset, variance = _from_sums(_power_sums(shaped, view, pivot, dtype), layout)
+    offset, variance = _from_sums(_power_sums(x, view, pivot, dtype), layout)
     if (offset * offset > FAR_PIVOT * variance).any():
         better = (pivot + offset).astype(dtype)
         pivot = np.where(np.isfinite(better), better, pivot)
-        offset, variance = _from_sums(_power_sums(shaped, view, pivot, dtype), layout)
+        offset, variance = _from_sums(_power_sums(x, view, pivot, dtype), layout)
     return pivot, offset, variance
 
 
@@ -233,29 +215,29 @@ def normalise(x: Any, y: Any, layout: Layout, factors: Affine, residual: Any, re
     """
     view = view_of(layout)
     shift = _pivot_table(view, factors.pivot, dtype)
-    scale, bias = (_Tables(view, table.astype(dtype, copy=False)) for table in (factors.a, factors.b))
-    x, y = x.reshape(view.shape), y.reshape(view.shape)
-    residual = None if residual is None else residual.reshape(view.shape)
-    direct = y.dtype == dtype
+    scale, bias = (_Tables(view, table, dtype) for table in (factors.a, factors.b))
+    direct, itemsize = y.dtype == dtype, x.itemsize
+    x, y = Operand(view, x), Operand(view, y)
+    residual = None if residual is None else Operand(view, residual)
 
     def work(blocks: tuple[Block, ...]) -> None:
         scratch = _Scratch(dtype)
         for block in reversed(blocks):
-            target = _cut(view, y, block)
-            result = target if direct else scratch.like(target, 0)
-            source = _cut(view, x, block)
+            target = y.cut(block)
+            result = target if direct else scratch.like(target, "x")
+            source = x.cut(block)
             if shift is not None:
                 source = np.subtract(source, shift.row(block), out=result, dtype=dtype)
             np.multiply(source, scale.row(block), out=result, dtype=dtype)
             np.add(result, bias.row(block), out=result)
             if residual is not None:
-                np.add(result, _cut(view, residual, block), out=result, dtype=dtype)
+                np.add(result, residual.cut(block), out=result, dtype=dtype)
             if relu:
                 np.maximum(result, 0, out=result)
             if not direct:
                 np.copyto(target, result, casting="unsafe")
 
-    run_tasks(work, view, x.itemsize)
+    run_tasks(work, view, itemsize)
 
 
 def backward_sums(dy: Any, x: Any, layout: Layout, pivot: Any, y: Any, dtype: Any) -> tuple[Any, Any]:
@@ -266,35 +248,35 @@ def backward_sums(dy: Any, x: Any, layout: Layout, pivot: Any, y: Any, dtype: An
     view = view_of(layout)
     table = _pivot_table(view, pivot, dtype)
     ones = np.ones(view.inner, dtype)
-    x, dy = x.reshape(view.shape), dy.reshape(view.shape)
-    y = None if y is None else y.reshape(view.shape)
+    itemsize, x, dy = x.itemsize, Operand(view, x), Operand(view, dy)
+    y = None if y is None else Operand(view, y)
 
     def task() -> Any:
         scratch = _Scratch(dtype)
 
         def one(block: Block) -> Any:
-            shifted = _shifted(view, x, block, table, scratch, dtype)
-            g = _gradient(view, dy, y, block, scratch, dtype)
+            shifted = _shifted(x, block, table, scratch, dtype)
+            g = _gradient(dy, y, block, scratch, dtype)
             return _sum(view, g, ones), _dot(view, g, shifted)
 
         return one
 
-    sums = _two_sums(view, task, x.itemsize)
+    sums = _two_sums(view, task, itemsize)
     first, second = sums.reshape(2, layout.groups, layout.channels)
     return first, second
 
 
-def _gradient(view: View, dy: Any, y: Any, block: Block, scratch: _Scratch, dtype: Any) -> Any:
+def _gradient(dy: Operand, y: Operand | None, block: Block, scratch: _Scratch, dtype: Any) -> Any:
     """Return the block of dy in the working dtype, masked by the ReLU; a view of dy where nothing changes."""
-    part = _cut(view, dy, block)
+    part = dy.cut(block)
     if y is None and part.dtype == dtype:
         return part
-    g = scratch.like(part, 1)
+    g = scratch.like(part, "g")
     if y is None:
         np.copyto(g, part)
     else:
         g.fill(0)
-        np.copyto(g, part, where=_cut(view, y, block) > 0)
+        np.copyto(g, part, where=y.cut(block) > 0)
     return g
 
 
@@ -305,27 +287,27 @@ def backward_apply(
 
     `slope` None leaves the middle term out (inference).
     """
-    view = view_of(layout)
+    view = view_of(layout, ELEMENTS // 2)  # up to seven operands share the cache
     shift = _pivot_table(view, factors.pivot, dtype)
-    scale, bias = (_Tables(view, table.astype(dtype, copy=False)) for table in (factors.a, factors.b))
-    slopes = None if slope is None else _Tables(view, slope.astype(dtype))
-    x, dy, dx = x.reshape(view.shape), dy.reshape(view.shape), dx.reshape(view.shape)
-    y = None if y is None else y.reshape(view.shape)
-    dresidual = None if dresidual is None else dresidual.reshape(view.shape)
-    direct = dx.dtype == dtype
+    scale, bias = (_Tables(view, table, dtype) for table in (factors.a, factors.b))
+    slopes = None if slope is None else _Tables(view, slope, dtype)
+    direct, itemsize = dx.dtype == dtype, x.itemsize
+    x, dy, dx = (Operand(view, array) for array in (x, dy, dx))
+    y = None if y is None else Operand(view, y)
+    dresidual = None if dresidual is None else Operand(view, dresidual)
 
     def work(blocks: tuple[Block, ...]) -> None:
         scratch = _Scratch(dtype)
         for block in reversed(blocks):
-            g = _gradient(view, dy, y, block, scratch, dtype)
-            target = _cut(view, dx, block)
-            result = target if direct else scratch.like(target, 2)
+            g = _gradient(dy, y, block, scratch, dtype)
+            target = dx.cut(block)
+            result = target if direct else scratch.like(target, "result")
             if dresidual is not None:
-                np.copyto(_cut(view, dresidual, block), g, casting="unsafe")
+                np.copyto(dresidual.cut(block), g, casting="unsafe")
             np.multiply(g, scale.row(block), out=result)
             if slopes is not None:
-                shifted = scratch.like(target, 0)
-                source = _cut(view, x, block)
+                shifted = scratch.like(target, "x")
+                source = x.cut(block)
                 if shift is not None:
                     source = np.subtract(source, shift.row(block), out=shifted, dtype=dtype)
                 np.multiply(source, slopes.row(block), out=shifted, dtype=dtype)
@@ -334,4 +316,4 @@ def backward_apply(
             if not direct:
                 np.copyto(target, result, casting="unsafe")
 
-    run_tasks(work, view, x.itemsize)
+    run_tasks(work, view, itemsize)

@@ -360,7 +360,9 @@ def test_blocks_cover_every_element_once():
         view = batch_norm_blocks.view_of(collapse(shape, axis, groups))
         seen = np.zeros(view.shape, int)
         for block in itertools.chain(*batch_norm_blocks.tasks_of(view)):
-            seen[block.segment, block.first : block.last, block.left : block.right] += 1
+            cut = batch_norm_blocks.Operand(view, seen).cut(block)
+            assert np.shares_memory(cut, seen)
+            cut += 1
         assert (seen == 1).all(), shape
 
 
