@@ -88,9 +88,10 @@ def _norm(case: Case, d: dict[str, Any], contiguous: bool | None, wrap: Any) -> 
 
     def norm(x: Any, residual: Any, gamma: Any, beta: Any, mean: Any, variance: Any) -> Any:
         if case.groups > 1:
+            # unbind, because the gradient of slices would fill one array of x's size for each sub-batch
             parts = [
-                functional.batch_norm(x[g :: case.groups], mean, variance, gamma, beta, True, 0.01, EPSILON)
-                for g in range(case.groups)
+                functional.batch_norm(part, mean, variance, gamma, beta, True, 0.01, EPSILON)
+                for part in x.reshape(-1, case.groups, x.shape[1]).unbind(1)
             ]
             return torch.stack(parts, 1).reshape(x.shape)
         y = functional.batch_norm(x, mean, variance, gamma, beta, case.mode != "inference", 0.01, EPSILON)
