@@ -95,6 +95,7 @@ class Variable(StoredValue):
         graph = active_graph()
         if isinstance(graph, FunctionGraph) and not graph.initializes_variables_in_session:
             graph = None  # made while a function is being recorded: an ordinary variable
+        graph = None if graph is None else graph.owner
         self.graph = graph
         self._device = current_device()
         self._initial_value = initial_value

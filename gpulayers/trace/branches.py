@@ -38,6 +38,12 @@ class BranchGraph(FunctionGraph):
         self.outer = outer
         self.captures: dict[GraphTensor, GraphTensor] = {}
         self.initializes_variables_in_session = outer.initializes_variables_in_session
+        self.scope_state = outer.scope_state  # a branch shares variables and counts names with what surrounds it
+
+    @property
+    def owner(self) -> Any:
+        """The graph that variables made in this branch belong to."""
+        return self.outer.owner
 
     def as_input(self, name: str, value: Any) -> Any:
         """Bring an outer tensor, or a variable that this branch does not assign, in as a placeholder."""

@@ -151,6 +151,11 @@ class Graph:
         self._name_scope = ""
         self._control: list[tuple[Node, ...]] = [()]
 
+    @property
+    def owner(self) -> Graph:
+        """The graph that variables made in this one belong to: itself, but for a branch of `cond`."""
+        return self
+
     @contextlib.contextmanager
     def as_default(self) -> Iterator[Graph]:
         """Record operations here inside the block."""
@@ -439,7 +444,7 @@ def placeholder_with_default(input: Any, shape: Any, name: str | None = None) ->
     Source: ``tf.compat.v1.placeholder_with_default``.
     """
     graph = active_graph()
-    value = input if isinstance(input, Recordable) else asarray(input)
+    value: Any = input if isinstance(input, Recordable) else asarray(input)
     if graph is None:
         return value
     TensorShape(shape).assert_is_compatible_with(value.shape)

@@ -15,7 +15,7 @@ from gpulayers.dtypes import is_floating
 from gpulayers.errors import GradientError, StateError, message
 from gpulayers.ops.operation import Operation, Recordable, state
 from gpulayers.trace.gradients import UnconnectedGradients, backpropagate, seed
-from gpulayers.trace.stored import StoredValue, lend_aliased
+from gpulayers.trace.stored import CompositeValue, StoredValue, lend_aliased
 from gpulayers.trace.tensor import GraphTensor, RecordedTensor
 
 __all__ = ["GradientTape", "active_tapes", "as_recorded", "record_on_tapes", "stop_recording"]
@@ -264,6 +264,10 @@ class GradientTape:
             return self._variables.get(id(source), [])
         if isinstance(source, RecordedTensor):
             return [source]
+        if isinstance(source, CompositeValue):
+            raise GradientError(
+                message("GradientTape.gradient", "a source is stored in parts", do="Pass the parts: list(variable).")
+            )
         found = self._arrays.get(id(source))
         return [] if found is None else [found]
 

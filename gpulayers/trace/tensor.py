@@ -179,11 +179,7 @@ class Tensor(Recordable):
         raise TypeError(_no_conversion("np.asarray(t)"))
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        raise TypeError(
-            message(
-                "Tensor", "cannot be changed in place", do="Make a new one: gl.where, gl.ops.concatenate and so on."
-            )
-        )
+        raise TypeError(message("Tensor", "cannot be changed in place", do="Make a new one, by gl.where for one."))
 
     # CuPy asks an unknown operand for this before it gives up: the one chance to say what to write.
     def __cupy_override_elementwise_kernel__(self, *arguments: Any, **keywords: Any) -> Any:

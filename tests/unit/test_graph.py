@@ -579,6 +579,23 @@ def test_cond_inside_cond(session):
             np.testing.assert_allclose(value, wanted + 0 * X)
 
 
+def test_variables_made_in_a_branch_belong_to_the_graph(session):
+    flag, x = gl.placeholder(gl.bool, ()), gl.placeholder(gl.float32, (None, 3))
+    layer = gl.layers.Dense(2, kernel_initializer="ones")
+    y = gl.cond(flag, lambda: layer(x), lambda: layer(x * 2.0))
+    assert [v.name for v in gl.trainable_variables()] == ["dense/kernel:0", "dense/bias:0"]
+    assert len(layer.weights) == 2 and gl.get_variable_scope().name == ""
+    slope, _ = gl.gradients(y, layer.weights)
+    session.run(gl.global_variables_initializer())
+    data = np.ones((1, 3), "float32")
+    for value, factor in ((True, 1.0), (False, 2.0)):
+        found, gradient = session.run([y, slope], {flag: value, x: data})
+        np.testing.assert_array_equal(found, np.full((1, 2), 3 * factor))
+        np.testing.assert_array_equal(gradient, np.full((3, 2), factor))
+    with gl.variable_scope("dense", reuse=True):
+        assert gl.get_variable("kernel", (3, 2)) is layer.kernel
+
+
 def test_cond_structures_and_unknown_shapes(session):
     flag = gl.placeholder(gl.bool, ())
     y = gl.cond(flag, lambda: {"a": np.ones(2), "b": 1.0}, lambda: {"a": np.zeros(3), "b": 2.0})

@@ -566,6 +566,15 @@ def test_a_variable_does_not_become_an_array_under_a_tape():
         np.asarray(v)
 
 
+def test_a_partitioned_variable_as_source_is_explained():
+    v = gl.get_variable("cut_source", (4,), initializer="ones", partitioner=gl.fixed_size_partitioner(2))
+    with gl.GradientTape(persistent=True) as tape:
+        y = v * v
+    with pytest.raises(GradientError, match=r"list\(variable\)"):
+        tape.gradient(y, v)
+    np.testing.assert_array_equal(np.concatenate(tape.gradient(y, list(v))), np.full(4, 2.0))
+
+
 def test_a_variable_in_numpys_functions_is_recorded_under_a_tape():
     v = gl.Variable(X)
     with gl.GradientTape() as tape:
