@@ -11,6 +11,7 @@ threaded BLAS.
 
 from __future__ import annotations
 
+import collections
 import functools
 import os
 from collections.abc import Callable, Iterator
@@ -29,7 +30,8 @@ LINE = 16  # slots: a multiple of it begins on a cache line, whatever `inner` is
 WIDE = 2048  # elements of a wide row: enough that a ufunc's inner loop hides its start
 NARROW_INNER = 64  # below this, channels-first rows are too short for a loop of their own
 THREADED_BYTES = 1 << 20  # below this, waking a thread costs more than it saves
-TASKS = 4
+THREADS = 4  # at most; two saturate the memory of a small machine
+TASKS = 8  # enough that threads finish together when one is held up
 
 Result = TypeVar("Result")
 
@@ -144,7 +146,7 @@ def _pool() -> tuple[ThreadPoolExecutor, int] | None:
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if available < 2:
         return None
-    workers = min(available, TASKS) - 1
+    workers = min(available, THREADS) - 1
     return ThreadPoolExecutor(workers, thread_name_prefix="gpulayers"), workers
 
 
@@ -152,19 +154,32 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked child has no threads
 
 
-def run_tasks(work: Callable[[tuple[Block, ...]], Result], view: View, itemsize: int) -> list[Result]:
-    """Call `work` on every task's blocks and return the results in order; on threads where the array is large."""
+def run_tasks(
+    work: Callable[[tuple[Block, ...]], Result], view: View, itemsize: int, backwards: bool = False
+) -> list[Result]:
+    """Call `work` on every task's blocks and return the results in order; on threads where the array is large.
 
-    def guarded(blocks: tuple[Block, ...]) -> Result:
-        with np.errstate(all="ignore"):  # NumPy keeps this per thread; infinities and NaN pass through silently
-            return work(blocks)
-
+    The threads take the next task when they are done with one. `backwards`: from the last block to the first.
+    """
     tasks = tasks_of(view)
+    results: list[Any] = [None] * len(tasks)
+    waiting = collections.deque(range(len(tasks)))
+    take = waiting.pop if backwards else waiting.popleft
+
+    def work_off() -> None:
+        with np.errstate(all="ignore"):  # NumPy keeps this per thread; infinities and NaN pass through silently
+            while True:
+                try:
+                    index = take()
+                except IndexError:
+                    return
+                results[index] = work(tasks[index][::-1] if backwards else tasks[index])
+
     size = view.segments * view.length * view.slots * view.inner * itemsize
     pool = _pool() if size >= THREADED_BYTES and len(tasks) > 1 else None
-    if pool is None:
-        return [guarded(task) for task in tasks]
-    half = len(tasks) // (pool[1] + 1) or 1
-    futures = [pool[0].submit(guarded, task) for task in tasks[half:]]
-    results = [guarded(task) for task in tasks[:half]]
-    return results + [future.result() for future in futures]
+    futures = [] if pool is None else [pool[0].submit(work_off) for _ in range(pool[1])]
+    work_off()
+    for future in futures:
+        if not future.cancel():  # one that has not begun would find nothing to do
+            future.result()
+    return results

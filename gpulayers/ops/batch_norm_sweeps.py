@@ -79,15 +79,11 @@ class _Scratch:
         return self.buffers[key]
 
 
-def _fold(view: View, block: Block, sums: Any) -> Any:
-    """Return the sums of a block's columns (or rows) as one float64 value per slot of the block."""
-    sums = sums.astype(np.float64)
-    if view.columns:
-        width = view.slots * view.inner
-        if sums.size != width:
-            sums = sums.reshape(-1, width).sum(axis=0)
-        return sums.reshape(view.slots, view.inner).sum(axis=1) if view.inner > 1 else sums
-    return sums.sum(axis=0)
+def _fold(view: View, sums: Any) -> Any:
+    """Return the sums of a block's columns (or of its rows) as one float64 value per slot of the block."""
+    if not view.columns:
+        return np.add.reduce(sums, axis=0, dtype=np.float64)
+    return np.add.reduce(sums.reshape(-1, view.slots, view.inner), axis=(0, 2), dtype=np.float64)
 
 
 def _dot(view: View, left: Any, right: Any) -> Any:
@@ -118,7 +114,7 @@ def _two_sums(view: View, task: Any, itemsize: int) -> Any:
                 if wide is not None and sums[which].size == width:  # the columns are added up at the end, not per block
                     wide[which, table] += sums[which]
                 else:
-                    total[which, table, block.left : block.right] += _fold(view, block, sums[which])
+                    total[which, table, block.left : block.right] += _fold(view, sums[which])
         if wide is not None:
             total += wide.reshape(2, view.tables, view.tile, view.slots, view.inner).sum(axis=(2, 4))
         return total
@@ -222,7 +218,7 @@ def normalise(x: Any, y: Any, layout: Layout, factors: Affine, residual: Any, re
 
     def work(blocks: tuple[Block, ...]) -> None:
         scratch = _Scratch(dtype)
-        for block in reversed(blocks):
+        for block in blocks:
             target = y.cut(block)
             result = target if direct else scratch.like(target, "x")
             source = x.cut(block)
@@ -237,7 +233,7 @@ def normalise(x: Any, y: Any, layout: Layout, factors: Affine, residual: Any, re
             if not direct:
                 np.copyto(target, result, casting="unsafe")
 
-    run_tasks(work, view, itemsize)
+    run_tasks(work, view, itemsize, backwards=True)
 
 
 def backward_sums(dy: Any, x: Any, layout: Layout, pivot: Any, y: Any, dtype: Any) -> tuple[Any, Any]:
@@ -298,7 +294,7 @@ def backward_apply(
 
     def work(blocks: tuple[Block, ...]) -> None:
         scratch = _Scratch(dtype)
-        for block in reversed(blocks):
+        for block in blocks:
             g = _gradient(dy, y, block, scratch, dtype)
             target = dx.cut(block)
             result = target if direct else scratch.like(target, "result")
@@ -316,4 +312,4 @@ def backward_apply(
             if not direct:
                 np.copyto(target, result, casting="unsafe")
 
-    run_tasks(work, view, itemsize)
+    run_tasks(work, view, itemsize, backwards=True)
