@@ -30,7 +30,7 @@ LINE = 16  # slots: a multiple of it begins on a cache line, whatever `inner` is
 WIDE = 2048  # elements of a wide row: enough that a ufunc's inner loop hides its start
 NARROW_INNER = 64  # below this, channels-first rows are too short for a loop of their own
 THREADED_BYTES = 1 << 20  # below this, waking a thread costs more than it saves
-THREADS = 4  # at most; two saturate the memory of a small machine
+THREADS = 4  # at most, the calling one included
 TASKS = 8  # enough that threads finish together when one is held up
 
 Result = TypeVar("Result")
