@@ -262,17 +262,25 @@ def backward_sums(dy: Any, x: Any, layout: Layout, pivot: Any, y: Any, dtype: An
     return first, second
 
 
+def _clear(g: Any, keep: Any) -> None:
+    """Set `g` to 0 where `keep` is false, whatever stood there.
+
+    Its bits are and-ed with all ones or none: a product would leave NaN where g is not finite, and NumPy's masked
+    copies take ten times as long.
+    """
+    bits = np.int32 if g.dtype.itemsize == 4 else np.int64
+    g.view(bits)[...] &= np.subtract(0, keep.view(np.int8), dtype=bits)
+
+
 def _gradient(dy: Operand, y: Operand | None, block: Block, scratch: _Scratch, dtype: Any) -> Any:
     """Return the block of dy in the working dtype, masked by the ReLU; a view of dy where nothing changes."""
     part = dy.cut(block)
     if y is None and part.dtype == dtype:
         return part
     g = scratch.like(part, "g")
-    if y is None:
-        np.copyto(g, part)
-    else:
-        g.fill(0)
-        np.copyto(g, part, where=y.cut(block) > 0)
+    np.copyto(g, part)
+    if y is not None:
+        _clear(g, y.cut(block) > 0)
     return g
 
 

@@ -403,3 +403,18 @@ def test_memory_beyond_the_outputs(shape, groups, last):
     finally:
         tracemalloc.stop()
     assert peak - 2 * x.nbytes < 16 * 2**20
+
+
+def test_a_relu_masks_gradients_that_are_not_finite():
+    """Where the output was 0 nothing flows back, not even an infinity, in arrays of the blocked size too."""
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(4000, 16)).astype(np.float32)
+    step = bn.forward(x, None, None, axis=(1,), activation="relu")
+    dy = rng.normal(size=x.shape).astype(np.float32)
+    masked = step.y == 0
+    expected = bn.backward(dy, x, None, step.saved, axis=(1,), y=step.y, activation="relu", residual=True)
+    dy[masked & (rng.random(x.shape) < 0.1)] = np.inf
+    dy[masked & (rng.random(x.shape) < 0.1)] = np.nan
+    found = bn.backward(dy, x, None, step.saved, axis=(1,), y=step.y, activation="relu", residual=True)
+    np.testing.assert_array_equal(found.dx, expected.dx)
+    np.testing.assert_array_equal(found.dresidual, np.where(masked, np.float32(0), dy))
