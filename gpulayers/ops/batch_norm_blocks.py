@@ -15,12 +15,14 @@ import collections
 import functools
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from gpulayers.ops.batch_norm_plan import Layout
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 __all__ = ["ELEMENTS", "Block", "Operand", "View", "block_rows", "run_tasks", "view_of"]
 
@@ -146,6 +148,8 @@ def _pool() -> tuple[ThreadPoolExecutor, int] | None:
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if available < 2:
         return None
+    from concurrent.futures import ThreadPoolExecutor  # a tenth of the package's import time, for large arrays only
+
     workers = min(available, THREADS) - 1
     return ThreadPoolExecutor(workers, thread_name_prefix="gpulayers"), workers
 
