@@ -9,18 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import gpulayers as gl
+from gpulayers.examples import digits
+from gpulayers.examples.command_line import choose_device, positive
+from gpulayers.examples.progress import Progress
+
 __all__ = ["main"]
-
-
-def _positive(kind: type) -> Any:
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if value <= 0:
-            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -28,9 +22,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m gpulayers",
         description="Train a small network on 1,797 handwritten digits, plot the curve, save and load the weights.",
     )
-    parser.add_argument("--epochs", type=_positive(int), default=8, help="passes over the digits (default 8)")
-    parser.add_argument("--batch-size", type=_positive(int), default=48, help="digits in a step (default 48)")
-    parser.add_argument("--learning-rate", type=_positive(float), default=3e-3, help="at the start (default 0.003)")
+    parser.add_argument("--epochs", type=positive(int), default=8, help="passes over the digits (default 8)")
+    parser.add_argument("--batch-size", type=positive(int), default=48, help="digits in a step (default 48)")
+    parser.add_argument("--learning-rate", type=positive(float), default=3e-3, help="at the start (default 0.003)")
     parser.add_argument("--seed", type=int, default=1, help="of initial values and shuffling (default 1)")
     parser.add_argument("--device", default=None, help="cpu, gpu or gpu:N (default: a GPU if one is usable)")
     parser.add_argument("--output", type=Path, default=Path("gpulayers-run"), help="folder for the curve and weights")
@@ -38,18 +32,14 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _say_device(wanted: str | None) -> None:
-    import gpulayers as gl
-
+    choose_device("python -m gpulayers", wanted)
+    device = gl.current_device()
     if wanted is not None:
-        try:
-            gl.set_device(wanted)
-        except gl.errors.DeviceError as error:
-            raise SystemExit(f"python -m gpulayers: error: {error}") from error
-        print(f"device: {gl.current_device()} (asked for)")
-    elif gl.current_device().kind == "gpu":
-        print(f"device: {gl.current_device()} (a GPU answered)")
+        print(f"device: {device} (asked for)")
+    elif device.kind == "gpu":
+        print(f"device: {device} (a GPU answered)")
     else:
-        print(f"device: {gl.current_device()}, through NumPy. {gl.gpu_unavailable_reason()}".rstrip())
+        print(f"device: {device}, through NumPy. {gl.gpu_unavailable_reason()}".rstrip())
 
 
 def _plot(history: Any, path: Path) -> str:
@@ -78,10 +68,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the job; return the exit status: 0 if the loaded weights give the same accuracy, else 1."""
     options = _arguments(argv)
     _say_device(options.device)
-
-    import gpulayers as gl
-    from gpulayers.examples import digits
-    from gpulayers.examples.progress import Progress
 
     options.output.mkdir(parents=True, exist_ok=True)
     gl.ops.random.set_seed(options.seed)

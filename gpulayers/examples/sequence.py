@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 import gpulayers as gl
+from gpulayers.examples.command_line import choose_device, positive
 from gpulayers.examples.progress import Progress
 
 __all__ = ["Alphabet", "CharacterModel", "bits_per_character", "main", "text", "train", "write"]
@@ -143,28 +144,17 @@ def write(model: CharacterModel, alphabet: Alphabet, start: str, length: int, se
     return start + alphabet.characters(written)
 
 
-def _positive(kind: type) -> Any:
-    def parse(given: str) -> Any:
-        value = kind(given)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"must be above 0, got {given}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m gpulayers.examples.sequence",
         description="Train a stack of residual LSTM cells on the Python manual, character by character.",
     )
-    parser.add_argument("--steps", type=_positive(int), default=500, help="training steps (default 500)")
-    parser.add_argument("--units", type=_positive(int), default=128, help="width of the cells (default 128)")
-    parser.add_argument("--depth", type=_positive(int), default=2, help="cells in the stack (default 2)")
-    parser.add_argument("--batch-size", type=_positive(int), default=32, help="places read at once (default 32)")
-    parser.add_argument("--window", type=_positive(int), default=64, help="characters in a step (default 64)")
-    parser.add_argument("--learning-rate", type=_positive(float), default=4e-3, help="at the start (default 0.004)")
+    parser.add_argument("--steps", type=positive(int), default=500, help="training steps (default 500)")
+    parser.add_argument("--units", type=positive(int), default=128, help="width of the cells (default 128)")
+    parser.add_argument("--depth", type=positive(int), default=2, help="cells in the stack (default 2)")
+    parser.add_argument("--batch-size", type=positive(int), default=32, help="places read at once (default 32)")
+    parser.add_argument("--window", type=positive(int), default=64, help="characters in a step (default 64)")
+    parser.add_argument("--learning-rate", type=positive(float), default=4e-3, help="at the start (default 0.004)")
     parser.add_argument("--seed", type=int, default=1, help="of initial values and the written line (default 1)")
     parser.add_argument("--device", default=None, help="cpu, gpu or gpu:N (default: a GPU if one is usable)")
     return parser.parse_args(argv)
@@ -173,11 +163,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the example; returns 0."""
     options = _arguments(argv)
-    if options.device is not None:
-        try:
-            gl.set_device(options.device)
-        except gl.errors.DeviceError as error:
-            raise SystemExit(f"python -m gpulayers.examples.sequence: error: {error}") from error
+    choose_device("python -m gpulayers.examples.sequence", options.device)
     gl.ops.set_seed(options.seed)
     whole = text()
     cut = len(whole) - len(whole) // 20

@@ -286,7 +286,7 @@ class CoreLayer(VariablesPart, LossesPart, NodesPart, ConfigPart):
         if not signature.mask or "mask" in kwargs or _given_by_position("mask", signature, args):
             return
         if nest.is_nested(inputs):
-            masks = nest.map_structure(mask_of, inputs)
+            masks = masks_of(inputs)
             if any(mask is not None for mask in nest.flatten(masks)):
                 kwargs["mask"] = masks
             return
