@@ -11,10 +11,11 @@ import functools
 import importlib
 import sys
 import warnings
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["configuration", "cublas", "cupy", "installed", "is_device_array", "unusable_reason"]
+__all__ = ["Cublas", "configuration", "cublas", "cupy", "installed", "is_device_array", "unusable_reason"]
 
 
 @functools.cache
@@ -69,11 +70,27 @@ def configuration() -> str:
         return str(importlib.import_module("cupyx").get_runtime_info())
 
 
-def cublas(module: Any) -> ModuleType | None:
-    """Return the module with cuBLAS's own products for arrays of `module`: ``cupy.cublas``, None for other modules."""
-    if module is sys.modules.get("cupy"):
-        return importlib.import_module("cupy.cublas")
-    return getattr(module, "cublas", None)
+class Cublas(NamedTuple):
+    """cuBLAS as CuPy wraps it: its functions and constants, and what gives the current device's handle."""
+
+    functions: Any
+    handle: Callable[[], int]
+
+
+def cublas(module: Any) -> Cublas | None:
+    """Return cuBLAS for arrays of `module`, None for modules without it and where its ``gemmEx`` is missing."""
+    return _cublas() if module is sys.modules.get("cupy") else getattr(module, "cublas", None)
+
+
+@functools.cache
+def _cublas() -> Cublas | None:
+    try:  # `cupy.cublas` knows no 16-bit types and no rows with gaps: this is the module below it
+        functions = importlib.import_module("cupy_backends.cuda.libs.cublas")
+    except ImportError:  # a CUDA without cuBLAS: CuPy's own products say how to install it
+        return None
+    if not hasattr(functions, "gemmEx"):
+        return None
+    return Cublas(functions, importlib.import_module("cupy.cuda.device").get_cublas_handle)
 
 
 def is_device_array(value: Any) -> bool:

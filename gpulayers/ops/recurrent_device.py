@@ -4,7 +4,7 @@ The functions have the signatures of `recurrent_lstm`, `recurrent_gru` and `recu
 Differences: arrays of the loop have the dtype of `x`; the arithmetic of 16-bit data is float32 inside each kernel and
 each matmul, and its weight gradients are float32; host masks are copied to the device. A step is a sequence of one.
 
-float32 and float64 products are accumulated into the gate buffer by cuBLAS where the module offers it; otherwise the
+Products of LSTM and simple RNN are accumulated into the gate buffer by cuBLAS where the module offers it; otherwise the
 kernel adds a separate product. Buffers for all steps are made once.
 """
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from gpulayers import _cupy
 from gpulayers.device import array_module
+from gpulayers.ops.device_products import product_into
 from gpulayers.ops.recurrent_common import RECURRENT_ACTIVATIONS, check_choice, check_gate_weights
 from gpulayers.ops.recurrent_gru import _check as _check_gru
 from gpulayers.ops.recurrent_kernels import launch_step
@@ -159,14 +160,10 @@ class _Run:
 
 def _accumulator(run: _Run) -> Callable[[Any, Any, Any], None] | None:
     """Return a function (a, b, sums) that adds a @ b to `sums` in place, or None where cuBLAS is not at hand."""
-    cublas = _cupy.cublas(run.xp)
-    if cublas is None or run.dtype.char not in "fd" or not run.batch * run.units:
+    if _cupy.cublas(run.xp) is None:
         return None
-
-    def accumulate(a: Any, b: Any, sums: Any) -> None:
-        cublas.gemm("N", "N", a, b, out=sums, alpha=1.0, beta=1.0)
-
-    return accumulate
+    product = product_into(run.xp)
+    return lambda a, b, sums: product(a, b, sums, True)
 
 
 def lstm_sequence(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import types
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from gpulayers.launch import source as kernel_source
 from gpulayers.ops import recurrent_kernels
 from tests.kernels.emulation import EmulationError
 from tests.kernels.emulation.build import compiler
+from tests.kernels.fake_cublas import fake_cublas
 from tests.kernels.strict_array import StrictArray, launcher, xp
 from tests.ops.test_recurrent_arrays import CELLS, Case, variants
 
@@ -101,26 +101,15 @@ def test_sizes(cell, time, batch, depth, units):
 
 
 @pytest.mark.parametrize("cell", ["lstm", "simple"])
-def test_products_accumulated_into_the_gates(cell, monkeypatch):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_accumulated_into_the_gates(cell, dtype, monkeypatch):
     """With cuBLAS the product goes straight into the gate buffer, and the kernel only reads the gates."""
-    calls = []
-
-    def gemm(transa, transb, a, b, out=None, alpha=1.0, beta=0.0):
-        assert (transa, transb, alpha, beta) == ("N", "N", 1.0, 1.0)
-        calls.append(out.shape)
-        out += xp.matmul(a, b)
-        return out
-
-    case = Case(cell, time=4)
+    case = Case(cell, time=4, dtype=np.dtype(dtype))
+    functions, found = fake_cublas()
+    monkeypatch.setattr(xp, "cublas", found, raising=False)
     for name in ("mask", "all"):
-        keywords = variants_of(case)[name]
-        _, want = run(case, keywords)
-        with monkeypatch.context() as patch:
-            patch.setattr(xp, "cublas", types.SimpleNamespace(gemm=gemm), raising=False)
-            _, got = run(case, keywords)
-        for a, b in zip(got, want, strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-13)
-    assert len(calls) == 8
+        compare(case, variants_of(case)[name], DTYPES[dtype])
+    assert [call["beta"] for call in functions.calls] == [1.0] * 8
 
 
 def test_one_launch_a_step_and_its_geometry():

@@ -1,0 +1,90 @@
+"""Matrix products of device arrays into memory that is there already, added to what it holds: cuBLAS's ``gemmEx``.
+
+The array modules' ``matmul`` can do neither: it overwrites its ``out``, and copies operands whose rows have gaps. Here
+a matrix is any 2-D array whose elements are neighbours along one axis, so columns of a wider buffer need no copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from gpulayers import _cupy
+from gpulayers.errors import ShapeError, message
+
+__all__ = ["Product", "product_into"]
+
+Product = Callable[[Any, Any, Any, bool], None]
+
+# cudaDataType of CUDA's library_types.h, which older CuPy does not name in full.
+_TYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}
+# alpha and beta are read from host memory, in the type of the arithmetic; they live as long as the module.
+_ZERO, _ONE = ({d: np.full(1, value, d) for d in ("float32", "float64")} for value in (0.0, 1.0))
+
+
+def product_into(xp: Any) -> Product:
+    """Return the function ``(a, b, out, add)`` that computes ``out = a @ b``, or ``out += a @ b`` if `add`.
+
+    `a` (m, k), `b` (k, n), `out` (m, n): arrays of module `xp`, `out` with neighbouring elements along its last axis.
+    16-bit products are summed in float32 and rounded once, with `add` after the addition; their `out` may be float32.
+    Where `xp` has no cuBLAS its ``matmul`` makes the product first, rounded to the dtype of `out`.
+    """
+    cublas = _cupy.cublas(xp)
+    if cublas is None:
+        return lambda a, b, out, add: _by_matmul(xp, a, b, out, add)
+    return lambda a, b, out, add: _by_gemm(cublas, a, b, out, add)
+
+
+def _by_matmul(xp: Any, a: Any, b: Any, out: Any, add: bool) -> None:
+    product = xp.matmul(a.astype(out.dtype, copy=False), b.astype(out.dtype, copy=False))
+    if add:
+        out += product
+    else:
+        out[...] = product
+
+
+def _by_gemm(cublas: _cupy.Cublas, a: Any, b: Any, out: Any, add: bool) -> None:
+    """Call ``gemmEx``: matrices in memory by rows are, read by columns, their transposes, and out^T = b^T a^T."""
+    (rows, inner), columns = a.shape, b.shape[1]
+    if not out.size:
+        return
+    if not inner:
+        if not add:
+            out[...] = 0
+        return
+    transposed_b, leading_b = _layout(b)
+    transposed_a, leading_a = _layout(a)
+    transposed_out, leading_out = _layout(out)
+    if transposed_out:
+        raise ShapeError(message("product_into", "the columns of `out` lie apart", "elements of a row side by side"))
+    wide = "float64" if a.dtype == np.float64 else "float32"
+    functions, handle = cublas.functions, cublas.handle()
+    operations = (functions.CUBLAS_OP_N, functions.CUBLAS_OP_T)
+    mode = functions.getPointerMode(handle)
+    functions.setPointerMode(handle, functions.CUBLAS_POINTER_MODE_HOST)
+    try:  # it sets the handle's stream to the current one itself
+        functions.gemmEx(
+            handle, operations[transposed_b], operations[transposed_a], columns, rows, inner,
+            _ONE[wide].ctypes.data, b.data.ptr, _TYPES[b.dtype.name], leading_b,
+            a.data.ptr, _TYPES[a.dtype.name], leading_a,
+            (_ONE if add else _ZERO)[wide].ctypes.data, out.data.ptr, _TYPES[out.dtype.name], leading_out,
+            functions.CUBLAS_COMPUTE_64F if wide == "float64" else functions.CUBLAS_COMPUTE_32F,
+            functions.CUBLAS_GEMM_DEFAULT,
+        )  # fmt: skip
+    finally:
+        functions.setPointerMode(handle, mode)
+
+
+def _layout(matrix: Any) -> tuple[bool, int]:
+    """Return whether a matrix lies in memory by columns, and how many elements lie between its lines' beginnings."""
+    (rows, columns), (down, across), size = matrix.shape, matrix.strides, matrix.dtype.itemsize
+    by_columns = across != size and columns > 1  # strides of axes of size 1 mean nothing
+    lines, length, stride, step = (columns, rows, across, down) if by_columns else (rows, columns, down, across)
+    leading = stride // size if lines > 1 else length
+    if (length > 1 and step != size) or leading < length:
+        raise ShapeError(
+            message("product_into", "the lines of a matrix lie apart or overlap", got=f"strides {matrix.strides}")
+        )
+    return by_columns, leading
