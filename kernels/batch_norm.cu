@@ -22,7 +22,8 @@
 #if defined(GL_ENTRY_gl_bn_statistics)
 GL_KERNEL(gl_bn_statistics, 256, 3) {
     const Place p = place_of(arguments, static_cast<int32>(blockIdx.x));
-    moments_of_split<false>(arguments, p, nullptr);
+    KeepNothing<1> keeper;
+    moments_of_split(arguments, p, keeper);
     if (!last_split(arguments, p)) return;
     finish_group(arguments, p);
     if (!last_group(arguments, p)) return;
@@ -31,13 +32,17 @@ GL_KERNEL(gl_bn_statistics, 256, 3) {
 #endif
 
 #if defined(GL_ENTRY_gl_bn_normalise)
-GL_KERNEL(gl_bn_normalise, 256, 3) { normalise_split<false>(arguments, place_of(arguments, static_cast<int32>(blockIdx.x)), nullptr); }
+GL_KERNEL(gl_bn_normalise, 256, 3) {
+    KeepNothing<1> keeper;
+    normalise_split(arguments, place_of(arguments, static_cast<int32>(blockIdx.x)), keeper);
+}
 #endif
 
 #if defined(GL_ENTRY_gl_bn_sums)
 GL_KERNEL(gl_bn_sums, 256, 3) {
     const Place p = place_of(arguments, static_cast<int32>(blockIdx.x));
-    sums_of_split<false>(arguments, p, nullptr);
+    KeepNothing<2> keeper;
+    sums_of_split(arguments, p, keeper);
     if (!last_split(arguments, p)) return;
     finish_group_sums(arguments, p);
     if (!last_group(arguments, p)) return;
@@ -46,7 +51,10 @@ GL_KERNEL(gl_bn_sums, 256, 3) {
 #endif
 
 #if defined(GL_ENTRY_gl_bn_apply)
-GL_KERNEL(gl_bn_apply, 256, 3) { apply_split<false>(arguments, place_of(arguments, static_cast<int32>(blockIdx.x)), nullptr); }
+GL_KERNEL(gl_bn_apply, 256, 3) {
+    KeepNothing<2> keeper;
+    apply_split(arguments, place_of(arguments, static_cast<int32>(blockIdx.x)), keeper);
+}
 #endif
 
 #if defined(GL_ENTRY_gl_bn_forward)
@@ -54,7 +62,8 @@ GL_KERNEL(gl_bn_forward, 256, 2) {
 #if CLUSTER > 1
     GL_DYNAMIC_SHARED(copies);
     const Place p = place_of(arguments, static_cast<int32>(blockIdx.x));
-    moments_of_split<true>(arguments, p, copies);
+    KeepShared<1> keeper{copies};
+    moments_of_split(arguments, p, keeper);
     cluster_barrier();
     if (cluster_rank() == 0) {
         finish_group(arguments, p);
@@ -62,18 +71,19 @@ GL_KERNEL(gl_bn_forward, 256, 2) {
         finish_channels(arguments, p);
     }
     cluster_barrier();
-    normalise_split<true>(arguments, p, copies);
+    normalise_split(arguments, p, keeper);
 #else
     Place p = place_of(arguments, static_cast<int32>(blockIdx.x));
+    KeepNothing<1> keeper;
     for (p.group = 0; p.group < p.groups; ++p.group) {
-        moments_of_split<false>(arguments, p, nullptr);
+        moments_of_split(arguments, p, keeper);
         __syncthreads();
         finish_group(arguments, p);
         __syncthreads();
     }
     finish_channels(arguments, p);
     __syncthreads();
-    for (p.group = 0; p.group < p.groups; ++p.group) normalise_split<false>(arguments, p, nullptr);
+    for (p.group = 0; p.group < p.groups; ++p.group) normalise_split(arguments, p, keeper);
 #endif
 }
 #endif
@@ -83,7 +93,8 @@ GL_KERNEL(gl_bn_backward, 256, 2) {
 #if CLUSTER > 1
     GL_DYNAMIC_SHARED(copies);
     const Place p = place_of(arguments, static_cast<int32>(blockIdx.x));
-    sums_of_split<true>(arguments, p, copies);
+    KeepShared<2> keeper{copies};
+    sums_of_split(arguments, p, keeper);
     cluster_barrier();
     if (cluster_rank() == 0) {
         finish_group_sums(arguments, p);
@@ -91,17 +102,18 @@ GL_KERNEL(gl_bn_backward, 256, 2) {
         finish_channel_sums(arguments, p);
     }
     cluster_barrier();
-    apply_split<true>(arguments, p, copies);
+    apply_split(arguments, p, keeper);
 #else
     Place p = place_of(arguments, static_cast<int32>(blockIdx.x));
+    KeepNothing<2> keeper;
     for (p.group = 0; p.group < p.groups; ++p.group) {
-        sums_of_split<false>(arguments, p, nullptr);
+        sums_of_split(arguments, p, keeper);
         __syncthreads();
         finish_group_sums(arguments, p);
         __syncthreads();
     }
     finish_channel_sums(arguments, p);
-    for (p.group = 0; p.group < p.groups; ++p.group) apply_split<false>(arguments, p, nullptr);
+    for (p.group = 0; p.group < p.groups; ++p.group) apply_split(arguments, p, keeper);
 #endif
 }
 #endif

@@ -79,6 +79,14 @@ struct Shares {
     __device__ __forceinline__ int64 first(int32 split) const { return share * split + (split < longer ? split : longer); }
     __device__ __forceinline__ int64 count(int32 split) const { return share + (split < longer); }
 };
+// Some of the units, `depth()` of them at a time.
+struct Range {
+    int64 first, count;
+};
+__device__ __forceinline__ Range range_of_split(const Place& p) {
+    const Shares shares(p);
+    return Range{shares.first(p.split), shares.count(p.split)};
+}
 __device__ __forceinline__ int64 values_in_all(const Place& p) { return p.rows * p.spread * p.inner; }
 
 template <typename Arguments> __device__ __forceinline__ Place place_of(const Arguments& arguments, int32 block) {
@@ -108,13 +116,12 @@ __device__ __forceinline__ int64 row_start(const Place& p, int64 row) {
     return ((outer * p.groups + p.group) * p.spread + (row - outer * p.spread)) * length;
 }
 
-// Walks over this thread's units of its split, forwards or backwards.
+// Walks over this thread's units of a range, forwards or backwards.
 struct Walk {
     int64 left, row, position, step_rows, step_positions, inner_units;
 
-    __device__ __forceinline__ Walk(const Place& p, bool backwards) {
-        const Shares shares(p);
-        const int64 first = shares.first(p.split), count = shares.count(p.split);
+    __device__ __forceinline__ Walk(const Place& p, const Range& range, bool backwards) {
+        const int64 first = range.first, count = range.count;
         const int64 mine = threadIdx.y, step = depth();
         left = p.inside && mine < count ? (count - mine + step - 1) / step : 0;
         const int64 unit = backwards ? first + count - 1 - mine : first + mine;
@@ -155,11 +162,38 @@ struct Walk {
     }
 };
 
-// Goes through the units, `ahead` at a time: fetch(slot, offset, number) is called for all units of a batch first, so that
-// their loads are in flight together, then body(slot, offset) for each.
-template <int32 ahead, typename Fetch, typename Body>
-__device__ __forceinline__ void for_units(const Place& p, bool backwards, Fetch fetch, Body body) {
-    Walk walk(p, backwards);
+// ---- what stays on chip between the two passes ---------------------------------------------------------------------
+// A place holds the packets of one unit (forward: x; backward: x and g) for the thread that put them there.
+
+struct Nowhere {
+    static constexpr bool keeps = false;
+    __device__ __forceinline__ void keep(int32, const Packet&) const {}
+};
+
+template <int32 packets> struct InShared {
+    static constexpr bool keeps = true;
+    unsigned char* memory;
+    int32 number;  // of the unit, among those of its thread
+
+    __device__ __forceinline__ STORAGE* address(int32 which) const {
+        return reinterpret_cast<STORAGE*>(memory) +
+               (static_cast<int64>(packets * number + which) * threads_in_block() + thread_number()) * width;
+    }
+    __device__ __forceinline__ void keep(int32 which, const Packet& value) const { put(address(which), value); }
+    __device__ __forceinline__ Packet recall(int32 which) const { return take(address(which)); }
+};
+
+// A load of the first pass: what is kept is not read again.
+template <typename Where> __device__ __forceinline__ Packet take_first(const Where&, const STORAGE* address) {
+    return take<Where::keeps ? cache::streaming : cache::keep>(address);
+}
+
+// Goes through a range, `ahead` units at a time: fetch(slot, offset, place) is called for all units of a batch first, so
+// that their loads are in flight together, then body(slot, offset) for each. place_at(slot, number) gives their places.
+template <int32 ahead, typename PlaceAt, typename Fetch, typename Body>
+__device__ __forceinline__ void for_units(
+    const Place& p, const Range& range, bool backwards, PlaceAt place_at, Fetch& fetch, Body& body) {
+    Walk walk(p, range, backwards);
     int32 number = 0;
     while (walk.left > 0) {
         int64 offsets[ahead];
@@ -168,7 +202,7 @@ __device__ __forceinline__ void for_units(const Place& p, bool backwards, Fetch 
         for (int32 slot = 0; slot < ahead; ++slot) {
             real[slot] = walk.left > 0;
             offsets[slot] = real[slot] ? walk.next(p) : 0;
-            if (real[slot]) fetch(slot, offsets[slot], number + slot);
+            if (real[slot]) fetch(slot, offsets[slot], place_at(slot, number + slot));
         }
 #pragma unroll
         for (int32 slot = 0; slot < ahead; ++slot) {
@@ -178,11 +212,41 @@ __device__ __forceinline__ void for_units(const Place& p, bool backwards, Fetch 
     }
 }
 
-// A thread's own copies of its units in dynamic shared memory: `number` counts them; nobody else reads them.
-__device__ __forceinline__ STORAGE* own_copy(unsigned char* memory, int32 number) {
-    return reinterpret_cast<STORAGE*>(memory) +
-           (static_cast<int64>(number) * threads_in_block() + thread_number()) * width;
-}
+// Keepers say how the two passes go through a block's split. `packets` is what they keep of a unit; `first_ahead` and
+// `second_ahead` are the most units in flight in a pass.
+
+// The second pass reads everything again, backwards: what was read last may still be in the L2 cache.
+template <int32 packets> struct KeepNothing {
+    static constexpr int32 first_ahead = 4 / packets, second_ahead = 2;
+
+    template <typename Fetch, typename Body>
+    __device__ __forceinline__ void first_pass(const Place& p, Fetch fetch, Body body) {
+        for_units<first_ahead>(p, range_of_split(p), false, [](int32, int32) { return Nowhere{}; }, fetch, body);
+    }
+    template <typename Fetch, typename Body>
+    __device__ __forceinline__ void second_pass(const Place& p, Fetch fetch, Body body) {
+        for_units<second_ahead>(p, range_of_split(p), true, [](int32, int32) { return Nowhere{}; }, fetch, body);
+    }
+};
+
+// The whole split stays in dynamic shared memory. Such blocks fill a multiprocessor alone, so more loads are in flight.
+template <int32 packets> struct KeepShared {
+    static constexpr int32 first_ahead = 8 / packets, second_ahead = 2;
+    unsigned char* memory;
+
+    template <typename Fetch, typename Body>
+    __device__ __forceinline__ void first_pass(const Place& p, Fetch fetch, Body body) {
+        unsigned char* const copies = memory;
+        for_units<first_ahead>(
+            p, range_of_split(p), false, [=](int32, int32 number) { return InShared<packets>{copies, number}; }, fetch, body);
+    }
+    template <typename Fetch, typename Body>
+    __device__ __forceinline__ void second_pass(const Place& p, Fetch fetch, Body body) {
+        unsigned char* const copies = memory;
+        for_units<second_ahead>(
+            p, range_of_split(p), false, [=](int32, int32 number) { return InShared<packets>{copies, number}; }, fetch, body);
+    }
+};
 
 // ---- merging -------------------------------------------------------------------------------------------------------
 
@@ -274,22 +338,21 @@ __device__ __forceinline__ void merge(A count, A share, A& mean, A& square, A ot
 }
 
 // Leaves this block's merged (mean - first value of the channel, sum of squares) in arguments.parts.
-template <bool KEEP, typename Arguments>
-__device__ __forceinline__ void moments_of_split(const Arguments& arguments, const Place& p, unsigned char* copies) {
+template <typename Arguments, typename Keeper>
+__device__ __forceinline__ void moments_of_split(const Arguments& arguments, const Place& p, Keeper& keeper) {
     GL_SHARED(A, counts, [largest]);
     GL_SHARED(A, means, [held][largest]);
     GL_SHARED(A, squares, [held][largest]);
-    constexpr int32 ahead = KEEP ? 8 : 4;  // keeping blocks fill a multiprocessor alone
     A base[held], sum[held], square[held];
-    Packet values[ahead];
+    Packet values[Keeper::first_ahead];
 #pragma unroll
     for (int32 i = 0; i < held; ++i) base[i] = sum[i] = square[i] = A(0);
     int32 seen = 0;
-    for_units<ahead>(
-        p, false,
-        [&](int32 slot, int64 offset, int32 number) {
-            values[slot] = take(arguments.x + offset);
-            if constexpr (KEEP) put(own_copy(copies, number), values[slot]);
+    keeper.first_pass(
+        p,
+        [&](int32 slot, int64 offset, auto place) {
+            values[slot] = take_first(place, arguments.x + offset);
+            place.keep(0, values[slot]);
         },
         [&](int32 slot, int64) {
             if (seen == 0) {
@@ -464,21 +527,19 @@ __device__ __forceinline__ Affine affine_of(const Arguments& arguments, const Pl
     return result;
 }
 
-// KEPT: x is read from the thread's own copies in shared memory (then the walk goes forwards, as when they were made).
-template <bool KEPT, typename Arguments>
-__device__ __forceinline__ void normalise_split(const Arguments& arguments, const Place& p, unsigned char* copies) {
+template <typename Arguments, typename Keeper>
+__device__ __forceinline__ void normalise_split(const Arguments& arguments, const Place& p, Keeper& keeper) {
     Affine affine[held];
     if (p.inside) {
 #pragma unroll
         for (int32 i = 0; i < held; ++i) affine[i] = affine_of(arguments, p, p.channel + i);
     }
-    constexpr int32 ahead = 2;
-    Packet values[ahead], extra[ahead];
-    for_units<ahead>(
-        p, !KEPT,
-        [&](int32 slot, int64 offset, int32 number) {
-            if constexpr (KEPT) {
-                values[slot] = take(own_copy(copies, number));
+    Packet values[Keeper::second_ahead], extra[Keeper::second_ahead];
+    keeper.second_pass(
+        p,
+        [&](int32 slot, int64 offset, auto place) {
+            if constexpr (decltype(place)::keeps) {
+                values[slot] = place.recall(0);
             } else {
                 values[slot] = take<cache::streaming>(arguments.x + offset);
             }
@@ -502,8 +563,8 @@ __device__ __forceinline__ void normalise_split(const Arguments& arguments, cons
 
 // Leaves this block's sums of g and g * (x - pivot) in arguments.parts; g is dy where y > 0 (y = null: everywhere).
 // Writes g to arguments.dresidual and g * gamma / s to arguments.dx, each unless null.
-template <bool KEEP, typename Arguments>
-__device__ __forceinline__ void sums_of_split(const Arguments& arguments, const Place& p, unsigned char* copies) {
+template <typename Arguments, typename Keeper>
+__device__ __forceinline__ void sums_of_split(const Arguments& arguments, const Place& p, Keeper& keeper) {
     GL_SHARED(A, firsts, [held][largest]);
     GL_SHARED(A, seconds, [held][largest]);
     A sum[held], product[held], pivot[held], scale[held];
@@ -515,18 +576,15 @@ __device__ __forceinline__ void sums_of_split(const Arguments& arguments, const 
         pivot[i] = affine.pivot;
         scale[i] = affine.a;
     }
-    constexpr int32 ahead = KEEP ? 4 : 2;
-    Packet x[ahead], g[ahead];
-    for_units<ahead>(
-        p, false,
-        [&](int32 slot, int64 offset, int32 number) {
-            x[slot] = take(arguments.x + offset);
-            g[slot] = take(arguments.dy + offset);
-            if (arguments.y) mask(g[slot], take(arguments.y + offset));
-            if constexpr (KEEP) {
-                put(own_copy(copies, 2 * number), x[slot]);
-                put(own_copy(copies, 2 * number + 1), g[slot]);
-            }
+    Packet x[Keeper::first_ahead], g[Keeper::first_ahead];
+    keeper.first_pass(
+        p,
+        [&](int32 slot, int64 offset, auto place) {
+            x[slot] = take_first(place, arguments.x + offset);
+            g[slot] = take_first(place, arguments.dy + offset);
+            if (arguments.y) mask(g[slot], take_first(place, arguments.y + offset));
+            place.keep(0, x[slot]);
+            place.keep(1, g[slot]);
         },
         [&](int32 slot, int64 offset) {
             if (arguments.dresidual) put(arguments.dresidual + offset, g[slot]);
@@ -621,9 +679,9 @@ __device__ __forceinline__ void finish_channel_sums(const Arguments& arguments, 
     arguments.dgamma[column.channel] = static_cast<A>(product);
 }
 
-// dx = g * a + (x - pivot) * slope + b over a split, backwards. KEPT: x and g are the thread's own copies.
-template <bool KEPT, typename Arguments>
-__device__ __forceinline__ void apply_split(const Arguments& arguments, const Place& p, unsigned char* copies) {
+// dx = g * a + (x - pivot) * slope + b over a split.
+template <typename Arguments, typename Keeper>
+__device__ __forceinline__ void apply_split(const Arguments& arguments, const Place& p, Keeper& keeper) {
     A pivot[held], a[held], slope[held], b[held];
     if (p.inside) {
 #pragma unroll
@@ -635,14 +693,13 @@ __device__ __forceinline__ void apply_split(const Arguments& arguments, const Pl
             b[i] = arguments.tables[slot + 2 * plane];
         }
     }
-    constexpr int32 ahead = 2;
-    Packet x[ahead], g[ahead];
-    for_units<ahead>(
-        p, !KEPT,
-        [&](int32 slot, int64 offset, int32 number) {
-            if constexpr (KEPT) {
-                x[slot] = take(own_copy(copies, 2 * number));
-                g[slot] = take(own_copy(copies, 2 * number + 1));
+    Packet x[Keeper::second_ahead], g[Keeper::second_ahead];
+    keeper.second_pass(
+        p,
+        [&](int32 slot, int64 offset, auto place) {
+            if constexpr (decltype(place)::keeps) {
+                x[slot] = place.recall(0);
+                g[slot] = place.recall(1);
             } else {
                 x[slot] = take<cache::streaming>(arguments.x + offset);
                 g[slot] = take<cache::streaming>(arguments.dy + offset);
