@@ -189,7 +189,7 @@ template <typename Where> __device__ __forceinline__ Packet take_first(const Whe
 }
 
 // Goes through a range, `ahead` units at a time: fetch(slot, offset, place) is called for all units of a batch first, so
-// that their loads are in flight together, then body(slot, offset) for each. place_at(slot, number) gives their places.
+// that their loads are in flight together, then body(slot, offset, place) for each. place_at(slot, number) gives the place.
 template <int32 ahead, typename PlaceAt, typename Fetch, typename Body>
 __device__ __forceinline__ void for_units(
     const Place& p, const Range& range, bool backwards, PlaceAt place_at, Fetch& fetch, Body& body) {
@@ -206,7 +206,7 @@ __device__ __forceinline__ void for_units(
         }
 #pragma unroll
         for (int32 slot = 0; slot < ahead; ++slot) {
-            if (real[slot]) body(slot, offsets[slot]);
+            if (real[slot]) body(slot, offsets[slot], place_at(slot, number + slot));
         }
         number += ahead;
     }
@@ -352,9 +352,9 @@ __device__ __forceinline__ void moments_of_split(const Arguments& arguments, con
         p,
         [&](int32 slot, int64 offset, auto place) {
             values[slot] = take_first(place, arguments.x + offset);
-            place.keep(0, values[slot]);
         },
-        [&](int32 slot, int64) {
+        [&](int32 slot, int64, auto place) {
+            place.keep(0, values[slot]);
             if (seen == 0) {
 #pragma unroll
                 for (int32 i = 0; i < held; ++i) base[i] = widen(values[slot].values[i]);
@@ -545,7 +545,7 @@ __device__ __forceinline__ void normalise_split(const Arguments& arguments, cons
             }
             if (arguments.residual) extra[slot] = take<cache::streaming>(arguments.residual + offset);
         },
-        [&](int32 slot, int64 offset) {
+        [&](int32 slot, int64 offset, auto) {
             A result[width];
 #pragma unroll
             for (int32 i = 0; i < width; ++i) {
@@ -583,10 +583,10 @@ __device__ __forceinline__ void sums_of_split(const Arguments& arguments, const 
             x[slot] = take_first(place, arguments.x + offset);
             g[slot] = take_first(place, arguments.dy + offset);
             if (arguments.y) mask(g[slot], take_first(place, arguments.y + offset));
+        },
+        [&](int32 slot, int64 offset, auto place) {
             place.keep(0, x[slot]);
             place.keep(1, g[slot]);
-        },
-        [&](int32 slot, int64 offset) {
             if (arguments.dresidual) put(arguments.dresidual + offset, g[slot]);
             A scaled[width];
 #pragma unroll
@@ -706,7 +706,7 @@ __device__ __forceinline__ void apply_split(const Arguments& arguments, const Pl
                 if (arguments.y) mask(g[slot], take<cache::streaming>(arguments.y + offset));
             }
         },
-        [&](int32 slot, int64 offset) {
+        [&](int32 slot, int64 offset, auto) {
             A result[width];
 #pragma unroll
             for (int32 i = 0; i < width; ++i) {
