@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+COPY_BYTES = 256 << 20
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -18,12 +19,24 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="float32", choices=["float64", "float32", "float16", "bfloat16"])
     parser.add_argument("--only", default="", help="measure rows whose name or regime contains one of these, by commas")
     parser.add_argument("--peers", default="all", help="names by commas, 'all' or 'none'")
+    parser.add_argument(
+        "--peer-python", action="append", default=[], type=_peer_python, metavar="NAME=PYTHON",
+        help="run this peer with that Python, in a process of its own (CPU); may be given several times",
+    )  # fmt: skip
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each variant of a row")
     parser.add_argument("--threads", type=int, default=0, help="processors to use (CPU); 0: all that are there")
     parser.add_argument("--device", default="", choices=["", "cpu", "gpu"], help="default: a GPU if one is usable")
     parser.add_argument("--out", type=Path, help="folder to write to; default: benchmarks/results/<machine>")
     parser.add_argument("--list", action="store_true", help="name the rows and stop")
     return parser
+
+
+def _peer_python(text: str) -> tuple[str, str]:
+    """Split NAME=PYTHON. Raises ArgumentTypeError for anything else."""
+    name, equals, python = text.partition("=")
+    if not (name and equals and python):
+        raise argparse.ArgumentTypeError(f"expected NAME=PYTHON, such as tensorflow=/path/to/python; got {text!r}")
+    return name, python
 
 
 def _limit_threads(threads: int) -> None:
@@ -68,43 +81,38 @@ def _measure_all(chosen: list[Any], peers: list[Any], on_gpu: bool, seconds: flo
     return records, failures
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return 1 if a row was wrong or none was measured."""
-    options = _parser().parse_args(arguments)
-    _limit_threads(options.threads)
-    import gpulayers as gl
-    from benchmarks import machine, peers, picture, report, shapes
+def _copy_seconds(on_gpu: bool) -> float:
+    """Return the median time of a copy that reads and writes 256 MB together."""
     from benchmarks.measure import copy_function
     from benchmarks.timing_cpu import interleaved
 
-    on_gpu = options.device == "gpu" or (not options.device and gl.gpu_available())
-    if on_gpu and not gl.gpu_available():
-        print(f"benchmarks: no GPU is usable. {gl.gpu_unavailable_reason()}", file=sys.stderr)
-        return 1
-    gl.set_device("gpu" if on_gpu else "cpu")
-    wanted = [word for word in options.only.split(",") if word]
-    chosen = [
-        case
-        for case in shapes.cases(options.batch, options.dtype)
-        if not wanted or any(word in f"{case.name} {case.regime}" for word in wanted)
-    ]
-    if options.list:
-        print("\n".join(case.name for case in chosen))
-        return 0
+    copy = copy_function(COPY_BYTES, on_gpu)
+    if not on_gpu:
+        return interleaved({"copy": copy}, {}, 0.5)["copy"].p50
+    from benchmarks.timing_gpu import samples_flushed
+
+    return sorted(samples_flushed(copy, lambda: None, 0, 20))[10]
+
+
+def _find_peers(options: argparse.Namespace, on_gpu: bool) -> list[Any]:
+    from benchmarks import peers
+    from benchmarks.timing_cpu import thread_count
+
     names = {"all": peers.NAMES, "none": ()}.get(options.peers, tuple(options.peers.split(",")))
-    found = peers.find(names, on_gpu)
-    if not on_gpu and any(p.module is not None and p.name.startswith("torch") for p in found):
+    pythons = dict(options.peer_python)
+    found = peers.find(names, on_gpu, pythons)
+    if not on_gpu and any(p.module is not None and p.name.startswith("torch") and p.name not in pythons for p in found):
         import torch
 
-        torch.set_num_threads(machine.thread_count())
-    copy = copy_function(256 << 20, on_gpu)
-    if on_gpu:
-        from benchmarks.timing_gpu import samples_flushed
+        torch.set_num_threads(thread_count())
+    return found
 
-        copy_time = sorted(samples_flushed(copy, lambda: None, 0, 20))[10]
-    else:
-        copy_time = interleaved({"copy": copy}, {}, 0.5)["copy"].p50
-    header = machine.header(on_gpu, (256 << 20) / copy_time)
+
+def _report(options: argparse.Namespace, chosen: list[Any], found: list[Any], on_gpu: bool) -> int:
+    """Measure the rows and write everything; return 1 if a row was wrong or none was measured."""
+    from benchmarks import machine, picture, report
+
+    header = machine.header(on_gpu, COPY_BYTES / _copy_seconds(on_gpu))
     header["peers"] = ", ".join(f"{p.name}: {p.module.version()}" for p in found if p.module is not None) or "none"
     skipped = {peer.name: peer.reason for peer in found if peer.module is None}
     folder = options.out or Path(__file__).parent / "results" / machine.class_name(on_gpu)
@@ -124,6 +132,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         made = []
     print(f"written to {folder}: report.json, report.csv, report.txt{''.join(f', {path.name}' for path in made)}")
     return 1 if failures else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return 1 if a row was wrong or none was measured."""
+    options = _parser().parse_args(arguments)
+    _limit_threads(options.threads)
+    import gpulayers as gl
+    from benchmarks import peers, shapes
+
+    on_gpu = options.device == "gpu" or (not options.device and gl.gpu_available())
+    if on_gpu and not gl.gpu_available():
+        print(f"benchmarks: no GPU is usable. {gl.gpu_unavailable_reason()}", file=sys.stderr)
+        return 1
+    gl.set_device("gpu" if on_gpu else "cpu")
+    wanted = [word for word in options.only.split(",") if word]
+    chosen = [
+        case
+        for case in shapes.cases(options.batch, options.dtype)
+        if not wanted or any(word in f"{case.name} {case.regime}" for word in wanted)
+    ]
+    if options.list:
+        print("\n".join(case.name for case in chosen))
+        return 0
+    found = _find_peers(options, on_gpu)
+    try:
+        return _report(options, chosen, found, on_gpu)
+    finally:
+        peers.close(found)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.timing_cpu import thread_count
 from gpulayers import _cupy
 
-__all__ = ["class_name", "commit", "cpu_model", "header", "on_chip_bytes", "thread_count"]
+__all__ = ["class_name", "commit", "cpu_model", "header", "on_chip_bytes"]
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -58,11 +59,6 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head + ("+changes" if changed else "")
-
-
-def thread_count() -> int:
-    """Return the number of processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def on_chip_bytes(on_gpu: bool) -> int:

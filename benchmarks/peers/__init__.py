@@ -9,9 +9,13 @@ for the device. Where a peer keeps another layout, the arrays are converted befo
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
-__all__ = ["NAMES", "Peer", "find"]
+from benchmarks.peers.remote import Remote
+
+__all__ = ["NAMES", "Peer", "close", "find"]
 
 NAMES = ("plain", "chainer_style", "torch", "torch_other_layout", "torch_compile", "jax_jit", "tensorflow", "thinc")
 
@@ -19,20 +23,39 @@ NAMES = ("plain", "chainer_style", "torch", "torch_other_layout", "torch_compile
 class Peer:
     """A peer that can run here, or the reason why it cannot."""
 
-    def __init__(self, name: str, module: ModuleType | None, reason: str) -> None:
+    def __init__(self, name: str, module: Any, reason: str) -> None:
         self.name, self.module, self.reason = name, module, reason
 
 
-def find(names: tuple[str, ...] | list[str] = NAMES, on_gpu: bool = False) -> list[Peer]:
-    """Return a peer for each name, in order. Raises ValueError for a name that is not known."""
+def _known(name: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"benchmarks: no such peer. Expected some of {', '.join(NAMES)}; got {name!r}.")
+    return name
+
+
+def find(
+    names: Sequence[str] = NAMES, on_gpu: bool = False, pythons: Mapping[str, str] = MappingProxyType({})
+) -> list[Peer]:
+    """Return a peer for each name, in order; those in `pythons` run in that Python. Raises ValueError for others."""
+    for name in pythons:
+        _known(name)
     found = []
     for name in names:
-        if name not in NAMES:
-            raise ValueError(f"benchmarks: no such peer. Expected some of {', '.join(NAMES)}; got {name!r}.")
+        module: Any = None
         try:
-            module = importlib.import_module(f"benchmarks.peers.{name}_peer")
+            if _known(name) in pythons:
+                module = Remote(name, pythons[name])
+            else:
+                module = importlib.import_module(f"benchmarks.peers.{name}_peer")
             reason = module.unavailable(on_gpu)
         except ImportError as error:
-            module, reason = None, f"not installed ({error})"
+            reason = f"not installed ({error})"
         found.append(Peer(name, None if reason else module, reason))
     return found
+
+
+def close(found: Sequence[Peer]) -> None:
+    """End the processes of peers that have one."""
+    for peer in found:
+        if isinstance(peer.module, Remote):
+            peer.module.close()
