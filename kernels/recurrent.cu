@@ -1,15 +1,31 @@
 // One time step of the recurrent cells' elementwise work, forward and backward: LSTM, GRU in both forms, simple RNN.
-// The residual add, masks and (backward) the sums of cotangents happen in the same launch.
+// The bias, the residual add, masks and (backward) the sums of cotangents are part of the same launch.
 //
-// Layout: rows are the batch N, a row has U hidden values; gates are (N, G*U), each gate U neighbouring columns, so a
-//   step reads and writes G separate coalesced streams. All arrays are contiguous. Null pointers leave a part out.
-// Traffic in values per (row, hidden value), s bytes each, without mask, where the product is accumulated into `gates`
-//   and the bias is in it: LSTM forward reads 4 gates, c, x, writes c', h', output: 9 s (7 s without the residual);
-//   backward reads 4 gates, c and 3 cotangents, writes 4 gates and dc: 13 s. `product` adds its reads and one write of
-//   the gates. Activations are never stored: the backward pass computes them again from the saved pre-activations.
+// Layout: rows are the batch N, a row has U hidden values. A step's gate buffer is (N, G*U), each gate U neighbouring
+//   columns, so a step reads and writes G separate coalesced streams. LSTM: 4 gates in the order the caller says; GRU
+//   with the reset after the product: z, r, c = the state's part of the candidate, a = the inputs' part; GRU with the
+//   reset before it: z, r, candidate; simple RNN: the buffer is where h' will be. The matmul has added the step's
+//   product to the inputs' in this buffer, without the bias; nothing but d_gates is ever written to gates again, because
+//   the backward pass computes the activations from these sums a second time.
+// All arrays are contiguous. Null pointers leave a part out.
+// Traffic of a counted step in values per (row, hidden value), s bytes each. Biases are a row for the whole batch and
+//   masks one byte a row: they stay in cache. Nothing below is moved twice, so these are the floors of the launches.
+//     LSTM forward          reads 4 gates, c; writes c', h'                                       7   (+ x, output: 9)
+//     LSTM backward         reads 4 gates, c, dc, dh, d_output; writes 4 d_gates, dc             13
+//     GRU after, forward    reads 4 sums, h; writes h'                                            6   (+ x, output: 8)
+//     GRU after, backward   reads 4 sums, h, carry, d_output; writes 4 d_sums, carry             12
+//     GRU before, forward   reads r, h; writes r h | reads z, n, h; writes h'                 3 + 4   (+ x, output: 9)
+//     GRU before, backward  reads z, n, h, carry, d_output; writes dz, dn, carry
+//                           | reads q, r, h, carry; writes dr, carry                          8 + 6
+//     simple RNN forward    reads the sum; writes h' over it                                      2   (+ x, output: 4)
+//     simple RNN backward   reads h', dh, d_output; writes d_sum                                  4
+//   What goes around a GRU's product stays in `carry`, to which the matmul adds; LSTM and simple RNN have such a thing
+//   for rows that skipped the step only. A mask adds h of skipped rows and, without residual, the output, since it then
+//   differs from h'; skipped rows read no gates. A recurrent dropout mask adds itself and, for GRU, the product apart.
 // Access: 16 bytes per stream and thread where U is a multiple of that many values and every address allows it
 //   (`vectors`), else one value per thread.
-// Grid: 1-D, one packet of a row per thread; block: 256 threads. No shared memory, no atomics.
+// Grid: 1-D, one packet of a row per thread; block: 64, 128 or 256 threads, so that small steps reach all
+//   multiprocessors. No shared memory, no atomics.
 // Arithmetic: float for 16-bit and 32-bit storage, double for 64-bit; rounded once to the storage type.
 // Deterministic: every value is computed by one thread.
 // Source: Hochreiter and Schmidhuber 1997, Gers et al. 2000 (LSTM); Cho et al. 2014 (GRU, reset before the product), the
@@ -55,24 +71,6 @@ __device__ __forceinline__ place own_place(int32 rows, int32 units) {
     return p;
 }
 
-// Reads a gate's values, adds the step's product and the bias where given, and writes the sum back if there was any.
-template <int N>
-__device__ __forceinline__ void gather(STORAGE* sums, const STORAGE* more, const STORAGE* bias, A (&s)[N]) {
-    load<N>(sums, s);
-    if (more) {
-        A a[N];
-        load<N, cache::streaming>(more, a);
-#pragma unroll
-        for (int i = 0; i < N; ++i) s[i] += a[i];
-    }
-    if (bias) {
-        A a[N];
-        load<N>(bias, a);
-#pragma unroll
-        for (int i = 0; i < N; ++i) s[i] += a[i];
-    }
-    if (more || bias) store<N>(sums, s);
-}
 __device__ __forceinline__ const STORAGE* behind(const STORAGE* start, int64 offset) {
     return start ? start + offset : nullptr;
 }
@@ -87,64 +85,92 @@ __device__ __forceinline__ void load_or_zero(const STORAGE* address, A (&values)
     }
 }
 
+template <int N>
+__device__ __forceinline__ void store_zeros(STORAGE* address) {
+    A zeros[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) zeros[i] = A(0);
+    store<N>(address, zeros);
+}
+
+// Reads a gate's sums at `column` of row `p.row` of a buffer of `width` columns, and adds the bias where given.
+template <int N, cache HINT = cache::keep>
+__device__ __forceinline__ void gather(const STORAGE* sums, const STORAGE* bias, const place& p, int64 width,
+                                       int64 column, A (&s)[N]) {
+    load<N, HINT>(sums + p.row * width + column, s);
+    if (bias) {
+        A more[N];
+        load<N>(bias + column, more);
+#pragma unroll
+        for (int i = 0; i < N; ++i) s[i] += more[i];
+    }
+}
+
 template <typename ARGUMENTS>
 __device__ __forceinline__ bool counts(const ARGUMENTS& arguments, const place& p) {
     return !arguments.mask || arguments.mask[p.row] != 0;
 }
 
-// Writes h' and the output. Where the step does not count, h stays and the output repeats the row's previous one (zeros
-// where `previous` is null).
+// Writes h' and the output, where that is not h' itself.
 template <int N, typename ARGUMENTS>
 __device__ __forceinline__ void finish_step(const ARGUMENTS& arguments, const place& p, A (&h)[N]) {
-    if (counts(arguments, p)) {
-        store<N>(arguments.new_h + p.at, h);
-        if (!arguments.output) return;
-        if (arguments.x) {
-            A x[N];
-            load<N, cache::streaming>(arguments.x + p.at, x);
+    store<N>(arguments.new_h + p.at, h);
+    if (!arguments.output) return;
+    if (arguments.x) {
+        A x[N];
+        load<N, cache::streaming>(arguments.x + p.at, x);
 #pragma unroll
-            for (int i = 0; i < N; ++i) h[i] += x[i];
-        }
-    } else {
-        load<N>(arguments.h + p.at, h);
-        store<N>(arguments.new_h + p.at, h);
-        if (!arguments.output) return;
-        load_or_zero<N>(behind(arguments.previous, p.at), h);
+        for (int i = 0; i < N; ++i) h[i] += x[i];
     }
     store<N>(arguments.output + p.at, h);
 }
 
-// Gives dh: the product with the recurrent weights (times the dropout mask) + what went around it + the output's.
-// Where the step does not count the output's cotangent goes to `pending` (unless it was a zero), for the step before.
+// A step that does not count: h stays, the output repeats the row's previous one (zeros where `previous` is null).
+template <int N, typename ARGUMENTS>
+__device__ __forceinline__ void skip_step(const ARGUMENTS& arguments, const place& p) {
+    A values[N];
+    load<N>(arguments.h + p.at, values);
+    store<N>(arguments.new_h + p.at, values);
+    load_or_zero<N>(behind(arguments.previous, p.at), values);
+    store<N>(arguments.output + p.at, values);
+}
+
+// Gives dh: what arrived through the product with the recurrent weights (times the dropout mask), around it, and from
+// the output. `later` is the mask of the step after this one: of rows that skipped it the product is zero, and only
+// they have something in `pending` and, unless it is `always` in use, in `carry`. Returns whether the step counts; where
+// not, everything is handed on to the step before: dh in `carry`, the output's cotangent in `pending`.
 template <int N, typename ARGUMENTS>
 __device__ __forceinline__ bool gather_cotangents(const ARGUMENTS& arguments, const place& p, A (&d_h)[N]) {
-    const bool on = counts(arguments, p);
+    const bool on = counts(arguments, p), held = arguments.later && arguments.later[p.row] == 0;
     A part[N];
-    load_or_zero<N>(behind(arguments.d_h, p.at), d_h);
+    load_or_zero<N>(held ? nullptr : behind(arguments.d_h, p.at), d_h);
     if (arguments.recurrent_mask) {
         load<N>(arguments.recurrent_mask + p.at, part);
 #pragma unroll
         for (int i = 0; i < N; ++i) d_h[i] *= part[i];
     }
-    load<N>(arguments.carry + p.at, part);
+    if (arguments.carry && (held || arguments.always || !arguments.later)) {
+        load<N>(arguments.carry + p.at, part);
 #pragma unroll
-    for (int i = 0; i < N; ++i) d_h[i] += part[i];
+        for (int i = 0; i < N; ++i) d_h[i] += part[i];
+    }
     A d_output[N];
     load_or_zero<N>(behind(arguments.d_output, p.at), d_output);
-    if (arguments.mask) {
+    if (held && arguments.pending) {
         load<N>(arguments.pending + p.at, part);
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
-            d_output[i] += part[i];
-            part[i] = on || arguments.zero_output ? A(0) : d_output[i];
-            if (!on) d_output[i] = A(0);
-        }
-        store<N>(arguments.pending + p.at, part);
-        if (arguments.d_counted) store<N>(arguments.d_counted + p.at, d_output);
+        for (int i = 0; i < N; ++i) d_output[i] += part[i];
     }
+    if (on) {
+        if (arguments.d_counted) store<N>(arguments.d_counted + p.at, d_output);
 #pragma unroll
-    for (int i = 0; i < N; ++i) d_h[i] += d_output[i];
-    return on;
+        for (int i = 0; i < N; ++i) d_h[i] += d_output[i];
+        return true;
+    }
+    store<N>(arguments.carry + p.at, d_h);
+    if (arguments.pending) store<N>(arguments.pending + p.at, d_output);
+    if (arguments.d_counted) store_zeros<N>(arguments.d_counted + p.at);
+    return false;
 }
 
 // ---- LSTM ----------------------------------------------------------------------------------------------------------
@@ -156,18 +182,19 @@ __device__ __forceinline__ void forward(const gl_lstm_forward_arguments& argumen
     const place p = own_place<N>(arguments.rows, arguments.units);
     if (!p.inside) return;
     A s[4][N], c[N], h[N];
+    load<N>(arguments.c + p.at, c);
+    if (!counts(arguments, p)) {
+        store<N>(arguments.new_c + p.at, c);
+        return skip_step<N>(arguments, p);
+    }
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-        const int64 column = arguments.order[k] * units + p.column, at = p.row * 4 * units + column;
-        gather<N>(arguments.gates + at, behind(arguments.product, at), behind(arguments.bias, column), s[k]);
+        gather<N>(arguments.gates, arguments.bias, p, 4 * units, arguments.order[k] * units + p.column, s[k]);
     }
-    load<N>(arguments.c + p.at, c);
-    if (counts(arguments, p)) {
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
-            c[i] = gate(s[1][i], arguments.hard) * c[i] + gate(s[0][i], arguments.hard) * hyperbolic_tangent(s[3][i]);
-            h[i] = gate(s[2][i], arguments.hard) * hyperbolic_tangent(c[i]);
-        }
+    for (int i = 0; i < N; ++i) {
+        c[i] = gate(s[1][i], arguments.hard) * c[i] + gate(s[0][i], arguments.hard) * hyperbolic_tangent(s[3][i]);
+        h[i] = gate(s[2][i], arguments.hard) * hyperbolic_tangent(c[i]);
     }
     store<N>(arguments.new_c + p.at, c);
     finish_step<N>(arguments, p, h);
@@ -183,13 +210,18 @@ __device__ __forceinline__ void backward(const gl_lstm_backward_arguments& argum
     const int64 units = arguments.units;
     const place p = own_place<N>(arguments.rows, arguments.units);
     if (!p.inside) return;
+    STORAGE* d_gates = arguments.d_gates + p.row * 4 * units + p.column;
     A d_h[N], d_c[N], c[N], s[4][N];
-    const bool on = gather_cotangents<N>(arguments, p, d_h);
+    if (!gather_cotangents<N>(arguments, p, d_h)) {  // dc stays as it is
+#pragma unroll
+        for (int k = 0; k < 4; ++k) store_zeros<N>(d_gates + k * units);
+        return;
+    }
     load<N>(arguments.d_c + p.at, d_c);
     load<N>(arguments.c + p.at, c);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-        load<N, cache::streaming>(arguments.gates + p.row * 4 * units + arguments.order[k] * units + p.column, s[k]);
+        gather<N, cache::streaming>(arguments.gates, arguments.bias, p, 4 * units, arguments.order[k] * units + p.column, s[k]);
     }
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -198,26 +230,22 @@ __device__ __forceinline__ void backward(const gl_lstm_backward_arguments& argum
         const A out = gate(s[2][i], arguments.hard, slope_o), g = hyperbolic_tangent(s[3][i]);
         const A t = hyperbolic_tangent(keep * c[i] + in * g);
         const A d_new_c = d_c[i] + d_h[i] * out * (A(1) - t * t);
-        s[0][i] = on ? d_new_c * g * slope_i : A(0);
-        s[1][i] = on ? d_new_c * c[i] * slope_f : A(0);
-        s[2][i] = on ? d_h[i] * t * slope_o : A(0);
-        s[3][i] = on ? d_new_c * in * (A(1) - g * g) : A(0);
-        d_c[i] = on ? d_new_c * keep : d_c[i];
-        d_h[i] = on ? A(0) : d_h[i];
+        s[0][i] = d_new_c * g * slope_i;
+        s[1][i] = d_new_c * c[i] * slope_f;
+        s[2][i] = d_h[i] * t * slope_o;
+        s[3][i] = d_new_c * in * (A(1) - g * g);
+        d_c[i] = d_new_c * keep;
     }
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-        store<N>(arguments.d_gates + p.row * 4 * units + arguments.order[k] * units + p.column, s[k]);
-    }
+    for (int k = 0; k < 4; ++k) store<N>(d_gates + arguments.order[k] * units, s[k]);
     store<N>(arguments.d_c + p.at, d_c);
-    store<N>(arguments.carry + p.at, d_h);
 }
 GL_KERNEL(gl_lstm_backward, 256) {
     if (arguments.vectors) backward<vector_width<STORAGE>>(arguments); else backward<1>(arguments);
 }
 #endif
 
-// ---- GRU, reset after the product: columns z, r, h -----------------------------------------------------------------
+// ---- GRU, reset after the product: columns z, r, c, a --------------------------------------------------------------
 
 #if defined(GL_ENTRY_gl_gru_forward)
 template <int N>
@@ -225,22 +253,19 @@ __device__ __forceinline__ void forward(const gl_gru_forward_arguments& argument
     const int64 units = arguments.units;
     const place p = own_place<N>(arguments.rows, arguments.units);
     if (!p.inside) return;
-    A z[N], r[N], n[N], inner[N], h[N], more[N];
-    const int64 at = p.row * 3 * units + p.column;
-    gather<N>(arguments.gates + at, arguments.product + at, behind(arguments.bias, p.column), z);
-    gather<N>(arguments.gates + at + units, arguments.product + at + units, behind(arguments.bias, units + p.column), r);
-    gather<N>(arguments.gates + at + 2 * units, nullptr, behind(arguments.bias, 2 * units + p.column), n);
-    load<N, cache::streaming>(arguments.product + at + 2 * units, inner);
-    load_or_zero<N>(behind(arguments.inner_bias, p.column), more);
+    if (!counts(arguments, p)) return skip_step<N>(arguments, p);
+    A s[4][N], h[N];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        gather<N>(arguments.gates, arguments.bias, p, 4 * units, k * units + p.column, s[k]);
+    }
     load<N>(arguments.h + p.at, h);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-        inner[i] += more[i];
-        const A keep = gate(z[i], arguments.hard);
-        const A candidate = hyperbolic_tangent(n[i] + gate(r[i], arguments.hard) * inner[i]);
+        const A keep = gate(s[0][i], arguments.hard);
+        const A candidate = hyperbolic_tangent(s[3][i] + gate(s[1][i], arguments.hard) * s[2][i]);
         h[i] = candidate + keep * (h[i] - candidate);
     }
-    store<N>(arguments.inner + p.at, inner);
     finish_step<N>(arguments, p, h);
 }
 GL_KERNEL(gl_gru_forward, 256) {
@@ -254,37 +279,32 @@ __device__ __forceinline__ void backward(const gl_gru_backward_arguments& argume
     const int64 units = arguments.units;
     const place p = own_place<N>(arguments.rows, arguments.units);
     if (!p.inside) return;
-    A d_h[N], z[N], r[N], n[N], inner[N], h[N];
-    const int64 at = p.row * 3 * units + p.column;
-    load<N, cache::streaming>(arguments.gates + at + units, r);
-    load<N, cache::streaming>(arguments.gates + at + 2 * units, n);
-    load<N, cache::streaming>(arguments.inner + p.at, inner);
+    STORAGE* d_gates = arguments.d_gates + p.row * 4 * units + p.column;
+    A d_h[N], s[4][N], h[N];
+    if (!gather_cotangents<N>(arguments, p, d_h)) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) {  // n becomes the candidate, r the reset gate's value: fewer registers live at once
-        A slope;
-        r[i] = gate(r[i], arguments.hard, slope);
-        n[i] = hyperbolic_tangent(n[i] + r[i] * inner[i]);
-        inner[i] *= slope;
+        for (int k = 0; k < 4; ++k) store_zeros<N>(d_gates + k * units);
+        return;
     }
-    const bool on = gather_cotangents<N>(arguments, p, d_h);
-    load<N, cache::streaming>(arguments.gates + at, z);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        gather<N, cache::streaming>(arguments.gates, arguments.bias, p, 4 * units, k * units + p.column, s[k]);
+    }
     load<N>(arguments.h + p.at, h);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-        A slope;
-        const A keep = gate(z[i], arguments.hard, slope);
-        z[i] = on ? d_h[i] * (h[i] - n[i]) * slope : A(0);
-        n[i] = on ? d_h[i] * (A(1) - keep) * (A(1) - n[i] * n[i]) : A(0);
-        inner[i] = on ? n[i] * inner[i] : A(0);
-        r[i] = on ? n[i] * r[i] : A(0);
-        d_h[i] = on ? d_h[i] * keep : d_h[i];
+        A slope_z, slope_r;
+        const A keep = gate(s[0][i], arguments.hard, slope_z), reset = gate(s[1][i], arguments.hard, slope_r);
+        const A candidate = hyperbolic_tangent(s[3][i] + reset * s[2][i]);
+        const A d_candidate = d_h[i] * (A(1) - keep) * (A(1) - candidate * candidate);
+        s[0][i] = d_h[i] * (h[i] - candidate) * slope_z;
+        s[1][i] = d_candidate * s[2][i] * slope_r;
+        s[2][i] = d_candidate * reset;
+        s[3][i] = d_candidate;
+        d_h[i] *= keep;
     }
-    store<N>(arguments.d_input + at, z);
-    store<N>(arguments.d_input + at + units, inner);
-    store<N>(arguments.d_input + at + 2 * units, n);
-    store<N>(arguments.d_state + at, z);
-    store<N>(arguments.d_state + at + units, inner);
-    store<N>(arguments.d_state + at + 2 * units, r);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) store<N>(d_gates + k * units, s[k]);
     store<N>(arguments.carry + p.at, d_h);
 }
 GL_KERNEL(gl_gru_backward, 256) {
@@ -295,17 +315,14 @@ GL_KERNEL(gl_gru_backward, 256) {
 // ---- GRU, reset before the product: two launches around the second product -------------------------------------------
 
 #if defined(GL_ENTRY_gl_gru_reset_forward)
-// Completes the sums of z and r and gives what enters the candidate's product, r * entering.
+// Gives what enters the candidate's product, r * entering; of rows that skip the step nothing is read afterwards.
 template <int N>
 __device__ __forceinline__ void forward(const gl_gru_reset_forward_arguments& arguments) {
     const int64 units = arguments.units;
     const place p = own_place<N>(arguments.rows, arguments.units);
     if (!p.inside) return;
-    A z[N], r[N], h[N];
-    const int64 at = p.row * 3 * units + p.column, product_at = p.row * 2 * units + p.column;
-    gather<N>(arguments.gates + at, arguments.product + product_at, behind(arguments.bias, p.column), z);
-    gather<N>(arguments.gates + at + units, arguments.product + product_at + units,
-              behind(arguments.bias, units + p.column), r);
+    A r[N], h[N];
+    gather<N>(arguments.gates, arguments.bias, p, 3 * units, units + p.column, r);
     load<N>(arguments.entering + p.at, h);
 #pragma unroll
     for (int i = 0; i < N; ++i) h[i] *= gate(r[i], arguments.hard);
@@ -322,11 +339,10 @@ __device__ __forceinline__ void forward(const gl_gru_candidate_forward_arguments
     const int64 units = arguments.units;
     const place p = own_place<N>(arguments.rows, arguments.units);
     if (!p.inside) return;
+    if (!counts(arguments, p)) return skip_step<N>(arguments, p);
     A z[N], n[N], h[N];
-    const int64 at = p.row * 3 * units + p.column;
-    load<N>(arguments.gates + at, z);
-    gather<N>(arguments.gates + at + 2 * units, arguments.product + p.at, behind(arguments.bias, 2 * units + p.column),
-              n);
+    gather<N>(arguments.gates, arguments.bias, p, 3 * units, p.column, z);
+    gather<N>(arguments.gates, arguments.bias, p, 3 * units, 2 * units + p.column, n);
     load<N>(arguments.h + p.at, h);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -346,24 +362,25 @@ __device__ __forceinline__ void backward(const gl_gru_candidate_backward_argumen
     const int64 units = arguments.units;
     const place p = own_place<N>(arguments.rows, arguments.units);
     if (!p.inside) return;
+    STORAGE* d_gates = arguments.d_gates + p.row * 3 * units + p.column;
     A d_h[N], z[N], n[N], h[N];
-    const bool on = gather_cotangents<N>(arguments, p, d_h);
-    const int64 at = p.row * 3 * units + p.column;
-    load<N, cache::streaming>(arguments.gates + at, z);
-    load<N, cache::streaming>(arguments.gates + at + 2 * units, n);
+    if (!gather_cotangents<N>(arguments, p, d_h)) {
+        store_zeros<N>(d_gates);
+        return store_zeros<N>(d_gates + 2 * units);
+    }
+    gather<N, cache::streaming>(arguments.gates, arguments.bias, p, 3 * units, p.column, z);
+    gather<N, cache::streaming>(arguments.gates, arguments.bias, p, 3 * units, 2 * units + p.column, n);
     load<N>(arguments.h + p.at, h);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
         A slope;
         const A keep = gate(z[i], arguments.hard, slope), candidate = hyperbolic_tangent(n[i]);
-        z[i] = on ? d_h[i] * (h[i] - candidate) * slope : A(0);
-        n[i] = on ? d_h[i] * (A(1) - keep) * (A(1) - candidate * candidate) : A(0);
-        d_h[i] = on ? d_h[i] * keep : d_h[i];
+        z[i] = d_h[i] * (h[i] - candidate) * slope;
+        n[i] = d_h[i] * (A(1) - keep) * (A(1) - candidate * candidate);
+        d_h[i] *= keep;
     }
-    store<N>(arguments.d_input + at, z);
-    store<N>(arguments.d_input + at + 2 * units, n);
-    store<N>(arguments.d_candidate + p.at, n);
-    store<N>(arguments.d_state + p.row * 2 * units + p.column, z);
+    store<N>(d_gates, z);
+    store<N>(d_gates + 2 * units, n);
     store<N>(arguments.carry + p.at, d_h);
 }
 GL_KERNEL(gl_gru_candidate_backward, 256) {
@@ -378,23 +395,25 @@ __device__ __forceinline__ void backward(const gl_gru_reset_backward_arguments& 
     const int64 units = arguments.units;
     const place p = own_place<N>(arguments.rows, arguments.units);
     if (!p.inside) return;
-    A q[N], r[N], h[N], dropped[N], carry[N];
-    const int64 at = p.row * 3 * units + units + p.column;
+    STORAGE* d_r = arguments.d_gates + p.row * 3 * units + units + p.column;
+    if (!counts(arguments, p)) return store_zeros<N>(d_r);
+    A q[N], r[N], h[N], carry[N];
     load<N, cache::streaming>(arguments.q + p.at, q);
-    load<N, cache::streaming>(arguments.gates + at, r);
+    if (arguments.recurrent_mask) {
+        load<N>(arguments.recurrent_mask + p.at, h);
+#pragma unroll
+        for (int i = 0; i < N; ++i) q[i] *= h[i];
+    }
+    gather<N, cache::streaming>(arguments.gates, arguments.bias, p, 3 * units, units + p.column, r);
     load<N>(arguments.h + p.at, h);
-    load_or_zero<N>(behind(arguments.recurrent_mask, p.at), dropped);
     load<N>(arguments.carry + p.at, carry);
-    const bool on = counts(arguments, p);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
         A slope;
-        const A reset = gate(r[i], arguments.hard, slope), factor = arguments.recurrent_mask ? dropped[i] : A(1);
-        if (on) carry[i] += q[i] * reset * factor;
-        r[i] = on ? q[i] * h[i] * factor * slope : A(0);
+        carry[i] += q[i] * gate(r[i], arguments.hard, slope);
+        r[i] = q[i] * h[i] * slope;
     }
-    store<N>(arguments.d_input + at, r);
-    store<N>(arguments.d_state + p.row * 2 * units + units + p.column, r);
+    store<N>(d_r, r);
     store<N>(arguments.carry + p.at, carry);
 }
 GL_KERNEL(gl_gru_reset_backward, 256) {
@@ -409,14 +428,11 @@ template <int N>
 __device__ __forceinline__ void forward(const gl_simple_rnn_forward_arguments& arguments) {
     const place p = own_place<N>(arguments.rows, arguments.units);
     if (!p.inside) return;
-    A s[N], more[N];
-    load<N, cache::streaming>(arguments.sums + p.at, s);
-    load_or_zero<N>(behind(arguments.product, p.at), more);
+    if (!counts(arguments, p)) return skip_step<N>(arguments, p);
+    A s[N];
+    gather<N>(arguments.new_h, arguments.bias, p, arguments.units, p.column, s);
 #pragma unroll
-    for (int i = 0; i < N; ++i) s[i] += more[i];
-    load_or_zero<N>(behind(arguments.bias, p.column), more);
-#pragma unroll
-    for (int i = 0; i < N; ++i) s[i] = hyperbolic_tangent(s[i] + more[i]);
+    for (int i = 0; i < N; ++i) s[i] = hyperbolic_tangent(s[i]);
     finish_step<N>(arguments, p, s);
 }
 GL_KERNEL(gl_simple_rnn_forward, 256) {
@@ -430,15 +446,11 @@ __device__ __forceinline__ void backward(const gl_simple_rnn_backward_arguments&
     const place p = own_place<N>(arguments.rows, arguments.units);
     if (!p.inside) return;
     A d_h[N], h[N];
-    const bool on = gather_cotangents<N>(arguments, p, d_h);
+    if (!gather_cotangents<N>(arguments, p, d_h)) return store_zeros<N>(arguments.d_gates + p.at);
     load<N, cache::streaming>(arguments.new_h + p.at, h);
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-        h[i] = on ? d_h[i] * (A(1) - h[i] * h[i]) : A(0);
-        d_h[i] = on ? A(0) : d_h[i];
-    }
-    store<N>(arguments.d_sums + p.at, h);
-    store<N>(arguments.carry + p.at, d_h);
+    for (int i = 0; i < N; ++i) h[i] = d_h[i] * (A(1) - h[i] * h[i]);
+    store<N>(arguments.d_gates + p.at, h);
 }
 GL_KERNEL(gl_simple_rnn_backward, 256) {
     if (arguments.vectors) backward<vector_width<STORAGE>>(arguments); else backward<1>(arguments);

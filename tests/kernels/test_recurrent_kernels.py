@@ -9,7 +9,7 @@ import pytest
 
 from gpulayers.launch import Kernel
 from gpulayers.launch import source as kernel_source
-from gpulayers.ops import recurrent_kernels
+from gpulayers.ops import recurrent_device, recurrent_kernels
 from tests.kernels.emulation import EmulationError
 from tests.kernels.emulation.build import compiler
 from tests.kernels.fake_cublas import fake_cublas
@@ -100,16 +100,83 @@ def test_sizes(cell, time, batch, depth, units):
     compare(Case(cell, time=time, batch=batch, depth=depth, units=units, dtype=np.float32), {}, 2e-5)
 
 
-@pytest.mark.parametrize("cell", ["lstm", "simple"])
+@pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_products_accumulated_into_the_gates(cell, dtype, monkeypatch):
-    """With cuBLAS the product goes straight into the gate buffer, and the kernel only reads the gates."""
-    case = Case(cell, time=4, dtype=np.dtype(dtype))
+def test_products_accumulated_by_cublas(cell, dtype, monkeypatch):
+    """With cuBLAS the products go straight into the gate buffer, and back into what goes around them."""
     functions, found = fake_cublas()
     monkeypatch.setattr(xp, "cublas", found, raising=False)
-    for name in ("mask", "all"):
+    case = Case(cell, time=4, dtype=np.dtype(dtype))
+    for name in ("residual", "mask", "all"):
         compare(case, variants_of(case)[name], DTYPES[dtype])
-    assert [call["beta"] for call in functions.calls] == [1.0] * 8
+    functions.calls.clear()
+    run(case, {})
+    forward = {"gru_after": [0, 0] + 4 * [1], "gru_before": [0] + 8 * [1]}.get(cell, [0] + 4 * [1])
+    loop = {"gru_after": 4 * [1], "gru_before": 4 * [0, 1]}.get(cell, 4 * [0])
+    assert [call["beta"] for call in functions.calls][: len(forward + loop)] == forward + loop
+    assert len(functions.calls) == len(forward + loop) + {"gru_after": 5, "gru_before": 4}.get(cell, 3)
+
+
+# Fields that a launch reads and writes; columns of `gates` and `d_gates` that a launch touches where it is not all;
+# fields that only rows which skip their step read.
+BOTH = {"carry", "d_c"}
+PARTS = {"gl_gru_reset_forward": 1, "gl_gru_reset_backward": 1, "gl_gru_candidate_forward": 2,
+         "gl_gru_candidate_backward": 2}  # fmt: skip
+UNREAD = {("gl_lstm_forward", "h"), ("gl_simple_rnn_forward", "h")}
+
+
+@pytest.mark.parametrize(("cell", "residual", "floors"), [
+    ("lstm", False, (7, 13)), ("lstm", True, (9, 13)), ("gru_after", False, (6, 12)), ("gru_after", True, (8, 12)),
+    ("gru_before", False, (7, 14)), ("gru_before", True, (9, 14)), ("simple", False, (2, 4)), ("simple", True, (4, 4)),
+])  # fmt: skip
+def test_bytes_of_a_step(cell, residual, floors, monkeypatch):
+    """A launch is given no more than the streams that the kernel file counts."""
+    moved = {"forward": 0, "backward": 0}
+    original = recurrent_device.launch_step
+
+    def launch(name, rows, units, **fields):
+        way = name.rsplit("_", 1)[1]
+        for field, value in fields.items():
+            if not isinstance(value, StrictArray) or field == "bias" or (name, field) in UNREAD:
+                continue
+            streams = PARTS.get(name) if field in ("gates", "d_gates") else None
+            twice = field in BOTH or (name, field) == ("gl_simple_rnn_forward", "new_h")
+            moved[way] += (streams or value.size // (rows * units)) * (2 if twice else 1)
+        return original(name, rows, units, **fields)
+
+    _, found = fake_cublas()
+    monkeypatch.setattr(xp, "cublas", found, raising=False)
+    monkeypatch.setattr(recurrent_device, "launch_step", launch)
+    run(Case(cell, time=6), {"residual": residual})
+    last = {"lstm": 1, "simple": 1}.get(cell, 0)  # the last step reads and the kernel keeps dh of the end in `carry`
+    assert moved == {"forward": 6 * floors[0], "backward": 6 * floors[1] + last}
+
+
+@pytest.mark.parametrize(("threads", "blocks"), [(1, 64), (131 * 128, 64), (132 * 128, 128), (132 * 256, 256)])
+def test_small_steps_get_small_blocks(threads, blocks):
+    assert recurrent_kernels.threads_per_block(threads, 132) == blocks
+
+
+def test_blocks_follow_the_multiprocessors(monkeypatch):
+    """The same step on the emulated device with more and fewer multiprocessors."""
+    case = Case("simple", time=1, batch=8, depth=64, units=64, dtype=np.float32)  # 128 threads of 16 bytes
+    blocks = []
+    for count in (1, 2, 16):
+        monkeypatch.setattr(launcher, "device", launcher.device._replace(multiprocessors=count))
+        launcher.record.clear()
+        compare(case, {}, 2e-5)
+        blocks.append({(grid[0], block[0]) for _, grid, block, *_ in launcher.record})
+    assert blocks == [{(1, 128)}, {(2, 64)}, {(2, 64)}]
+
+
+def test_outputs_that_are_the_states_are_not_written_twice():
+    case = Case("lstm", time=3)
+    outputs, _, _, saved = case.forward(xp.asarray(case.x), on_device(case.states), on_device(case.weights))
+    assert outputs.data.ptr == saved[1][1:].data.ptr
+    outputs, _, _, saved = case.forward(
+        xp.asarray(case.x), on_device(case.states), on_device(case.weights), residual=True
+    )
+    assert outputs.data.ptr != saved[1][1:].data.ptr
 
 
 def test_one_launch_a_step_and_its_geometry():
@@ -118,7 +185,7 @@ def test_one_launch_a_step_and_its_geometry():
     run(case, {"residual": True})
     names = [specialisation.name for specialisation, *_ in launcher.record]
     assert names == ["gl_lstm_forward"] * 3 + ["gl_lstm_backward"] * 3
-    assert {(tuple(grid), tuple(block)) for _, grid, block, *_ in launcher.record} == {((2, 1, 1), (256, 1, 1))}
+    assert {(tuple(grid), tuple(block)) for _, grid, block, *_ in launcher.record} == {((5, 1, 1), (64, 1, 1))}
 
 
 def test_infinities_do_not_become_nan():
@@ -132,22 +199,27 @@ def test_infinities_do_not_become_nan():
 MUTANTS = [
     ("gl_lstm_forward", "gate(s[1][i], arguments.hard) * c[i]", "gate(s[0][i], arguments.hard) * c[i]"),
     ("gl_lstm_forward", "h[i] += x[i]", "h[i] -= x[i]"),
-    ("gl_lstm_forward", "load<N>(arguments.h + p.at, h);", ""),
-    ("gl_lstm_forward", "if (more || bias) store<N>(sums, s);", ""),
-    ("gl_lstm_forward", "p.row * 4 * units + column", "p.row * 3 * units + column"),
-    ("gl_lstm_backward", "d_c[i] = on ? d_new_c * keep : d_c[i];", "d_c[i] = d_new_c * keep;"),
+    ("gl_lstm_forward", "load<N>(arguments.h + p.at, values);", "load<N>(arguments.h, values);"),
+    ("gl_lstm_forward", "s[i] += more[i]", "s[i] -= more[i]"),
+    ("gl_lstm_forward", "sums + p.row * width + column", "sums + column"),
+    ("gl_lstm_forward", "store<N>(arguments.new_c + p.at, c);\n        return", "return"),
+    ("gl_lstm_backward", "d_c[i] = d_new_c * keep;", "d_c[i] = d_new_c;"),
     ("gl_lstm_backward", "(A(1) - t * t)", "(A(1) - t)"),
-    ("gl_lstm_backward", "part[i] = on || arguments.zero_output ?", "part[i] = on ?"),
-    ("gl_lstm_backward", "d_h[i] = on ? A(0) : d_h[i];", "d_h[i] = A(0);"),
+    ("gl_lstm_backward", "if (held && arguments.pending)", "if (!held && arguments.pending)"),
+    ("gl_lstm_backward", "(held || arguments.always || !arguments.later)", "(!arguments.later)"),
+    ("gl_lstm_backward", "store<N>(arguments.carry + p.at, d_h);\n    if", "if"),
+    ("gl_lstm_backward", "store_zeros<N>(arguments.d_counted + p.at);", "store<N>(arguments.d_counted + p.at, d_h);"),
     ("gl_lstm_backward", "slope = y >= A(0) && y <= A(1) ? A(0.2) : A(0);", "slope = A(0.2);"),
     ("gl_gru_forward", "candidate + keep * (h[i] - candidate)", "candidate + keep * h[i]"),
-    ("gl_gru_backward", "r[i] = on ? n[i] * r[i] : A(0);", "r[i] = n[i];"),
-    ("gl_gru_backward", "inner[i] *= slope;", ""),
-    ("gl_gru_reset_forward", "h[i] *= gate(r[i]", "h[i] *= gate(z[i]"),
-    ("gl_gru_candidate_backward", "d_h[i] = on ? d_h[i] * keep", "d_h[i] = on ? d_h[i]"),
-    ("gl_gru_reset_backward", "reset * factor", "reset"),
-    ("gl_simple_rnn_backward", "d_h[i] = on ? A(0) : d_h[i];", "d_h[i] = A(0);"),
-    ("gl_simple_rnn_forward", "load_or_zero<N>(behind(arguments.previous, p.at), h);", "for (auto& v : h) v = 0;"),
+    ("gl_gru_backward", "s[2][i] = d_candidate * reset;", "s[2][i] = d_candidate;"),
+    ("gl_gru_backward", "s[1][i] = d_candidate * s[2][i] * slope_r;", "s[1][i] = d_candidate * s[2][i];"),
+    ("gl_gru_backward", "(held || arguments.always || !arguments.later)", "(held || !arguments.later)"),
+    ("gl_gru_reset_forward", "h[i] *= gate(r[i]", "h[i] *= gate(h[i]"),
+    ("gl_gru_candidate_backward", "d_h[i] *= keep;", ""),
+    ("gl_gru_reset_backward", "q[i] *= h[i];", "q[i] *= A(1);"),
+    ("gl_gru_reset_backward", "r[i] = q[i] * h[i] * slope;", "r[i] = q[i] * slope;"),
+    ("gl_simple_rnn_backward", "h[i] = d_h[i] * (A(1) - h[i] * h[i]);", "h[i] = d_h[i];"),
+    ("gl_simple_rnn_forward", "load_or_zero<N>(behind(arguments.previous, p.at), values);", "values[0] = 0;"),
 ]
 
 

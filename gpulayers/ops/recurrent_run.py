@@ -1,0 +1,186 @@
+"""What the recurrent sequences on device arrays share: sizes and masks, the inputs' part, the way back through time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from gpulayers.device import array_module
+from gpulayers.ops.device_products import product_into
+
+__all__ = ["Inputs", "Return", "Run"]
+
+
+class Run:
+    """What every sequence needs on the way there and back: module, dtype, sizes, direction, masks, products."""
+
+    def __init__(
+        self, x: Any, units: int, mask: Any, input_mask: Any, recurrent_mask: Any, go_backwards: bool, zero: bool
+    ) -> None:
+        self.xp, self.dtype = array_module(x), x.dtype
+        self.time, self.batch, self.depth = x.shape
+        self.units, self.go_backwards, self.zero = units, go_backwards, zero
+        self.steps = range(self.time if self.batch else 0)
+        self.product = product_into(self.xp)
+        self.mask: Any = None
+        if mask is not None:
+            self.mask = self.directed(self.xp.asarray(mask, dtype=np.bool_)).view(np.uint8)
+        self.input_mask, self.recurrent_mask = (
+            None if m is None else self.xp.ascontiguousarray(self.xp.asarray(m).astype(self.dtype))
+            for m in (input_mask, recurrent_mask)
+        )
+
+    def directed(self, array: Any) -> Any:
+        """Return `array` contiguous, its time axis reversed for go_backwards."""
+        return self.xp.ascontiguousarray(array[::-1] if self.go_backwards else array)
+
+    def own(self, array: Any) -> Any:
+        """Return an array contiguous and of the loop's dtype, or None for None."""
+        return None if array is None else self.xp.ascontiguousarray(array.astype(self.dtype, copy=False))
+
+    def empty(self, *shape: int) -> Any:
+        """Return fresh memory in the dtype of the loop."""
+        return self.xp.empty(shape, dtype=self.dtype)
+
+    def state_or_zeros(self, array: Any) -> Any:
+        """Return a copy of a cotangent that the loop may write, zeros for None."""
+        if array is None:
+            return self.xp.zeros((self.batch, self.units), dtype=self.dtype)
+        return self.xp.array(array, dtype=self.dtype, copy=True, order="C")
+
+    def states_from(self, start: Any) -> Any:
+        """Return the buffer of all states (T + 1, N, U), the first one filled."""
+        states = self.empty(self.time + 1, self.batch, self.units)
+        states[0] = start.astype(self.dtype)
+        return states
+
+    def rows(self, array: Any) -> Any:
+        """Return an array (T, N, columns) as (T*N, columns)."""
+        return array.reshape(self.time * self.batch, array.shape[-1])
+
+    def dropped(self, x: Any) -> Any:
+        """Return the rows (T*N, D) that enter the projection."""
+        return self.rows(x if self.input_mask is None else x * self.input_mask)
+
+    def entering(self, h: Any, out: Any) -> Any:
+        """Return what of the state (N, U) enters the product."""
+        return h if self.recurrent_mask is None else self.xp.multiply(h, self.recurrent_mask, out=out)
+
+    def entered(self, h_tnu: Any) -> Any:
+        """Return the states (T, N, U) that entered the steps' products."""
+        return h_tnu[:-1] if self.recurrent_mask is None else h_tnu[:-1] * self.recurrent_mask
+
+    def outputs(self, h_tnu: Any, residual: bool) -> Any:
+        """Return where the outputs go: where the states are, if they are the same."""
+        return self.empty(self.time, self.batch, self.units) if residual or self.mask is not None else h_tnu[1:]
+
+    def step_end(self, t: int, x: Any, h_tnu: Any, outputs: Any) -> dict[str, Any]:
+        """Return the kernel fields that every forward step ends with."""
+        masked = self.mask is not None
+        return {
+            "h": h_tnu[t],
+            "new_h": h_tnu[t + 1],
+            "output": outputs[t] if masked or x is not None else None,
+            "x": None if x is None else x[t],
+            "mask": self.mask[t] if masked else None,
+            "previous": outputs[t - 1] if t and masked and not self.zero else None,
+        }
+
+    def d_weights(self, entering: Any, d_sums: Any, out: Any = None) -> Any:
+        """Return the gradient of weights as one product over all steps; float32 for 16-bit data."""
+        if out is None:
+            out = self.xp.empty((entering.shape[-1], d_sums.shape[-1]), dtype=self.wide())
+        self.product(entering.T, d_sums, out, False)
+        return out
+
+    def d_bias(self, d_sums: Any) -> Any:
+        """Return the sum over steps and rows; float32 for 16-bit data."""
+        return self.xp.sum(self.rows(d_sums), axis=0, dtype=self.wide())
+
+    def wide(self) -> Any:
+        """Return the dtype of gradients of weights."""
+        return np.dtype(np.float32) if self.dtype.itemsize == 2 else self.dtype
+
+
+class Inputs:
+    """The inputs' part of a sequence: which columns of the kernel belong to which columns of the gate buffer."""
+
+    def __init__(self, run: Run, kernel: Any, parts: Sequence[tuple[slice, slice]] = ((slice(None), slice(None)),)):
+        self.run, self.kernel, self.parts = run, kernel, parts
+
+    def project(self, x: Any, sums: Any) -> None:
+        """Write the projections of all steps into the gate buffer (T, N, columns)."""
+        rows, entering = self.run.rows(sums), self.run.dropped(x)
+        for of_sums, of_kernel in self.parts:
+            self.run.product(entering, self.kernel[:, of_kernel], rows[:, of_sums], False)
+
+    def d_kernel(self, x: Any, d_sums: Any) -> Any:
+        """Return the gradient of the kernel; float32 for 16-bit data."""
+        run = self.run
+        rows, entering = run.rows(d_sums), run.dropped(x)
+        out = run.xp.empty(self.kernel.shape, dtype=run.wide())
+        for of_sums, of_kernel in self.parts:
+            run.d_weights(entering, rows[:, of_sums], out[:, of_kernel])
+        return out
+
+    def d_x(self, d_sums: Any, added: Any) -> Any:
+        """Return dx (T, N, D), in the inputs' direction; `added`: what the residual addition passes on, or None."""
+        run = self.run
+        d_x, rows = run.empty(run.time, run.batch, run.depth), run.rows(d_sums)
+        for index, (of_sums, of_kernel) in enumerate(self.parts):
+            run.product(rows[:, of_sums], self.kernel[:, of_kernel].T, run.rows(d_x), index > 0)
+        if run.input_mask is not None:
+            d_x *= run.input_mask
+        if added is not None:
+            d_x += added
+        return run.directed(d_x)
+
+
+class Return:
+    """The way back through time: the gradient by h that one step leaves to the step before.
+
+    `around` says that something goes around the product at every step (GRU), not only where a row skips its step. Then
+    the product is added to `carry`, unless a dropout mask of the state has to multiply it first.
+    """
+
+    def __init__(self, run: Run, d_h_last: Any, d_outputs: Any, residual: bool, around: bool) -> None:
+        self.run, self.around, self.d_outputs = run, around, d_outputs
+        masked = run.mask is not None
+        self.carry = run.state_or_zeros(d_h_last)
+        self.adds = around and run.recurrent_mask is None
+        self.d_h: Any = None if self.adds else run.empty(run.batch, run.units)
+        self.pending: Any = run.empty(run.batch, run.units) if masked and not run.zero else None
+        self.d_counted: Any = run.empty(run.time, run.batch, run.units) if masked and residual else None
+        self.added = (d_outputs if self.d_counted is None else self.d_counted) if residual else None
+
+    def fields(self, t: int) -> dict[str, Any]:
+        """Return the kernel fields that every backward step starts with; the last step has no product yet."""
+        run, last = self.run, t == self.run.time - 1
+        masked = run.mask is not None
+        return {
+            "d_h": None if last else self.d_h,
+            "recurrent_mask": None if last else run.recurrent_mask,
+            "d_output": None if self.d_outputs is None else self.d_outputs[t],
+            "mask": run.mask[t] if masked else None,
+            "later": run.mask[t + 1] if masked and not last else None,
+            "carry": self.carry if last or masked or self.around else None,
+            "pending": self.pending,
+            "d_counted": None if self.d_counted is None else self.d_counted[t],
+            "always": self.around,
+        }
+
+    def through(self, d_sums: Any, transposed: Any) -> None:
+        """Send a step's gradients through the product with the recurrent weights."""
+        self.run.product(d_sums, transposed, self.carry if self.adds else self.d_h, self.adds)
+
+    def first(self) -> Any:
+        """Return the gradient of h0 after the loop."""
+        run = self.run
+        if self.adds or not run.time:
+            return self.carry
+        d_h = self.d_h if run.recurrent_mask is None else self.d_h * run.recurrent_mask
+        if self.around:
+            return d_h + self.carry
+        return d_h if run.mask is None else run.xp.where(run.mask[0][:, None], d_h, self.carry)
