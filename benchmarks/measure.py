@@ -105,9 +105,14 @@ class _Counting:
     def __init__(self, inner: Any) -> None:
         self._inner, self.count = inner, 0
 
-    def launch(self, *args: Any) -> None:
-        self.count += 1
-        self._inner.launch(*args)
+    def prepare(self, *args: Any) -> Any:
+        launch = self._inner.prepare(*args)
+
+        def counted(*args: Any) -> None:
+            self.count += 1
+            launch(*args)
+
+        return counted
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)

@@ -9,6 +9,7 @@ from gpulayers.launch.kernel import Kernel, Specialisation, is_aligned, kernel_l
 from gpulayers.launch.launcher import (
     CupyLauncher,
     DeviceProperties,
+    Geometry,
     Launcher,
     device_properties,
     has_kernels,
@@ -16,13 +17,16 @@ from gpulayers.launch.launcher import (
     register_launcher,
     workspace,
 )
+from gpulayers.launch.prepared import Prepared
 
 __all__ = [
     "CupyLauncher",
     "DeviceProperties",
     "Elementwise",
+    "Geometry",
     "Kernel",
     "Launcher",
+    "Prepared",
     "Specialisation",
     "device_properties",
     "has_kernels",

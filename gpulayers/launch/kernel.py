@@ -1,10 +1,11 @@
-"""Kernels: declared once with their arguments and specialisations, checked before every launch."""
+"""Kernels: declared once with their arguments and specialisations, launched with checked values."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import itertools
+import math
 import pkgutil
 import re
 import struct
@@ -15,8 +16,9 @@ import numpy as np
 
 from gpulayers.errors import KernelError, message
 from gpulayers.launch import source as _source
-from gpulayers.launch.launcher import launcher_of
-from gpulayers.launch.packing import pack, slots
+from gpulayers.launch.launcher import Geometry, Place, launcher_of, place_of
+from gpulayers.launch.packing import slots
+from gpulayers.launch.prepared import Prepared
 
 __all__ = ["Kernel", "Specialisation", "is_aligned", "kernel_list", "vector_width"]
 
@@ -108,7 +110,7 @@ class Kernel:
             struct.calcsize("@" + "".join(f.code for f in self.fields[:i]) + "0" + field.code[-1])
             for i, field in enumerate(self.fields)
         )
-        self.packed_dtype = np.dtype(f"V{self.packer.size}")
+        self._pointers = tuple(field.name for field in self.fields if field.is_pointer)
         self._specialisations: dict[tuple[Any, ...], Specialisation] = {}
         if listed:
             _kernels[name] = self
@@ -130,7 +132,10 @@ class Kernel:
                 yield self.specialise(chosen)
 
     def specialise(self, defines: Mapping[str, Any] | None = None) -> Specialisation:
-        """Return the specialisation for these values. Raises KernelError for one that was not declared."""
+        """Return the specialisation for these values; a dtype stands for its name.
+
+        Raises KernelError for one that was not declared.
+        """
         given = defines or {}
         try:
             key = tuple([given[name] for name in self.defines])
@@ -140,11 +145,14 @@ class Kernel:
             ) from error
         found = self._specialisations.get(key)
         if found is None:
-            chosen = dict(zip(self.defines, key, strict=True))
+            values = [value.name if isinstance(value, np.dtype) else value for value in key]
+            chosen = dict(zip(self.defines, values, strict=True))
             wrong = [name for name, value in chosen.items() if value not in self.defines[name]]
             if wrong or len(given) != len(chosen) or (self._where is not None and not self._where(chosen)):
                 raise KernelError(message(self.name, "no such specialisation", self.defines, dict(given)))
-            found = self._specialisations[key] = Specialisation(self, chosen)
+            named = tuple(values)
+            found = self._specialisations.get(named) or Specialisation(self, chosen)
+            self._specialisations[named] = self._specialisations[key] = found
         return found
 
     def launch(
@@ -174,16 +182,60 @@ class Kernel:
         Raises DTypeError for a wrong dtype or scalar, KernelError for what is missing, not contiguous or too large,
         DeviceError for arrays of two kinds or of another GPU.
         """
-        specialisation = self.specialise(defines)
-        grid3, block3 = (*grid, 1, 1)[:3], (*block, 1, 1)[:3]
-        if 0 in grid3:
-            return
-        if not (0 < block3[0] * block3[1] * block3[2] <= 1024 and min(block3) > 0):
+        place = self._place(values)
+        prepared = _prepared(self.specialise(defines), place, tuple(grid), tuple(block), shared, cooperative)
+        prepared(values, reached)
+
+    def _place(self, values: Mapping[str, Any]) -> Place:
+        """Return the place of the first array among the values."""
+        for name in self._pointers:
+            value = values.get(name)
+            for array in value if isinstance(value, list | tuple) else (value,):
+                if array is not None:
+                    return place_of(array)
+        raise KernelError(message(self.name, "no array among the arguments", do="Pass at least one."))
+
+    def prepare(
+        self,
+        like: Any,
+        fixed: Mapping[str, Any],
+        *,
+        grid: Sequence[int],
+        block: Sequence[int],
+        defines: Mapping[str, Any] | None = None,
+        shared: int = 0,
+        cooperative: bool = False,
+    ) -> Prepared:
+        """Return a launch for arrays of the kind of `like`, to be called with the fields that `fixed` leaves open.
+
+        `fixed` has numbers, and None for pointers that are always null; `like` is not kept. What is settled here is not
+        looked at again; the values of a call are checked as by `launch`. Keep the result for further calls of the same
+        shape, dtypes and mode. Arguments and errors are those of `launch`.
+        """
+        geometry = self._geometry(grid, block, shared, cooperative)
+        return Prepared(self.specialise(defines), place_of(like), geometry, fixed)
+
+    def _geometry(self, grid: Sequence[int], block: Sequence[int], shared: int, cooperative: bool) -> Geometry:
+        grid3, block3 = (tuple(map(int, (*sizes, 1, 1)[:3])) for sizes in (grid, block))
+        if 0 not in grid3 and not (0 < math.prod(block3) <= 1024 and min(block3) > 0):
             raise KernelError(message(self.name, "the block cannot be launched", "1 to 1024 threads", block3))
-        if min(grid3) < 0 or grid3[0] > _GRID_LIMITS[0] or grid3[1] > _GRID_LIMITS[1] or grid3[2] > _GRID_LIMITS[2]:
+        if min(grid3) < 0 or any(size > most for size, most in zip(grid3, _GRID_LIMITS, strict=True)):
             raise KernelError(message(self.name, "the grid cannot be launched", f"at most {_GRID_LIMITS}", grid3))
-        launcher, packed, arrays = pack(specialisation, values)
-        launcher.launch(specialisation, packed, arrays, grid3, block3, shared, cooperative, reached)
+        return Geometry(grid3, block3, shared, cooperative)
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepared(
+    specialisation: Specialisation,
+    place: Place,
+    grid: tuple[int, ...],
+    block: tuple[int, ...],
+    shared: int,
+    cooperative: bool,
+) -> Prepared:
+    """Return a launch with nothing fixed but its geometry, the one made before where there is one."""
+    geometry = specialisation.kernel._geometry(grid, block, shared, cooperative)
+    return Prepared(specialisation, place, geometry, {})
 
 
 def is_aligned(*arrays: Any) -> bool:

@@ -6,8 +6,10 @@ CPU. Planning code asks `device_properties` and never which launcher it talks to
 
 from __future__ import annotations
 
+import functools
+import operator
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -15,6 +17,7 @@ import numpy as np
 from gpulayers import _cupy
 from gpulayers.device import kind_of
 from gpulayers.errors import DeviceError, KernelError, message
+from gpulayers.launch.packing import ArgumentMemory
 
 if TYPE_CHECKING:
     from gpulayers.launch.kernel import Specialisation
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CupyLauncher",
     "DeviceProperties",
+    "Geometry",
     "Launcher",
     "device_properties",
     "has_kernels",
@@ -50,8 +54,33 @@ class DeviceProperties(NamedTuple):
         return self.compute_capability >= 90
 
 
+class Geometry(NamedTuple):
+    """The shape of a launch; `grid` and `block` have three sizes, `shared` is in bytes of dynamic memory per block."""
+
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    shared: int = 0
+    cooperative: bool = False
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+
+# (memory with the packed arguments, current device, the values that were packed, arrays reached through tables)
+LaunchFunction = Callable[[ArgumentMemory, int, Mapping[str, Any], Sequence[Any]], None]
+
+
 class Launcher(Protocol):
     """What the kernels need from a kind of device. `like` is an array of that kind."""
+
+    @property
+    def facts(self) -> Callable[[Any], tuple[int, Any, bool, int]]:
+        """Return the function of an array that gives (address, dtype, C-contiguous, number of its device)."""
+
+    def current_device(self) -> int:
+        """Return the number of the device that launches go to."""
 
     def properties(self, like: Any) -> DeviceProperties:
         """Return the properties of the device of `like`."""
@@ -65,23 +94,8 @@ class Launcher(Protocol):
     def resident_blocks(self, specialisation: Specialisation, threads: int, shared: int) -> int:
         """Return how many blocks of this size one multiprocessor holds at a time."""
 
-    def launch(
-        self,
-        specialisation: Specialisation,
-        packed: bytes,
-        arrays: Mapping[int, Any],
-        grid: tuple[int, int, int],
-        block: tuple[int, int, int],
-        shared: int,
-        cooperative: bool,
-        reached: Sequence[Any] = (),
-    ) -> None:
-        """Run the kernel on the current stream; `arrays` maps offsets in `packed` to the arrays that stand there.
-
-        `reached` are arrays written through tables in device memory, for launchers that look at results.
-
-        Raises DeviceError for an array on another device than the current one.
-        """
+    def prepare(self, specialisation: Specialisation, geometry: Geometry) -> LaunchFunction:
+        """Return the function that runs the kernel on the current stream."""
 
 
 class _OfThread(threading.local):
@@ -89,6 +103,7 @@ class _OfThread(threading.local):
 
     def __init__(self) -> None:
         self.workspaces: dict[tuple[int, int], tuple[Any, Any]] = {}
+        self.devices: set[int] = set()  # those that have a context in this thread
 
 
 class CupyLauncher:
@@ -105,12 +120,25 @@ class CupyLauncher:
         self._properties: dict[int, DeviceProperties] = {}
         self._lock = threading.Lock()
 
-    def _device(self) -> int:
-        return int(_cupy.cupy().cuda.runtime.getDevice())
+    @functools.cached_property
+    def _cuda(self) -> Any:
+        return _cupy.cupy().cuda
+
+    @functools.cached_property
+    def facts(self) -> Callable[[Any], tuple[int, Any, bool, int]]:
+        """See `Launcher`. CuPy makes a new object for ``flags``, so its own field is read where there is one."""
+        has_field = hasattr(getattr(_cupy.cupy(), "ndarray", None), "_c_contiguous")
+        contiguous = "_c_contiguous" if has_field else "flags.c_contiguous"
+        return operator.attrgetter("data.ptr", "dtype", contiguous, "data.device_id")
+
+    def current_device(self) -> int:
+        """Return the number of CuPy's current device."""
+        number: int = self._cuda.runtime.getDevice()
+        return number
 
     def properties(self, like: Any) -> DeviceProperties:
         """Return the properties of the current device."""
-        device = self._device()
+        device = self.current_device()
         if device not in self._properties:
             found = _cupy.cupy().cuda.runtime.getDeviceProperties(device)
             name = found["name"]
@@ -131,20 +159,6 @@ class CupyLauncher:
         """Return the address of a CuPy array."""
         return int(array.data.ptr)
 
-    def _check_devices(self, arrays: Mapping[int, Any]) -> None:
-        current = self._device()
-        for array in arrays.values():
-            if array.data.device_id != current:
-                raise DeviceError(
-                    message(
-                        "launch",
-                        "an array lies on another GPU than the current one",
-                        f"gpu:{current}",
-                        f"gpu:{array.data.device_id}",
-                        "Use gl.device(...) around the call, or copy the array.",
-                    )
-                )
-
     def workspace(self, like: Any, counters: int, scratch: int) -> tuple[Any, Any]:
         """Return the workspace of the current device, stream and thread, grown if it is too small.
 
@@ -153,7 +167,7 @@ class CupyLauncher:
         Growing inside a captured CUDA graph would record the clearing of the counters: call once before capturing.
         """
         cupy = _cupy.cupy()
-        key = (self._device(), cupy.cuda.get_current_stream().ptr)
+        key = (self.current_device(), self._cuda.get_current_stream().ptr)
         found = self._own.workspaces.get(key)
         if found is None or found[0].size < counters or found[1].size < scratch:
             old = (0, 0) if found is None else (found[0].size, found[1].size)
@@ -189,7 +203,7 @@ class CupyLauncher:
         )
 
     def _function(self, specialisation: Specialisation, shared: int) -> Any:
-        device = self._device()
+        device = self.current_device()
         key = (device, specialisation)
         function = self._functions.get(key)
         if function is None:
@@ -206,30 +220,52 @@ class CupyLauncher:
         occupancy = _cupy.cupy().cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor
         return int(occupancy(function.ptr, threads, shared))
 
-    def launch(
-        self,
-        specialisation: Specialisation,
-        packed: bytes,
-        arrays: Mapping[int, Any],
-        grid: tuple[int, int, int],
-        block: tuple[int, int, int],
-        shared: int,
-        cooperative: bool,
-        reached: Sequence[Any] = (),
-    ) -> None:
-        """Launch on CuPy's current stream; the packed bytes are passed by value as the kernel's one argument."""
-        self._check_devices(arrays)
-        function = self._function(specialisation, shared)
-        argument = np.frombuffer(packed, dtype=specialisation.kernel.packed_dtype)
-        function(grid, block, (argument,), shared, None, cooperative)
+    def prepare(self, specialisation: Specialisation, geometry: Geometry) -> LaunchFunction:
+        """Return the function that launches on CuPy's current stream; it compiles at its first call on a device.
+
+        The driver is called without CuPy's function object around it: that one boxes the argument anew in every launch,
+        and asks for the occupancy and shrinks the grid of a cooperative one.
+        """
+        sizes = (*geometry.grid, *geometry.block, geometry.shared)
+        cooperative, own, handles = geometry.cooperative, self._own, dict[int, int]()
+        cuda = self._cuda
+
+        def launch(memory: ArgumentMemory, device: int, values: Mapping[str, Any], reached: Sequence[Any]) -> None:
+            if device not in own.devices:
+                self._make_context(device)
+            handle = handles.get(device)
+            if handle is None:
+                handle = handles[device] = self._function(specialisation, geometry.shared).ptr
+            stream = cuda.get_current_stream().ptr
+            if cooperative:
+                cuda.driver.launchCooperativeKernel(handle, *sizes, stream, memory.parameters)
+            else:
+                cuda.driver.launchKernel(handle, *sizes, stream, memory.parameters, 0)
+
+        return launch
+
+    def _make_context(self, device: int) -> None:
+        """Give the thread a context: the driver, unlike the runtime, makes none by itself."""
+        self._cuda.runtime.memGetInfo()
+        self._own.devices.add(device)
+
+
+class Place(NamedTuple):
+    """Where arrays of one type live and who launches for them."""
+
+    array_type: type
+    kind: str
+    launcher: Launcher
 
 
 _launchers: dict[str, Launcher] = {"gpu": CupyLauncher()}
+_places: dict[type, Place] = {}  # as array types are met
 
 
 def register_launcher(kind: str, launcher: Launcher) -> None:
     """Make `launcher` serve the arrays of this kind of device (see `gpulayers.device.register_array_type`)."""
     _launchers[kind] = launcher
+    _places.clear()
 
 
 def has_kernels(array: Any) -> bool:
@@ -238,18 +274,25 @@ def has_kernels(array: Any) -> bool:
     >>> has_kernels(np.ones(3))
     False
     """
-    return type(array) is not np.ndarray and kind_of(array) in _launchers
+    return type(array) is not np.ndarray and (type(array) in _places or kind_of(array) in _launchers)
+
+
+def place_of(array: Any) -> Place:
+    """Return the place of an array. Raises DeviceError for one that no kernel can use."""
+    found = _places.get(type(array))
+    if found is None:
+        kind = kind_of(array)
+        if kind not in _launchers:
+            raise DeviceError(
+                message("launch", "kernels cannot use this array", f"an array on {' or '.join(_launchers)}", kind)
+            )
+        found = _places[type(array)] = Place(type(array), kind, _launchers[kind])
+    return found
 
 
 def launcher_of(array: Any) -> Launcher:
     """Return the launcher for an array. Raises DeviceError for one that no kernel can use."""
-    kind = kind_of(array)
-    found = _launchers.get(kind)
-    if found is None:
-        raise DeviceError(
-            message("launch", "kernels cannot use this array", f"an array on {' or '.join(_launchers)}", kind)
-        )
-    return found
+    return place_of(array).launcher
 
 
 def device_properties(like: Any) -> DeviceProperties:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import threading
 import types
+import weakref
 
 import numpy as np
 import pytest
 
 from gpulayers import _cupy
+from gpulayers.device import register_array_type
 from gpulayers.errors import DeviceError, DTypeError, KernelError, ShapeError
 from gpulayers.launch import (
     CupyLauncher,
@@ -19,6 +21,7 @@ from gpulayers.launch import (
     has_kernels,
     kernel_list,
     launcher_of,
+    register_launcher,
     source,
     vector_width,
     workspace,
@@ -98,7 +101,7 @@ def test_layout_is_that_of_c():
         )
 
     kernel = echo_kernel()
-    assert kernel.packed_dtype.itemsize == ctypes.sizeof(Expected)
+    assert kernel.packer.size == ctypes.sizeof(Expected)
     text = source.argument_struct("gl_echo", kernel.fields)
     for name, _ in MIXED:
         assert f"__builtin_offsetof(gl_echo_arguments, {name}) == {getattr(Expected, name).offset}," in text
@@ -316,15 +319,29 @@ class FakeCupy:
             "maxThreadsPerBlock": 1024, "l2CacheSize": 1 << 20,
         }  # fmt: skip
         self.cuda = types.SimpleNamespace(
-            runtime=types.SimpleNamespace(getDevice=lambda: 0, getDeviceProperties=lambda device: properties),
+            runtime=types.SimpleNamespace(
+                getDevice=lambda: 0,
+                getDeviceProperties=lambda device: properties,
+                memGetInfo=lambda: self.contexts.append(threading.get_ident()),
+            ),
             driver=types.SimpleNamespace(
                 CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8,
                 funcSetAttribute=lambda *a: self.attributes.append(a),
                 occupancyMaxActiveBlocksPerMultiprocessor=lambda *a: 4,
+                launchKernel=lambda *a: self.launched("plain", *a),
+                launchCooperativeKernel=lambda *a: self.launched("cooperative", *a, 0),
             ),
             get_current_stream=lambda: types.SimpleNamespace(ptr=77),
         )
-        self.zeros, self.empty = np.zeros, np.empty
+        self.zeros, self.empty, self.contexts = np.zeros, np.empty, []
+        self.ndarray = types.SimpleNamespace
+
+    def launched(self, how, function, *rest):
+        """Note a launch: how, the function, grid, block and shared bytes, the stream, the bytes at the one argument."""
+        *sizes, stream, parameters, extra = rest
+        assert extra == 0
+        (argument,) = (ctypes.c_void_p * 1).from_address(parameters)
+        self.calls.append((how, function, tuple(sizes), stream, ctypes.string_at(argument, echo_kernel().packer.size)))
 
     def RawKernel(self, text, name, options):  # noqa: N802
         fake = self
@@ -337,54 +354,175 @@ class FakeCupy:
                 if fake.error:
                     raise fake.error
                 fake.compiled.append((name, options, text))
-                return Function()
-
-        class Function:
-            ptr = 1234
-
-            def __call__(self, *arguments):
-                fake.calls.append(arguments)
+                return types.SimpleNamespace(ptr=1234)
 
         return Raw()
 
 
-def fake_array(address=4096, device=0):
-    return types.SimpleNamespace(data=types.SimpleNamespace(ptr=address, device_id=device))
+class FakeArray(types.SimpleNamespace):
+    """As much of a CuPy array as a launch looks at."""
+
+    def __init__(self, address=4096, device=0, dtype="float32", contiguous=True):
+        super().__init__(
+            data=types.SimpleNamespace(ptr=address, device_id=device),
+            dtype=np.dtype(dtype),
+            flags=types.SimpleNamespace(c_contiguous=contiguous),
+            shape=(2, 3),
+            strides=(4, 8),
+        )
 
 
-def test_cupy_gets_one_struct_by_value(monkeypatch):
+@pytest.fixture
+def fake_cupy(monkeypatch):
+    """Return a fake CuPy whose arrays, `FakeArray`, a launcher of its own serves."""
     fake = FakeCupy()
     monkeypatch.setattr(_cupy, "cupy", lambda: fake)
-    cupy_launcher, specialisation = CupyLauncher(), echo_kernel().specialise({"STORAGE": "float32"})
-    packed = bytes(range(specialisation.kernel.packed_dtype.itemsize))
+    register_array_type(FakeArray, fake, "fake")
+    register_launcher("fake", CupyLauncher())
+    return fake
+
+
+def given(**changes):
+    return values(**{"table": [FakeArray(512)], "anything": FakeArray(1024), **changes})
+
+
+def test_cupy_gets_one_struct_by_value(fake_cupy):
+    kernel = echo_kernel()
     for shared, cooperative in ((0, False), (40000, False), (100000, True), (90000, False)):
-        cupy_launcher.launch(specialisation, packed, {}, (2, 1, 1), (32, 1, 1), shared, cooperative)
-    assert len(fake.compiled) == 1 and fake.compiled[0][:2] == ("gl_echo", ("-std=c++17",))
-    assert fake.attributes == [(1234, 8, 100000)]  # once, and only beyond the 48 KB that need no opt-in
-    grid, block, arguments, shared, stream, cooperative = fake.calls[2]
-    assert (grid, block, shared, stream, cooperative) == ((2, 1, 1), (32, 1, 1), 100000, None, True)
-    (argument,) = arguments
-    assert isinstance(argument, np.ndarray) and argument.size == 1 and argument.tobytes() == packed
-    assert cupy_launcher.resident_blocks(specialisation, 256, 0) == 4
-    assert cupy_launcher.properties(None).compute_capability == 90
+        kernel.launch(
+            given(x=FakeArray(4096)), grid=(2,), block=(32,), defines={"STORAGE": "float32"}, shared=shared,
+            cooperative=cooperative,
+        )  # fmt: skip
+    assert len(fake_cupy.compiled) == 1 and fake_cupy.compiled[0][:2] == ("gl_echo", ("-std=c++17",))
+    assert fake_cupy.attributes == [(1234, 8, 100000)]  # once, and only beyond the 48 KB that need no opt-in
+    assert [call[0] for call in fake_cupy.calls] == ["plain", "plain", "cooperative", "plain"]
+    _, function, sizes, stream, packed = fake_cupy.calls[2]
+    assert (function, sizes, stream) == (1234, (2, 1, 1, 32, 1, 1, 100000), 77)
+    flat = (-5, 4096, np.float32(0.1), 0.1, 1, 2, 3, 512, 0, 2**40, 1024, 2**32 - 1)
+    assert packed == kernel.packer.pack(*flat)
+    found = launcher_of(FakeArray())
+    assert found.resident_blocks(kernel.specialise({"STORAGE": "float32"}), 256, 0) == 4
+    assert found.properties(None).compute_capability == 90
 
 
-def test_a_failing_compile_names_kernel_gpu_and_remedy(monkeypatch):
-    fake = FakeCupy(RuntimeError("CuPy failed to load libnvrtc.so.13"))
-    monkeypatch.setattr(_cupy, "cupy", lambda: fake)
+def test_a_failing_compile_names_kernel_gpu_and_remedy(fake_cupy):
+    fake_cupy.error = RuntimeError("CuPy failed to load libnvrtc.so.13")
     with pytest.raises(KernelError) as caught:
-        CupyLauncher().launch(echo_kernel().specialise({"STORAGE": "float32"}), b"", {}, (1, 1, 1), (1, 1, 1), 0, False)
+        launch(given())
     text = str(caught.value)
     for part in ("gl_echo[STORAGE=float32]", "Fake GPU (sm_90)", "libnvrtc.so.13", "gpulayers[cuda12]"):
         assert part in text
+    assert not fake_cupy.calls
 
 
-def test_cupy_arrays_of_another_gpu_are_refused(monkeypatch):
-    monkeypatch.setattr(_cupy, "cupy", FakeCupy)
-    assert CupyLauncher().pointer(fake_array()) == 4096
-    specialisation = echo_kernel().specialise({"STORAGE": "float32"})
-    with pytest.raises(DeviceError, match="Expected gpu:0; got gpu:1"):
-        CupyLauncher().launch(specialisation, b"", {8: fake_array(device=1)}, (1, 1, 1), (1, 1, 1), 0, False)
+def test_cupy_arrays_of_another_gpu_are_refused(fake_cupy):
+    for changes in ({"x": FakeArray(device=1)}, {"table": [FakeArray(), FakeArray(device=1)]}):
+        with pytest.raises(DeviceError, match="Expected gpu:0; got gpu:1"):
+            launch(given(**changes))
+    assert not fake_cupy.calls
+
+
+# ---- prepared launches -----------------------------------------------------------------------------------------------
+
+FIXED = {"small": -5, "exact": 0.1, "flags": [1, 2, 3], "long_one": 2**40, "last": 7, "x": None}
+
+
+def prepare(like, fixed, dtype="float32", **keywords):
+    geometry = {"grid": (1,), "block": (1,), "defines": {"STORAGE": dtype}, **keywords}
+    return echo_kernel().prepare(like, fixed, **geometry)
+
+
+@needs_compiler
+def test_a_prepared_launch_is_the_checked_one():
+    """Same fields, some settled before: the same struct, for every set of arrays that it is called with."""
+    prepared = prepare(xp.empty(1), FIXED)
+    for number in (1.5, -2.0, 3.25):
+        out, again = xp.empty(9, "d"), xp.empty(9, "d")
+        changing = {"ratio": number, "table": [xp.asarray(np.array([number], "f"))]}
+        prepared({**changing, "anything": out})
+        launch({**FIXED, **changing, "anything": again})
+        np.testing.assert_array_equal(out.get(), again.get())
+        assert out.get()[1] == out.get()[8] == number and out.get()[5] == 7
+
+
+def test_what_does_not_fit_a_prepared_launch_is_refused(fake_cupy):
+    prepared = prepare(FakeArray(), {key: value for key, value in FIXED.items() if key != "x"})
+    changing = {"x": FakeArray(), "ratio": 0.5, "table": [FakeArray()], "anything": FakeArray(dtype="int8")}
+    for changes, error, complaint in [
+        ({"x": FakeArray(dtype="float16")}, DTypeError, "'x' has the wrong dtype. Expected float32; got float16"),
+        ({"x": FakeArray(dtype=">f4")}, DTypeError, "'x' has the wrong dtype"),
+        ({"x": FakeArray(contiguous=False)}, KernelError, "'x' is not C-contiguous"),
+        ({"x": FakeArray(device=1)}, DeviceError, "another GPU"),
+        ({"x": xp.ones(2, "f")}, DeviceError, "'x' lives elsewhere than the other arrays. Expected fake; got emulated"),
+        ({"table": [np.ones(2, "f")]}, DeviceError, "Expected fake; got cpu"),
+        ({"table": [FakeArray()] * 3}, KernelError, "too long"),
+        ({"ratio": "0.5"}, DTypeError, "'ratio' is not a host number"),
+        ({"small": 1}, KernelError, "wrong arguments"),
+    ]:
+        with pytest.raises(error, match=complaint):
+            prepared({**changing, **changes})
+    with pytest.raises(KernelError, match="argument 'ratio' is missing"):
+        prepared({"x": None, "table": [], "anything": None, "other": 1})
+    assert not fake_cupy.calls
+    prepared(changing)
+    assert len(fake_cupy.calls) == 1
+
+
+def test_what_is_settled_is_checked_once(fake_cupy):
+    with pytest.raises(DTypeError, match="'small' is not a host number"):
+        prepare(FakeArray(), {**FIXED, "small": 0.5})
+    with pytest.raises(KernelError, match="'x' is fixed, but addresses change"):
+        prepare(FakeArray(), {**FIXED, "x": FakeArray()})
+    with pytest.raises(KernelError, match="1 to 1024"):
+        prepare(FakeArray(), FIXED, block=(2000,))
+    prepare(FakeArray(), FIXED, grid=(0,))({})
+    assert not fake_cupy.calls
+
+
+def test_a_prepared_launch_keeps_no_array(fake_cupy):
+    array = FakeArray()
+    prepared = prepare(array, FIXED)
+    prepared({"ratio": 1.0, "table": [array], "anything": array})
+    known = weakref.ref(array)
+    del array
+    assert known() is None
+    assert fake_cupy.calls
+
+
+def test_threads_share_a_prepared_launch(fake_cupy):
+    """Each launch sees its own values, and every thread has a context before its first one."""
+    prepared, together = prepare(FakeArray(), FIXED), threading.Barrier(4)
+    inside, seen = fake_cupy.cuda.driver.launchKernel, []
+
+    def slow(*arguments):  # all threads are in the driver at a time: each with memory of its own
+        together.wait(10)
+        inside(*arguments)
+        seen.append(threading.get_ident() in fake_cupy.contexts)
+
+    fake_cupy.cuda.driver.launchKernel = slow
+
+    def work(number):
+        for step in range(3):
+            prepared({"ratio": 0.5, "table": [], "anything": FakeArray(100 * number + step)})
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(1, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    place = echo_kernel().offsets[[name for name, _ in MIXED].index("anything")]
+    addresses = sorted(int.from_bytes(call[4][place : place + 8], "little") for call in fake_cupy.calls)
+    assert addresses == [100 * number + step for number in range(1, 5) for step in range(3)]
+    assert all(seen) and len(fake_cupy.contexts) == 4
+
+
+def test_launches_of_one_shape_are_prepared_once(fake_cupy, monkeypatch):
+    kernel, made = echo_kernel(), []
+    own = launcher_of(FakeArray())
+    monkeypatch.setattr(own, "prepare", lambda *a, before=own.prepare: made.append(a) or before(*a))
+    for grid in (1, 1, 2, 1, 2):
+        kernel.launch(given(), grid=(grid,), block=(1,), defines={"STORAGE": np.dtype("float32")})
+    assert [geometry.grid[0] for _, geometry in made] == [1, 2]
 
 
 def test_cupys_workspace_is_one_per_stream(monkeypatch):
@@ -417,11 +555,13 @@ def test_the_installed_cupy_has_what_the_launcher_uses():
     cupy = _cupy.cupy()
     driver = cupy.cuda.driver
     assert driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES == 8
-    for name in ("funcSetAttribute", "occupancyMaxActiveBlocksPerMultiprocessor"):
+    names = ("funcSetAttribute", "occupancyMaxActiveBlocksPerMultiprocessor", "launchKernel", "launchCooperativeKernel")
+    for name in names:
         assert callable(getattr(driver, name))
     for name in ("kernel", "shared_size_bytes"):
         assert hasattr(cupy.RawKernel, name)
-    assert callable(cupy.cuda.function.Function.__call__)
+    assert hasattr(cupy.cuda.function.Function, "ptr") and hasattr(cupy.ndarray, "_c_contiguous")
+    assert callable(cupy.cuda.runtime.memGetInfo)
     assert callable(cupy.cuda.get_current_stream) and callable(cupy.cuda.runtime.getDeviceProperties)
 
 

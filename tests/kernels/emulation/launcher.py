@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from gpulayers.launch import DeviceProperties, Specialisation
+from gpulayers.launch import DeviceProperties, Geometry, Specialisation
+from gpulayers.launch.launcher import LaunchFunction
+from gpulayers.launch.packing import ArgumentMemory, arrays_by_offset
 from tests.kernels.emulation.build import build
 from tests.kernels.nvrtc import compile_for
 
@@ -93,6 +95,15 @@ class EmulatedLauncher:
         """Return the emulated device."""
         return self.device
 
+    def facts(self, array: Any) -> tuple[int, Any, bool, int]:
+        """Return (address, dtype, C-contiguous, device) of a strict array."""
+        memory = host_memory(array)
+        return memory.ctypes.data, memory.dtype, memory.flags.c_contiguous, 0
+
+    def current_device(self) -> int:
+        """Return the number of the one device there is."""
+        return 0
+
     def pointer(self, array: Any) -> int:
         """Return the address of the memory behind a strict array."""
         return host_memory(array).ctypes.data
@@ -121,18 +132,25 @@ class EmulatedLauncher:
         by_shared = device.shared_per_multiprocessor // (shared + static + 1024)
         return max(0, min(device.threads_per_multiprocessor // (warps * 32), by_registers, by_shared, 32))
 
+    def prepare(self, specialisation: Specialisation, geometry: Geometry) -> LaunchFunction:
+        """Return the function that launches."""
+
+        def launch(memory: ArgumentMemory, device: int, values: Mapping[str, Any], reached: Sequence[Any]) -> None:
+            packed = bytes(memory.memory)[: specialisation.kernel.packer.size]
+            self.launch(specialisation, packed, arrays_by_offset(specialisation, values), geometry, reached)
+
+        return launch
+
     def launch(
         self,
         specialisation: Specialisation,
         packed: bytes,
         arrays: Mapping[int, Any],
-        grid: tuple[int, int, int],
-        block: tuple[int, int, int],
-        shared: int,
-        cooperative: bool,
-        reached: Sequence[Any] = (),
+        geometry: Geometry,
+        reached: Sequence[Any],
     ) -> None:
         """Run the kernel once per entry of `runs` from the same memory, and compare."""
+        grid, block, shared, cooperative = geometry
         self.record.append((specialisation, grid, block, shared))
         self._check_limits(specialisation, grid, block, shared, cooperative)
         memory = {offset: host_memory(array) for offset, array in arrays.items()}
