@@ -39,13 +39,14 @@ def dynamic_rnn(
 
     - `cell`: a cell of either family, wrapped or not; TypeError lists what an object lacks to be one.
     - `sequence_length`: integers (N,), 0 to T. From its length on a row's output is zero and its state is carried.
+      Lengths that are on a GPU already are not read back: there one below 0 counts as 0, one beyond T as T.
     - `initial_state`, in the structure of ``cell.state_size``; or `dtype`, for a zero state. ValueError if neither.
     - `time_major`: inputs and outputs are (T, N, ...).
     - `scope`: name of the variable scope, ``"rnn"``.
     - `parallel_iterations` and `swap_memory` have no meaning here.
 
-    Raises ValueError for a `sequence_length` of another rank or size or beyond T, inputs of rank below 2, and states
-    that do not fit. Source: ``tf.compat.v1.nn.dynamic_rnn``.
+    Raises ValueError for a `sequence_length` of another rank or size, or on the host beyond T, inputs of rank below 2,
+    and states that do not fit. Source: ``tf.compat.v1.nn.dynamic_rnn``.
 
     >>> import numpy as np, gpulayers as gl
     >>> cell = gl.nn.RNNCellResidualWrapper(gl.keras.layers.GRUCell(3))

@@ -286,7 +286,7 @@ def _length_mask(xp: Any, lengths: Any, x: Any) -> Any:
         raise ShapeError(
             message("sequence_length", "is not one length for each row", f"shape ({batch},)", lengths.shape)
         )
-    if batch and (int(lengths.max()) > time or int(lengths.min()) < 0):
+    if xp is np and batch and (lengths.max() > time or lengths.min() < 0):
         raise ShapeError(
             message(
                 "sequence_length", "is beyond the time axis", f"0 to {time}", lengths.tolist(), "Pad or cut the inputs."
@@ -310,6 +310,7 @@ length_mask = Operation(
     type="SequenceMask",
     doc="""Return the mask (T, N) that is True at the first `lengths[n]` steps of row n of `x` (T, N, ...).
 
-    Raises ShapeError for a length below 0 or beyond T. Reading the lengths waits for the device.
+    Raises ShapeError for a length below 0 or beyond T in an array of the host. Lengths that are on a device are not
+    read back, which would wait for it: one below 0 counts as 0, one beyond T as T.
     """,
 )
