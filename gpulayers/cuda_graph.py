@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ import numpy as np
 from gpulayers import _cupy, nest
 from gpulayers.device import current_device, is_array, kind_of
 from gpulayers.errors import message
-from gpulayers.trace import active_graph, active_tapes
+from gpulayers.launch import Kept, keeping
+from gpulayers.trace import Replays, active_graph, active_tapes, following
 from gpulayers.trace.stored import StoredValue, observe
 
 __all__ = ["CudaGraph", "cuda_graph"]
@@ -83,17 +85,16 @@ class _Step:
         self.graph: Any = None
         self.buffers: list[Any] = []
         self.results: Any = None
-        self.variables: list[tuple[StoredValue, Any]] = []
+        self.kept, self.seen = Kept(), _Observed(capturing=False)
         self._last_stream: Any = None
 
     def plain(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call the function on the graph's stream and memory, or, once a capture was given up, just call it."""
         if self.reason:
             return function(*args, **kwargs)
-        cuda = _cupy.cupy().cuda
-        outer, seen = cuda.get_current_stream(), _Variables()
+        outer, seen = _cupy.cupy().cuda.get_current_stream(), _Observed(capturing=False)
         self.stream.wait_event(outer.record())
-        with observe(seen.reading, seen.writing), cuda.using_allocator(self.pool.malloc), self.stream:
+        with self._watched(seen):
             results = function(*args, **kwargs)
         outer.wait_event(self.stream.record())
         self.calls += 1
@@ -101,17 +102,23 @@ class _Step:
             self.reason = seen.complaint()
         return results
 
+    @contextlib.contextmanager
+    def _watched(self, seen: _Observed) -> Iterator[None]:
+        """Run the block on the graph's stream and memory, seen by `seen`."""
+        pool = _cupy.cupy().cuda.using_allocator(self.pool.malloc)
+        with observe(seen.reading, seen.writing), following(seen.replays), pool, self.stream:
+            yield
+
     def capture(self, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
         """Record the function into `graph`; where that fails, say why in `reason` and leave the state as it was."""
-        cupy = _cupy.cupy()
-        cuda, seen = cupy.cuda, _Variables()
+        cupy, seen, kept = _cupy.cupy(), _Observed(capturing=True), Kept()
         graph = results = error = None
         given = [args, kwargs]
         leaves = nest.flatten(given)
         buffers = [cupy.array(leaf) if is_array(leaf) else leaf for leaf in leaves]
         args, kwargs = nest.pack_sequence_as(given, buffers)
-        cuda.get_current_stream().synchronize()  # the buffers are filled, and nothing else is under way
-        with observe(seen.reading, seen.writing), cuda.using_allocator(self.pool.malloc), self.stream:
+        cupy.cuda.get_current_stream().synchronize()  # the buffers are filled, and nothing else is under way
+        with self._watched(seen), keeping(kept):
             self.stream.begin_capture()
             try:
                 results = function(*args, **kwargs)
@@ -125,14 +132,15 @@ class _Step:
         if self.reason:
             seen.restore()
             return
-        self.graph, self.buffers, self.results, self.variables = graph, buffers, results, seen.arrays()
+        seen.settle()
+        self.graph, self.buffers, self.results, self.kept, self.seen = graph, buffers, results, kept, seen
 
     def is_stale(self) -> bool:
-        """Say whether a variable that the graph reads was given a new array since the capture."""
-        return self.graph is not None and any(value.read() is not array for value, array in self.variables)
+        """Say whether the graph works on what a plain call would not use any more."""
+        return self.graph is not None and (self.kept.is_stale() or self.seen.is_stale())
 
     def replay(self, leaves: list[Any]) -> Any:
-        """Copy the arguments into the buffers and launch the graph on the current stream."""
+        """Copy the arguments into the buffers, do the host's part, and launch the graph on the current stream."""
         stream = _cupy.cupy().cuda.get_current_stream()
         if self._last_stream is not None and self._last_stream.ptr != stream.ptr:
             stream.wait_event(self._last_stream.record())  # the buffers may still be read
@@ -144,16 +152,21 @@ class _Step:
                 buffer[...] = leaf
             else:
                 buffer.set(leaf)
+        self.seen.replays.before_replay()
         self.graph.launch()
+        self.seen.count_changes()
         return self.results
 
 
-class _Variables:
+class _Observed:
     """The variables that a call reads and writes: a graph repeats device work at the same addresses, and no more."""
 
-    def __init__(self) -> None:
+    def __init__(self, capturing: bool) -> None:
+        self.replays = Replays(capturing)
         self._read: dict[int, StoredValue] = {}
         self._previous: dict[int, tuple[StoredValue, Any]] = {}
+        self._arrays: list[tuple[StoredValue, Any]] = []
+        self._constants: list[tuple[StoredValue, int]] = []
 
     def reading(self, value: StoredValue) -> None:
         self._read[id(value)] = value
@@ -161,18 +174,45 @@ class _Variables:
     def writing(self, value: StoredValue, previous: Any) -> None:
         self._previous.setdefault(id(value), (value, previous))
 
-    def arrays(self) -> list[tuple[StoredValue, Any]]:
-        return [(value, value.read()) for value in self._read.values()]
-
     def complaint(self) -> str:
+        """Return why the call cannot become a graph, or an empty string."""
         for value, previous in self._previous.values():
+            if self.replays.claims(value):
+                continue
+            if self.replays.consults(value):
+                return f"{value.name} is changed by the step and gives an optimizer its learning rate"
             if kind_of(value.read()) == "cpu":
                 return f"{value.name} lives on the host and changes in every call: leave its update outside"
             if value.read() is not previous:
                 return f"{value.name} gets a new array in every call: a graph would go on reading the old one"
-        return ""
+        if self.replays.capturing:
+            for value in self._read.values():
+                if self.replays.claims(value):
+                    return f"{value.name} is read by the step and changed by the host before each replay"
+        return self.replays.refusal
+
+    def settle(self) -> None:
+        """Remember what a captured graph works on; values of host variables became a part of it."""
+        for value in self._read.values():
+            self._arrays.append((value, value.read()))
+            if kind_of(value.read()) == "cpu":
+                self._constants.append((value, value.version))
+
+    def is_stale(self) -> bool:
+        """Say whether a variable has another array, another value on the host, or a reader that a write must spare."""
+        return (
+            any(value.read() is not array for value, array in self._arrays)
+            or any(value.version != version for value, version in self._constants)
+            or any(value.is_lent for value, _ in self._previous.values())
+        )
+
+    def count_changes(self) -> None:
+        """Say to the variables that the graph changed them."""
+        for value, _ in self._previous.values():
+            value.changed()
 
     def restore(self) -> None:
+        """Give the variables the arrays from before the call."""
         for value, previous in self._previous.values():
             if value.read() is not previous:
                 value.store(previous)
@@ -199,15 +239,26 @@ def cuda_graph(function: Callable[..., Any], *, plain_calls: int = _PLAIN_CALLS)
     arrays, which the next call overwrites: write ``.copy()`` to keep one. Arguments, host arrays too, are copied into
     buffers. A graph keeps its buffers and temporaries, in memory of its own, as long as it lives.
 
-    A graph repeats device work and nothing else. What the host computes is frozen at the capture: learning rates of
-    schedules, Adam's bias correction, random seeds. Hence calls stay plain, with the reason, where a variable on the
-    host changes (an optimizer's `iterations`: capture the forward and the gradients, and call `apply_gradients`
-    outside), where a variable gets a new array in every call, and where CuPy refuses a capture. It refuses every call
-    into cuBLAS, cuRAND, cuSOLVER and cuSPARSE, hence `matmul`, `Dense`, convolutions and recurrent cells. A cuBLAS
-    handle of our own does not help: CuPy's wrappers set the current stream before each call and refuse one that is
-    capturing. Batch normalisation, residual additions, activations and pooling can be captured; functions that wait
-    for the device (``asnumpy``, ``float(x)``) cannot. After a refused capture the function has run once more than the
-    step on the device. A variable that is assigned a new array outside is noticed, and the step is captured anew.
+    A whole training step can be captured: forward, gradients, optimizer. Optimizers count and compute their learning
+    rates, schedules and bias corrections on the host before each replay, and the kernels read them from device memory,
+    so every replay computes what a plain call would, bit by bit; a learning rate may be assigned in between. Random
+    operations and dropout draw on: their generators keep their state on the device.
+
+    Everything else that the host computes is frozen at the capture. Calls stay plain, with the reason,
+
+    - where another variable on the host changes, or one gets a new array in every call;
+    - where the step reads an optimizer's `iterations`, or changes the variable that holds its learning rate;
+    - where a parameter has no kernel of the optimizers (`gpulayers.ops.optimizer_kernels`), or the learning rate is a
+      tensor of a graph;
+    - where a dropout layer or wrapper has a seed: its masks come from seeds that the host draws;
+    - where CuPy refuses a capture: copies between host and device (``asnumpy``, ``float(x)``, host arrays inside the
+      step) and all calls into cuBLAS, cuRAND, cuSOLVER and cuSPARSE, hence `matmul`, `Dense`, convolutions and
+      recurrent cells. A cuBLAS handle of our own does not help: CuPy's wrappers set the current stream before each call
+      and refuse one that is capturing.
+
+    After a refused capture the function has run once more than the step on the device. A step is captured anew when a
+    variable was assigned a new array outside, changed on the host, or is lent to somebody who may still read it, and
+    when the random generators were restarted.
 
     Inside a tape or graph every call is plain: a replay would record nothing. Calls on several streams wait for each
     other.

@@ -4,6 +4,8 @@
 //   gl_momentum:  b <- momentum b + g;  w -= rate b, or with Nesterov's w -= rate (g + momentum b)
 //   gl_adam:      m <- m + (1 - beta_1) (g - m);  v <- v + (1 - beta_2) (g^2 - v);
 //                 w -= rate m / (sqrt(v) + epsilon) + decay w       (the host put the bias correction into the rate)
+//   The numbers of a rule come by value, or, in a step that is replayed as a CUDA graph, from `given` in device memory,
+//   which gl_store_numbers fills before each replay: a graph repeats its arguments, and the rate changes.
 // and for clipping, gl_global_norm: out = sqrt(sum of g^2 over all gradients), in two stages of fixed order.
 //
 // Traffic per element of s bytes (gradient of t bytes, slots of 4 bytes, 8 for float64): every array is read once and all
@@ -69,7 +71,15 @@ __device__ __forceinline__ void store_run(T* address, const A (&values)[N]) {
     }
 }
 
-#if !defined(GL_ENTRY_gl_global_norm)
+#if defined(GL_ENTRY_gl_store_numbers)
+// ---- numbers for a replay ------------------------------------------------------------------------------------------
+
+GL_KERNEL(gl_store_numbers, 32) {
+    const int32 which = static_cast<int32>(threadIdx.x);
+    if (which < arguments.count) arguments.out[which] = arguments.numbers[which];
+}
+
+#elif !defined(GL_ENTRY_gl_global_norm)
 // ---- updates -------------------------------------------------------------------------------------------------------
 
 typedef accumulate_t<PARAMETER> real;
@@ -87,6 +97,7 @@ constexpr int32 row_words = 5;
 
 template <typename ARGUMENTS>
 __device__ __forceinline__ real number(const ARGUMENTS& arguments, int32 which) {
+    if (arguments.given != nullptr) return static_cast<real>(arguments.given[which]);
     if constexpr (sizeof(real) == 4) {
         return arguments.numbers[which];
     } else {

@@ -5,6 +5,7 @@ A kernel is declared once (`Kernel`), launched with checked arguments, and compi
 """
 
 from gpulayers.launch.elementwise import Elementwise
+from gpulayers.launch.keeping import Kept, keep, keeping
 from gpulayers.launch.kernel import Kernel, Specialisation, is_aligned, kernel_list, vector_width
 from gpulayers.launch.launcher import (
     CupyLauncher,
@@ -25,12 +26,15 @@ __all__ = [
     "Elementwise",
     "Geometry",
     "Kernel",
+    "Kept",
     "Launcher",
     "Prepared",
     "Specialisation",
     "device_properties",
     "has_kernels",
     "is_aligned",
+    "keep",
+    "keeping",
     "kernel_list",
     "launcher_of",
     "register_launcher",

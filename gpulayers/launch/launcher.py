@@ -17,6 +17,7 @@ import numpy as np
 from gpulayers import _cupy
 from gpulayers.device import kind_of
 from gpulayers.errors import DeviceError, KernelError, message
+from gpulayers.launch.keeping import keep
 from gpulayers.launch.packing import ArgumentMemory
 
 if TYPE_CHECKING:
@@ -307,4 +308,6 @@ def workspace(like: Any, counters: int = 0, scratch: int = 0) -> tuple[Any, Any]
     `scratch` is uint8 with any contents, 256-byte aligned, valid until the thread's next call that uses the
     stream.
     """
-    return launcher_of(like).workspace(like, counters, scratch)
+    found = launcher_of(like).workspace(like, counters, scratch)
+    keep(*found)
+    return found

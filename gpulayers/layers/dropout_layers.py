@@ -12,7 +12,7 @@ from gpulayers.layers.config_part import as_shape_structure
 from gpulayers.layers.core import CoreLayer
 from gpulayers.layers.legacy import LegacyLayer
 from gpulayers.layers.modern import Layer
-from gpulayers.trace import GraphTensor, StoredValue, cond
+from gpulayers.trace import GraphTensor, StoredValue, active_replays, cond
 
 __all__ = ["Dropout", "LegacyDropout"]
 
@@ -40,6 +40,8 @@ class DropoutMixin(CoreLayer):
 
     def _dropped(self, inputs: Any) -> Any:
         seed = None if self._seeds is None else int(self._seeds.integers(2**63))
+        if seed is not None and (replays := active_replays()) is not None:
+            replays.refuse(f"{self._name} has a seed, so each mask comes from a seed that the host draws")
         return ops.dropout(inputs, self.rate, self.noise_shape, seed)
 
     def compute_output_shape(self, input_shape: Any) -> Any:

@@ -10,6 +10,7 @@ from gpulayers import nest, ops
 from gpulayers.dtypes import as_dtype
 from gpulayers.errors import message
 from gpulayers.nn.states import LSTMStateTuple, size_of
+from gpulayers.trace import active_replays
 
 __all__ = ["DropoutSettings", "default_filter"]
 
@@ -72,6 +73,8 @@ class DropoutSettings:
         seed = self._seed_of(kind, index)
         if seed is None:
             return None
+        if (replays := active_replays()) is not None:
+            replays.refuse("a dropout wrapper has a seed, so each mask comes from a seed that the host counts")
         count = self._drawn.get((kind, index), 0)
         self._drawn[kind, index] = count + 1
         return (seed + 0x9E3779B1 * count) & 0x7FFFFFFF  # a seeded draw starts its generator anew at every step

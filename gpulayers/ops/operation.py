@@ -330,7 +330,7 @@ def sum_to_like(g: Any, like: Any) -> Any:
 
 def _cast(xp: Any, x: Any, *, dtype: np.dtype) -> Any:
     """Convert `x` to `dtype`."""
-    return xp.asarray(x, dtype=dtype) if isinstance(x, _NUMBERS) else x.astype(dtype, copy=False)
+    return xp.full((), x, dtype=dtype) if isinstance(x, _NUMBERS) else x.astype(dtype, copy=False)
 
 
 cast_operation: Operation = Operation(

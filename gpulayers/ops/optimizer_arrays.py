@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from gpulayers.device import is_array
+from gpulayers.errors import StateError, message
 from gpulayers.launch import has_kernels
 from gpulayers.ops import optimizer_kernels
 
-__all__ = ["adam_update", "sgd_update"]
+__all__ = ["adam_numbers", "adam_update", "sgd_numbers", "sgd_update"]
 
 BLOCK = 1 << 14  # elements: four float32 arrays of this length fit a second-level cache with room to spare
 
@@ -46,24 +48,46 @@ def _subtract(xp: Any, parameter: Any, step: Any) -> None:
         parameter[...] = (_wide(parameter) - step).astype(parameter.dtype)
 
 
+def _check_left(left: Iterable[int], numbers: Any) -> None:
+    """Refuse to update by expressions with numbers that only a kernel can read."""
+    if is_array(numbers) and left:
+        raise StateError(
+            message(
+                "optimizer",
+                f"{len(list(left))} parameters have no kernel, so their update cannot be replayed",
+                "contiguous parameters and slots of dtypes that the kernels take, that share no memory",
+            )
+        )
+
+
+def sgd_numbers(learning_rate: float, momentum: float | None = None) -> tuple[float, ...]:
+    """Return what `sgd_update` takes: (rate,), or with momentums (rate, momentum).
+
+    >>> sgd_numbers(0.5, 0.9)
+    (0.5, 0.9)
+    """
+    return (learning_rate,) if momentum is None else (learning_rate, momentum)
+
+
 def sgd_update(
     xp: Any,
     params: Sequence[Any],
     grads: Sequence[Any],
     momentums: Sequence[Any] | None,
+    numbers: Any,
     *,
-    learning_rate: float,
-    momentum: float = 0.0,
     nesterov: bool = False,
 ) -> None:
     """Update `params` (and `momentums`) in place.
 
     Without momentums ``w -= a g``. With them ``b <- momentum b + g``, then ``w -= a b``, or with `nesterov`
-    ``w -= a (g + momentum b)``. Source: ``tf.compat.v1.train.MomentumOptimizer``; Sutskever et al. 2013.
+    ``w -= a (g + momentum b)``. `numbers`: see `sgd_numbers`; on a device also an array of them that the kernels read
+    (StateError for a parameter that has no kernel). Source: ``tf.compat.v1.train.MomentumOptimizer``; Sutskever et al.
+    2013.
 
     >>> w, b = np.ones(2), np.zeros(2)
     >>> for _ in range(2):
-    ...     sgd_update(np, [w], [np.ones(2)], [b], learning_rate=0.5, momentum=0.5)
+    ...     sgd_update(np, [w], [np.ones(2)], [b], sgd_numbers(0.5, 0.5))
     >>> w, b
     (array([-0.25, -0.25]), array([1.5, 1.5]))
     """
@@ -71,12 +95,12 @@ def sgd_update(
     left: Iterable[int] = range(len(members))
     if params and has_kernels(params[0]):
         if momentums is None:
-            left = optimizer_kernels.sgd_update(params, grads, rate=learning_rate)
+            left = optimizer_kernels.sgd_update(params, grads, numbers)
         else:
-            left = optimizer_kernels.momentum_update(
-                params, grads, momentums, rate=learning_rate, momentum=momentum, nesterov=nesterov
-            )
+            left = optimizer_kernels.momentum_update(params, grads, momentums, numbers, nesterov=nesterov)
+    _check_left(left, numbers)
     for index in left:
+        learning_rate, momentum = numbers if len(numbers) > 1 else (numbers[0], 0.0)
         if momentums is None:
             for w, g in _blocks(xp, *members[index][:2]):
                 _subtract(xp, w, _wide(g) * learning_rate)
@@ -93,51 +117,67 @@ def sgd_update(
             _subtract(xp, w, step)
 
 
-def adam_update(
-    xp: Any,
-    params: Sequence[Any],
-    grads: Sequence[Any],
-    m: Sequence[Any],
-    v: Sequence[Any],
+def adam_numbers(
     *,
     learning_rate: float,
     beta_1: float = 0.9,
     beta_2: float = 0.999,
     epsilon: float = 1e-7,
     weight_decay: float = 0.0,
-    decays: Sequence[bool] | None = None,
     step: int = 1,
-) -> None:
-    """Update `params`, and the moments `m` and `v`, in place; `step` counts from 1.
+) -> tuple[float, ...]:
+    """Return what `adam_update` takes in step number `step`, counted from 1.
 
-    ``w -= learning_rate weight_decay w`` (where `decays`, one for each parameter, does not say False), then
-    ``m <- m + (1 - beta_1) (g - m)``, ``v <- v + (1 - beta_2) (g^2 - v)`` and ``w -= a m / (sqrt(v) + epsilon)``, with
+    (a, 1 - beta_1, 1 - beta_2, epsilon, learning_rate weight_decay), with
     ``a = learning_rate sqrt(1 - beta_2^step) / (1 - beta_1^step)``.
 
     Source: Kingma and Ba 2015, the form before section 2.1, whose epsilon is TensorFlow's (PyTorch adds its epsilon to
-    the corrected root); Loshchilov and Hutter 2019 for the decay.
+    the corrected root).
+
+    >>> adam_numbers(learning_rate=1.0, beta_1=0.5, beta_2=0.75, epsilon=0.0)
+    (1.0, 0.5, 0.25, 0.0, 0.0)
+    """
+    rate = learning_rate * math.sqrt(1.0 - beta_2**step) / (1.0 - beta_1**step)
+    return rate, 1.0 - beta_1, 1.0 - beta_2, epsilon, learning_rate * weight_decay
+
+
+def adam_update(
+    xp: Any,
+    params: Sequence[Any],
+    grads: Sequence[Any],
+    m: Sequence[Any],
+    v: Sequence[Any],
+    numbers: Any,
+    *,
+    decays: Sequence[bool] | None = None,
+) -> None:
+    """Update `params`, and the moments `m` and `v`, in place, with the (a, k_1, k_2, epsilon, d) of `adam_numbers`.
+
+    ``w -= d w`` (where `decays`, one for each parameter, does not say False), then ``m <- m + k_1 (g - m)``,
+    ``v <- v + k_2 (g^2 - v)`` and ``w -= a m / (sqrt(v) + epsilon)``. `numbers` may be an array, as in `sgd_update`.
+
+    Source: Kingma and Ba 2015; Loshchilov and Hutter 2019 for the decay.
 
     >>> w, m, v = np.ones(1), np.zeros(1), np.zeros(1)
-    >>> adam_update(np, [w], [np.full(1, 3.0)], [m], [v], learning_rate=0.1, step=1)
+    >>> adam_update(np, [w], [np.full(1, 3.0)], [m], [v], adam_numbers(learning_rate=0.1))
     >>> bool(abs(w[0] - 0.9) < 1e-6)
     True
     """
-    rate = learning_rate * math.sqrt(1.0 - beta_2**step) / (1.0 - beta_1**step)
-    decay = learning_rate * weight_decay
     members = list(zip(params, grads, m, v, strict=True))
     left: Iterable[int] = range(len(members))
     if params and has_kernels(params[0]):
-        settings = {"rate": rate, "beta_1": beta_1, "beta_2": beta_2, "epsilon": epsilon, "decay": decay}
-        left = optimizer_kernels.adam_update(params, grads, m, v, decays=decays, **settings)
+        left = optimizer_kernels.adam_update(params, grads, m, v, numbers, decays=decays)
+    _check_left(left, numbers)
     for index in left:
+        rate, keep_1, keep_2, epsilon, decay = numbers
         for w, g, m_block, v_block in _blocks(xp, *members[index]):
             g = _wide(g)
             scratch = g - m_block
-            xp.multiply(scratch, 1.0 - beta_1, out=scratch)
+            xp.multiply(scratch, keep_1, out=scratch)
             xp.add(m_block, scratch, out=m_block)
             xp.multiply(g, g, out=scratch)
             xp.subtract(scratch, v_block, out=scratch)
-            xp.multiply(scratch, 1.0 - beta_2, out=scratch)
+            xp.multiply(scratch, keep_2, out=scratch)
             xp.add(v_block, scratch, out=v_block)
             xp.sqrt(v_block, out=scratch)
             xp.add(scratch, epsilon, out=scratch)

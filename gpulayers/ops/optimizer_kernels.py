@@ -16,16 +16,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpulayers.device import array_module, kind_of
+from gpulayers.device import array_module, is_array, kind_of
 from gpulayers.errors import DeviceError, ShapeError, message
-from gpulayers.launch import Kernel, launcher_of, workspace
+from gpulayers.launch import Kernel, keep, launcher_of, workspace
 
-__all__ = ["adam_update", "global_norm", "momentum_update", "sgd_update"]
+__all__ = ["adam_update", "global_norm", "momentum_update", "numbers_buffer", "sgd_update", "store_numbers"]
 
 GRADIENTS = 480  # addresses per launch: with the scalars they stay below the 4 KB that every driver takes
 CHUNK = 4096  # elements per block
 TABLES = 256  # kept at a time
 _THREADS = 256
+_NUMBERS = 5  # the most numbers that a rule has
 
 # Parameter -> dtype of its slots, dtypes its gradient may have.
 _DTYPES = {
@@ -43,6 +44,7 @@ def _kernel(name: str, scalars: int, more: Sequence[tuple[str, str]] = ()) -> Ke
         arguments=[
             ("table", "const uint64*"),
             ("rows", "int64"),
+            ("given", "const float64*"),
             ("wide_numbers", f"float64[{scalars}]"),
             ("numbers", f"float32[{scalars}]"),
             *more,
@@ -55,7 +57,12 @@ def _kernel(name: str, scalars: int, more: Sequence[tuple[str, str]] = ()) -> Ke
 
 _sgd = _kernel("gl_sgd", 1)
 _momentum = _kernel("gl_momentum", 2, [("nesterov", "int32")])
-_adam = _kernel("gl_adam", 5)
+_adam = _kernel("gl_adam", _NUMBERS)
+_store_numbers = Kernel(
+    "optimizer.cu",
+    "gl_store_numbers",
+    arguments=[("out", "float64*"), ("count", "int64"), ("numbers", f"float64[{_NUMBERS}]")],
+)
 _global_norm = Kernel(
     "optimizer.cu",
     "gl_global_norm",
@@ -97,25 +104,29 @@ _plans: dict[Any, _Plan] = {}
 _norm_tables: dict[Any, tuple[Any, int]] = {}
 
 
-def sgd_update(params: Sequence[Any], grads: Sequence[Any], *, rate: float) -> list[int]:
-    """Do ``w -= rate g`` in place; see `adam_update` for arrays, returns and errors."""
-    return _update(_sgd, params, grads, (), (rate,), {})
+def numbers_buffer(like: Any) -> Any:
+    """Return an empty device array that can stand for the numbers of any rule, beside `like`."""
+    return array_module(like).empty(_NUMBERS, np.float64)
+
+
+def store_numbers(out: Any, numbers: Sequence[float]) -> None:
+    """Write up to 5 numbers to the beginning of a float64 array by one small launch, which waits for nothing."""
+    _store_numbers.launch({"out": out, "count": len(numbers), "numbers": numbers}, grid=(1,), block=(32,))
+
+
+def sgd_update(params: Sequence[Any], grads: Sequence[Any], numbers: Any) -> list[int]:
+    """Do ``w -= rate g`` in place, `numbers` being (rate,); see `adam_update` for arrays, returns and errors."""
+    return _update(_sgd, params, grads, (), numbers, {})
 
 
 def momentum_update(
-    params: Sequence[Any],
-    grads: Sequence[Any],
-    momentums: Sequence[Any],
-    *,
-    rate: float,
-    momentum: float,
-    nesterov: bool = False,
+    params: Sequence[Any], grads: Sequence[Any], momentums: Sequence[Any], numbers: Any, *, nesterov: bool = False
 ) -> list[int]:
     """Do ``b <- momentum b + g``, ``w -= rate b`` in place, with `nesterov` ``w -= rate (g + momentum b)``.
 
-    See `adam_update` for arrays, returns and errors.
+    `numbers` are (rate, momentum); see `adam_update` for arrays, returns and errors.
     """
-    return _update(_momentum, params, grads, (momentums,), (rate, momentum), {"nesterov": int(nesterov)})
+    return _update(_momentum, params, grads, (momentums,), numbers, {"nesterov": int(nesterov)})
 
 
 def adam_update(
@@ -123,18 +134,16 @@ def adam_update(
     grads: Sequence[Any],
     m: Sequence[Any],
     v: Sequence[Any],
+    numbers: Any,
     *,
-    rate: float,
-    beta_1: float,
-    beta_2: float,
-    epsilon: float,
-    decay: float = 0.0,
     decays: Sequence[bool] | None = None,
 ) -> list[int]:
-    """Do Adam's step in place; `rate` has the correction for the number of the step in it.
+    """Do Adam's step in place; `numbers` are (rate, 1 - beta_1, 1 - beta_2, epsilon, decay).
 
     ``m <- m + (1 - beta_1) (g - m)``, ``v <- v + (1 - beta_2) (g^2 - v)``, then
-    ``w -= rate m / (sqrt(v) + epsilon) + decay w``, without the decay for parameters that `decays` leaves out.
+    ``w -= rate m / (sqrt(v) + epsilon) + decay w``, without the decay for parameters that `decays` leaves out. The rate
+    has the correction for the number of the step in it. Instead of host numbers, `numbers` may be an array made by
+    `numbers_buffer`, which the kernels read when they run: for steps that are replayed.
 
     Parameters: equally long lists of device arrays. Kernels take C-contiguous parameters of float16, bfloat16, float32
     or float64 with C-contiguous slots of float32 (float64 for float64) and gradients of the parameter's dtype (or
@@ -149,7 +158,7 @@ def adam_update(
 
     Raises ShapeError for a gradient of another shape than its parameter.
     """
-    return _update(_adam, params, grads, (m, v), (rate, 1.0 - beta_1, 1.0 - beta_2, epsilon, decay), {}, decays)
+    return _update(_adam, params, grads, (m, v), numbers, {}, decays)
 
 
 def _update(
@@ -157,7 +166,7 @@ def _update(
     params: Sequence[Any],
     grads: Sequence[Any],
     slots: Sequence[Sequence[Any]],
-    numbers: Sequence[float],
+    numbers: Any,
     more: dict[str, Any],
     decays: Sequence[bool] | None = None,
 ) -> list[int]:
@@ -167,12 +176,16 @@ def _update(
         wrong = next(i for i, (a, b) in enumerate(itertools.zip_longest(shapes, plan.shapes)) if a != b)
         expected, got = (s[wrong] if wrong < len(s) else "no array" for s in (plan.shapes, shapes))
         raise ShapeError(message(kernel.name, f"gradient {wrong} has another shape than its parameter", expected, got))
-    narrow = [ctypes.c_float(number).value for number in numbers]  # too large a number becomes infinite
+    given = numbers if is_array(numbers) else None
+    wide = () if given is not None else numbers
+    narrow = [ctypes.c_float(number).value for number in wide]  # too large a number becomes infinite
     for table in plan.tables:
+        keep(table.words)
         values = {
             "table": table.words,
             "rows": len(table.members),
-            "wide_numbers": numbers,
+            "given": given,
+            "wide_numbers": wide,
             "numbers": narrow,
             **more,
             "gradients": [_contiguous(grads[i]) for i in table.members],
@@ -346,4 +359,5 @@ def _norm_table(arrays: Sequence[Any]) -> tuple[Any, int]:
         while len(_norm_tables) >= TABLES:
             _norm_tables.pop(next(iter(_norm_tables)), None)
         found = _norm_tables[key] = _words([[size] for size in sizes], arrays[0])
+    keep(found[0])
     return found

@@ -9,6 +9,7 @@ import numpy as np
 from gpulayers.device import current_device, is_array
 from gpulayers.dtypes import as_dtype
 from gpulayers.errors import DTypeError, message
+from gpulayers.launch import keep
 from gpulayers.ops.creation import made
 from gpulayers.ops.operation import Operation, Recordable, Spec
 from gpulayers.ops.shaping import cast
@@ -40,7 +41,10 @@ class _Stream:
         where = "cpu" if xp is np else (id(xp), str(current_device()))
         if where not in self._generators:
             self._generators[where] = xp.random.default_rng(self.seed)
-        return self._generators[where]
+        generator, own = self._generators[where], self._generators
+        # Its state lies on the device and its kernels move it on, so replays of a graph draw on where the last ended.
+        keep(generator, is_current=lambda: self._generators is own)
+        return generator
 
 
 _shared = _Stream(None)
@@ -96,7 +100,8 @@ def _uniform_create(xp: Any, shape: Any, *, dtype: np.dtype, low: Any, high: Any
     if (low, high) == (0, 1):
         return _unit(xp, shape, dtype, stream)
     result = (_unit(xp, shape, dtype, stream) * (high - low) + low).astype(dtype, copy=False)
-    return xp.where(result < xp.asarray(high, dtype=dtype), result, xp.asarray(low, dtype=dtype))  # rounding went up
+    limit, least = xp.full((), high, dtype=dtype), xp.full((), low, dtype=dtype)
+    return xp.where(result < limit, result, least)  # rounding went up
 
 
 def _normal_create(xp: Any, shape: Any, *, dtype: np.dtype, mean: float, stddev: float, stream: _Stream) -> Any:
@@ -200,7 +205,8 @@ def _mask_forward(xp: Any, x: Any, *, rate: float, noise_shape: Any, stream: _St
     if noise_shape is not None:
         shape = tuple(own if size is None else size for own, size in zip(x.shape, noise_shape, strict=True))
     kept = xp.asarray(stream.on(xp).random(shape, dtype=np.float32)) >= rate
-    return kept.astype(x.dtype) * xp.asarray(1 / (1 - rate), dtype=x.dtype)
+    wide = np.float64 if x.dtype == np.float64 else np.float32  # a number beside an array of 16 bits may promote it
+    return (kept.astype(wide) * (1 / (1 - rate))).astype(x.dtype, copy=False)
 
 
 _mask = Operation(

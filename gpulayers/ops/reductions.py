@@ -97,7 +97,7 @@ _restore_axes = Operation(
 
 def _axis_size(xp: Any, x: Any, *, axis: Any) -> Any:
     """Count the elements that one result of a reduction over `axis` is made of."""
-    return xp.asarray(_count_of(x.shape, axis), dtype=x.dtype)
+    return xp.full((), _count_of(x.shape, axis), dtype=x.dtype)  # filled on the device: nothing is copied there
 
 
 def _count_of(shape: Any, axis: Any) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from gpulayers.errors import message
-from gpulayers.ops.optimizer_arrays import adam_update
+from gpulayers.ops.optimizer_arrays import adam_numbers, adam_update
 from gpulayers.optimizers.base import Optimizer
 from gpulayers.variables import Variable
 
@@ -57,29 +57,27 @@ class Adam(Optimizer):
         """Say whether weight decay applies to a variable."""
         return True
 
+    def _numbers(self, rate: float, step: int) -> tuple[float, ...]:
+        return adam_numbers(
+            learning_rate=rate,
+            beta_1=self.beta_1,
+            beta_2=self.beta_2,
+            epsilon=self.epsilon,
+            weight_decay=self.weight_decay,
+            step=step,
+        )
+
     def _update_arrays(
         self,
         xp: Any,
         params: Sequence[Any],
         grads: Sequence[Any],
         slots: Sequence[Sequence[Any]],
-        rate: float,
-        step: int,
+        numbers: Any,
         variables: Sequence[Variable],
     ) -> None:
-        adam_update(
-            xp,
-            params,
-            grads,
-            *slots,
-            learning_rate=rate,
-            beta_1=self.beta_1,
-            beta_2=self.beta_2,
-            epsilon=self.epsilon,
-            weight_decay=self.weight_decay,
-            decays=[self._decays(variable) for variable in variables] if self.weight_decay else None,
-            step=step,
-        )
+        decays = [self._decays(variable) for variable in variables] if self.weight_decay else None
+        adam_update(xp, params, grads, slots[0], slots[1], numbers, decays=decays)
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments as plain data."""

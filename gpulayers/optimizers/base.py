@@ -20,7 +20,9 @@ from gpulayers.trace import (
     GradientTape,
     GraphKeys,
     GraphTensor,
+    Replays,
     active_graph,
+    active_replays,
     as_value,
     gradients,
     stop_recording,
@@ -263,8 +265,8 @@ class Optimizer:
         self, grads: Sequence[Any], variables: Sequence[Variable], given_rate: Any, counter: Variable | None
     ) -> None:
         """Do one update now. All that can fail on wrong input is done before the first write."""
-        done = int(self.iterations.read())
-        rate = self._rate(done, given_rate)
+        replays = active_replays()
+        host_numbers = self._present_numbers(given_rate, counter, replays)
         groups: dict[Any, list[int]] = {}
         for index, variable in enumerate(variables):
             groups.setdefault(variable.device, []).append(index)
@@ -274,14 +276,39 @@ class Optimizer:
             with device(chosen[0].device):
                 params = [variable.writable() for variable in chosen]
                 slots = [[self._slots[id(v)][1][name].writable() for v in chosen] for name in self.slot_names]
+                numbers = host_numbers
+                if numbers is None and replays is not None:
+                    numbers = replays.numbers(params[0], self._next_numbers)
                 xp = array_module(params[0])
-                self._update_arrays(xp, params, [ready[index] for index in members], slots, rate, done + 1, chosen)
+                self._update_arrays(xp, params, [ready[index] for index in members], slots, numbers, chosen)
+        if host_numbers is None and replays is not None:
+            replays.each_time(lambda: self._count(counter))
+        else:
+            self._count(counter)
+        for variable in variables:
+            _constrain(variable, in_place=replays is not None)
+
+    def _present_numbers(self, given_rate: Any, counter: Variable | None, replays: Replays | None) -> Any:
+        """Return the numbers of this update; None while a step is captured: each replay has its own."""
+        if replays is None:
+            return self._next_numbers(given_rate)
+        if given_rate is not None:
+            replays.refuse(f"{self.name}: the learning rate is a graph tensor, which the host reads in every call")
+        replays.claim(self.iterations, *([] if counter is None else [counter]))
+        return None if replays.capturing else replays.ask(lambda: self._next_numbers(given_rate))
+
+    def _next_numbers(self, given_rate: Any = None) -> tuple[float, ...]:
+        done = int(self.iterations.read())
+        return self._numbers(self._rate(done, given_rate), done + 1)
+
+    def _count(self, counter: Variable | None) -> None:
         self.iterations.writable()[...] += 1
         if counter is not None:
             counter.store(counter.read() + 1)
-        for variable in variables:
-            if variable.constraint is not None:
-                variable.store(variable.accept(variable.constraint(variable.read())))
+
+    def _numbers(self, rate: float, step: int) -> tuple[float, ...]:
+        """Return what `_update_arrays` computes with in update number `step`, counted from 1."""
+        raise NotImplementedError(message(type(self).__name__, "does not define its numbers"))
 
     def _update_arrays(
         self,
@@ -289,11 +316,13 @@ class Optimizer:
         params: Sequence[Any],
         grads: Sequence[Any],
         slots: Sequence[Sequence[Any]],
-        rate: float,
-        step: int,
+        numbers: Any,
         variables: Sequence[Variable],
     ) -> None:
-        """Update arrays in place; `slots` holds a list for each of `slot_names`, `step` counts from 1."""
+        """Update arrays in place; `slots` holds a list for each of `slot_names`.
+
+        `numbers`: what `_numbers` returned, or a device array of it that the kernels read when they run.
+        """
         raise NotImplementedError(message(type(self).__name__, "does not define its update"))
 
     # --- configuration ------------------------------------------------------------------------------------------------
@@ -341,6 +370,17 @@ def _beside(gradient: Any, variable: Variable) -> Any:
     if value.dtype != parameter.dtype:
         value = value.astype(parameter_dtype(parameter.dtype))
     return value
+
+
+def _constrain(variable: Variable, in_place: bool) -> None:
+    """Apply a variable's constraint, if any; `in_place` keeps the array, which a captured graph goes on using."""
+    if variable.constraint is None:
+        return
+    if in_place:
+        array = variable.writable()
+        array[...] = variable.accept(variable.constraint(array))
+    else:
+        variable.store(variable.accept(variable.constraint(variable.read())))
 
 
 def _takes_an_argument(function: Any) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gpulayers.errors import message
-from gpulayers.ops.optimizer_arrays import sgd_update
+from gpulayers.ops.optimizer_arrays import sgd_numbers, sgd_update
 from gpulayers.optimizers.base import Optimizer
 from gpulayers.variables import Variable
 
@@ -45,20 +45,19 @@ class SGD(Optimizer):
         self.momentum, self.nesterov = momentum, nesterov
         self.slot_names = ("momentum",) if momentum else ()
 
+    def _numbers(self, rate: float, step: int) -> tuple[float, ...]:
+        return sgd_numbers(rate, self.momentum if self.slot_names else None)
+
     def _update_arrays(
         self,
         xp: Any,
         params: Sequence[Any],
         grads: Sequence[Any],
         slots: Sequence[Sequence[Any]],
-        rate: float,
-        step: int,
+        numbers: Any,
         variables: Sequence[Variable],
     ) -> None:
-        momentums = slots[0] if slots else None
-        sgd_update(
-            xp, params, grads, momentums, learning_rate=rate, momentum=self.momentum, nesterov=self.nesterov
-        )
+        sgd_update(xp, params, grads, slots[0] if slots else None, numbers, nesterov=self.nesterov)
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments as plain data."""

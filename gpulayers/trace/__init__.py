@@ -27,6 +27,9 @@ from gpulayers.trace.graph import placeholder_with_default as placeholder_with_d
 from gpulayers.trace.graph import recording_function as recording_function
 from gpulayers.trace.graph import reset_default_graph as reset_default_graph
 from gpulayers.trace.graph import symbolic_graph as symbolic_graph
+from gpulayers.trace.replays import Replays as Replays
+from gpulayers.trace.replays import active_replays as active_replays
+from gpulayers.trace.replays import following as following
 from gpulayers.trace.session import Session as Session
 from gpulayers.trace.session import gradients as gradients
 from gpulayers.trace.stored import CompositeValue as CompositeValue

@@ -128,6 +128,15 @@ class StoredValue(Recordable):
         return self._tensor
 
     @property
+    def is_lent(self) -> bool:
+        """Whether somebody holds the array as a value that must stay."""
+        return self._lent
+
+    def changed(self) -> None:
+        """Say that device work changed the array in place without `writable`: a replayed graph."""
+        self.version += 1
+
+    @property
     def initialized(self) -> bool:
         """Whether it has a value."""
         return self._array is not None

@@ -18,6 +18,24 @@ from gpulayers.launch import register_launcher
 from tests.kernels.cupy_names import NAMES
 from tests.kernels.emulation import EmulatedLauncher
 
+capture: Any = None
+"""Who records device work instead of doing it (`fake_cuda.Machine`), while a CUDA graph is being captured."""
+
+
+def _to_host() -> None:
+    if capture is not None:
+        raise RuntimeError("the current stream is capturing, so D2H transfers are disallowed")
+
+
+def _to_device() -> None:
+    if capture is not None:
+        raise RuntimeError("the current stream is capturing, so H2D transfers are disallowed")
+
+
+def _work(function: Any, inputs: Any, written: Any = ()) -> Any:
+    """Do device work that reads `inputs` and writes the arrays `written` or returns new ones; None for a result."""
+    return _wrap(function()) if capture is None else capture.record(lambda: _wrap(function()), inputs, written)
+
 
 class StrictArray:
     """An array that behaves like `cupy.ndarray` but lives in NumPy memory."""
@@ -70,12 +88,21 @@ class StrictArray:
         return None if self._memory.base is None else StrictArray._wrap(self._memory.base)
 
     def get(self) -> np.ndarray:
+        _to_host()
         return self._memory.copy()
 
+    def set(self, host: np.ndarray) -> None:
+        _to_device()
+        if host.dtype != self.dtype or host.shape != self.shape:
+            raise TypeError(f"{host.dtype}{host.shape} array cannot be set to {self.dtype}{self.shape} array")
+        np.copyto(self._memory, host)
+
     def item(self, *index: Any) -> Any:
+        _to_host()
         return self._memory.item(*index)
 
     def tolist(self) -> Any:
+        _to_host()
         return self._memory.tolist()
 
     def __len__(self) -> int:
@@ -87,15 +114,19 @@ class StrictArray:
         return (self[i] for i in range(len(self)))
 
     def __bool__(self) -> bool:
+        _to_host()
         return bool(self._memory)
 
     def __int__(self) -> int:
+        _to_host()
         return int(self._memory)
 
     def __float__(self) -> float:
+        _to_host()
         return float(self._memory)
 
     def __index__(self) -> int:
+        _to_host()
         return self._memory.__index__()
 
     def __repr__(self) -> str:
@@ -104,12 +135,16 @@ class StrictArray:
     __hash__ = None  # type: ignore[assignment]
 
     def __getitem__(self, index: Any) -> StrictArray:
-        return StrictArray._wrap(self._memory[_unwrap_index(index)])
+        plain = _unwrap_index(index)
+        if isinstance(plain, np.ndarray) and plain.dtype == bool:
+            _to_host()  # the size of the result
+        return _work(lambda: self._memory[plain], [self._memory])
 
     def __setitem__(self, index: Any, value: Any) -> None:
         if isinstance(value, np.ndarray):
             raise TypeError("Unsupported type <class 'numpy.ndarray'>")
-        self._memory[_unwrap_index(index)] = _unwrap(value)
+        plain, source = _unwrap_index(index), _unwrap(value)
+        _work(lambda: self._memory.__setitem__(plain, source), [], [self._memory])
 
 
 def _poisoned(memory: np.ndarray) -> np.ndarray:
@@ -144,12 +179,23 @@ def _wrap(value: Any) -> Any:
     return value
 
 
+_CUBLAS = frozenset({"matmul", "__matmul__", "dot", "tensordot", "einsum", "inner", "vdot"})
+_SIZE_FROM_DEVICE = frozenset({"nonzero", "flatnonzero", "argwhere", "unique", "compress", "extract"})
+
+
 def _call(function: Any, *arguments: Any, **keywords: Any) -> Any:
     out = keywords.get("out")
-    result = function(*map(_unwrap, arguments), **{k: _unwrap(v) for k, v in keywords.items()})
-    if isinstance(out, StrictArray):
-        return out
-    return _wrap(result)
+    plain, named = [_unwrap(a) for a in arguments], {k: _unwrap(v) for k, v in keywords.items()}
+    if capture is not None and function.__name__ in _CUBLAS:
+        raise NotImplementedError("calling cuBLAS API during stream capture is currently unsupported")
+    if function.__name__ in _SIZE_FROM_DEVICE:
+        _to_host()
+    written = [out._memory] if isinstance(out, StrictArray) else []
+    if function.__name__ in ("copyto", "fill", "sort", "partition"):
+        written = [plain[0] if function.__name__ == "copyto" else function.__self__]
+    own = getattr(function, "__self__", None)
+    result = _work(lambda: function(*plain, **named), [own, *plain, *named.values()], written)
+    return out if isinstance(out, StrictArray) else result
 
 
 # Keywords that NumPy's methods have and CuPy's have not.
@@ -181,8 +227,13 @@ def _operator(name: str) -> Any:
             raise TypeError(f"Unsupported type {type(other)}")
         if not isinstance(other, StrictArray | int | float | complex | bool | np.generic):
             return NotImplemented
-        result = getattr(self._memory, name)(_unwrap(other))
-        return result if result is NotImplemented else _wrap(result)
+        if capture is not None and name in ("__matmul__", "__rmatmul__"):
+            raise NotImplementedError("calling cuBLAS API during stream capture is currently unsupported")
+        function, value = getattr(self._memory, name), _unwrap(other)
+        result = function(value)
+        if result is NotImplemented or capture is None:
+            return result if result is NotImplemented else _wrap(result)
+        return _work(lambda: function(value), [])
 
     operator.__name__ = name
     return operator
@@ -192,11 +243,15 @@ def _in_place(name: str) -> Any:
     def operator(self: StrictArray, other: Any) -> Any:
         if isinstance(other, np.ndarray):
             raise TypeError(f"Unsupported type {type(other)}")
-        if self.ndim:
-            getattr(self._memory, name)(_unwrap(other))
-        else:
-            plain = getattr(self._memory, name.replace("__i", "__", 1))(_unwrap(other))
-            self._memory[...] = plain
+        value = _unwrap(other)
+
+        def change() -> None:
+            if self.ndim:
+                getattr(self._memory, name)(value)
+            else:
+                self._memory[...] = getattr(self._memory, name.replace("__i", "__", 1))(value)
+
+        _work(change, [], [self._memory])
         return self
 
     operator.__name__ = name
@@ -231,6 +286,7 @@ def asarray(a: Any, dtype: Any = None, order: Any = None, **unused: Any) -> Stri
     """Copy a host value to the emulated device; return a strict array of the right dtype itself."""
     if isinstance(a, StrictArray):
         return a if dtype is None or a.dtype == dtype else a.astype(dtype)
+    _to_device()
     return StrictArray._wrap(np.array(a, dtype=dtype, order="C"))
 
 
@@ -265,21 +321,30 @@ def _as_strided(x: StrictArray, shape: Any = None, strides: Any = None) -> Stric
 
 
 class _Generator:
-    """The methods of `cupy.random.Generator` that are used, on the emulated device."""
+    """The methods of `cupy.random.Generator` that are used, on the emulated device.
+
+    As CuPy's: the state lies on the device, and drawing is a kernel of its own that moves the state on.
+    """
 
     def __init__(self, seed: Any = None) -> None:
         self._host = np.random.default_rng(seed)
 
+    def _draw(self, name: str, *arguments: Any) -> StrictArray:
+        method = getattr(self._host, name)
+        if capture is not None:
+            capture.save_generator(self._host)
+        return _work(lambda: np.asarray(method(*arguments)), [])
+
     def random(self, size: Any = None, dtype: Any = np.float64, out: None = None) -> StrictArray:
-        return _wrap(np.asarray(self._host.random(size, dtype)))
+        return self._draw("random", size, dtype)
 
     def standard_normal(self, size: Any = None, dtype: Any = np.float64, out: None = None) -> StrictArray:
-        return _wrap(np.asarray(self._host.standard_normal(size, dtype)))
+        return self._draw("standard_normal", size, dtype)
 
     def integers(
         self, low: int, high: Any = None, size: Any = None, dtype: Any = np.int64, endpoint: bool = False
     ) -> StrictArray:
-        return _wrap(np.asarray(self._host.integers(low, high, size, dtype, endpoint)))
+        return self._draw("integers", low, high, size, dtype, endpoint)
 
 
 def _fill() -> None:

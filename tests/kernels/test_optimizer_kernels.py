@@ -95,9 +95,14 @@ def update(rule, lists, grads, t):
     slots, settings = RULES[rule]
     module = array_module(*lists[0])
     if slots == 2:
-        optimizer_arrays.adam_update(module, lists[0], grads, *lists[1:], **settings, step=t)
+        numbers = optimizer_arrays.adam_numbers(**settings, step=t)
+        optimizer_arrays.adam_update(module, lists[0], grads, *lists[1:], numbers)
     else:
-        optimizer_arrays.sgd_update(module, lists[0], grads, lists[1] if slots else None, **settings)
+        numbers = optimizer_arrays.sgd_numbers(settings["learning_rate"], settings.get("momentum"))
+        nesterov = settings.get("nesterov", False)
+        optimizer_arrays.sgd_update(
+            module, lists[0], grads, lists[1] if slots else None, numbers, nesterov=nesterov
+        )
 
 
 def check(arrays, rule, shapes, pair, offset=0, steps=3):
@@ -156,7 +161,7 @@ def test_all_parameters_take_one_launch(rule):
 
 def test_the_arguments_fit_what_every_driver_takes():
     kernels = [value for value in vars(optimizer_kernels).values() if type(value).__name__ == "Kernel"]
-    assert len(kernels) == 4 and all(kernel.packer.size <= 4096 for kernel in kernels)
+    assert len(kernels) == 5 and all(kernel.packer.size <= 4096 for kernel in kernels)
 
 
 def test_more_parameters_than_a_launch_takes(arrays):
@@ -235,7 +240,7 @@ def test_arrays_that_share_memory_are_updated_one_after_the_other(arrays):
     update("sgd", [views], grads, 1)
     np.testing.assert_allclose(shared.get(), truth, rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(apart.get(), alone, rtol=1e-6, atol=1e-7)
-    assert optimizer_kernels.sgd_update(given, given, rate=0.0) == [0, 2, 3]
+    assert optimizer_kernels.sgd_update(given, given, (0.0,)) == [0, 2, 3]
 
 
 def test_a_gradient_of_another_shape_is_refused(arrays):
@@ -259,8 +264,8 @@ def test_decay_leaves_out_whom_it_is_told(arrays):
             params = [*map(put, hosts[:2]), put(hosts[2].T.copy()).T]
             given = [params, *[[put(z) for z in members] for members in zeros]]
             grads = [put(np.zeros((6, 4), "f")) for _ in hosts]
-            settings = {"learning_rate": 0.5, "weight_decay": 0.5, "decays": decays}
-            optimizer_arrays.adam_update(array_module(*params), params, grads, *given[1:], **settings)
+            numbers = optimizer_arrays.adam_numbers(learning_rate=0.5, weight_decay=0.5)
+            optimizer_arrays.adam_update(array_module(*params), params, grads, *given[1:], numbers, decays=decays)
             for host, one, decayed in zip(hosts, params, decays, strict=True):
                 found = one if put is np.array else one.get()
                 np.testing.assert_allclose(found, host * 0.75 if decayed else host, rtol=1e-6)
@@ -282,13 +287,13 @@ def test_infinities_and_nan(arrays):
 @pytest.mark.parametrize("rate", [0.0, 1e300, math.inf])
 def test_rates_that_float32_does_not_hold(arrays, rate):
     w = arrays.asarray(np.ones(3, "f"))
-    optimizer_arrays.sgd_update(arrays, [w], [arrays.asarray(np.ones(3, "f"))], None, learning_rate=rate)
+    optimizer_arrays.sgd_update(arrays, [w], [arrays.asarray(np.ones(3, "f"))], None, (rate,))
     assert w.get().tolist() == ([1.0] * 3 if rate == 0 else [-math.inf] * 3)
 
 
 def test_float64_numbers_are_not_rounded_to_float32(arrays):
     w = arrays.asarray(np.zeros(3))
-    optimizer_arrays.sgd_update(arrays, [w], [arrays.asarray(np.ones(3))], None, learning_rate=0.1)
+    optimizer_arrays.sgd_update(arrays, [w], [arrays.asarray(np.ones(3))], None, (0.1,))
     assert w.get().tolist() == [-0.1] * 3
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 import gpulayers as gl
 from gpulayers import _cupy
 from gpulayers.trace.stored import StoredValue
+from tests.kernels.fake_cuda import Machine, fake_cuda
 
 
 class FakeArray(np.ndarray):
@@ -21,85 +21,8 @@ class FakeArray(np.ndarray):
         np.copyto(self, host)
 
 
-class Machine:
-    """A device with one stream that may be capturing; work is a list of functions."""
-
-    def __init__(self):
-        self.work, self.current, self.serial, self.allocators = None, None, 0, []
-        self.log = []
-
-    def launch(self, function):
-        """Run a kernel, or record it while a stream is capturing."""
-        if self.work is None:
-            function()
-        else:
-            self.work.append(function)
-
-
 def fake_cupy(machine):
-    class Event:
-        pass
-
-    class Graph:
-        def __init__(self, work):
-            self.work = work
-
-        def launch(self):
-            machine.log.append("launch")
-            for function in self.work:
-                function()
-
-    class Stream:
-        def __init__(self, non_blocking=False):
-            machine.serial += 1
-            self.ptr, self.non_blocking, self.outer = machine.serial, non_blocking, []
-
-        def __enter__(self):
-            self.outer.append(machine.current)
-            machine.current = self
-
-        def __exit__(self, *_):
-            machine.current = self.outer.pop()
-
-        def record(self):
-            return Event()
-
-        def wait_event(self, event):
-            assert isinstance(event, Event)
-            machine.log.append(f"stream {self.ptr} waits")
-
-        def synchronize(self):
-            assert machine.work is None
-
-        def begin_capture(self):
-            assert self.non_blocking and machine.current is self and machine.work is None
-            machine.work = []
-
-        def end_capture(self):
-            work, machine.work = machine.work, None
-            machine.log.append("captured")
-            return Graph(work)
-
-    class MemoryPool:
-        def malloc(self, size):
-            raise AssertionError("the double allocates nothing")
-
-    @contextmanager
-    def using_allocator(allocator):
-        machine.allocators.append(allocator)
-        try:
-            yield
-        finally:
-            machine.allocators.pop()
-
-    machine.current = Stream()
-    cuda = SimpleNamespace(
-        Stream=Stream,
-        MemoryPool=MemoryPool,
-        using_allocator=using_allocator,
-        get_current_stream=lambda: machine.current,
-    )
-    return SimpleNamespace(cuda=cuda, ndarray=FakeArray, array=lambda a: np.array(a).view(FakeArray))
+    return SimpleNamespace(cuda=fake_cuda(machine), ndarray=FakeArray, array=lambda a: np.array(a).view(FakeArray))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 from gpulayers import ops, optimizers
 from gpulayers.constraints import NonNeg
-from gpulayers.ops.optimizer_arrays import BLOCK, adam_update, sgd_update
+from gpulayers.ops.optimizer_arrays import BLOCK, adam_numbers, adam_update, sgd_update
 from gpulayers.optimizers import (
     SGD,
     Adam,
@@ -162,11 +162,11 @@ def test_blocks_cover_large_and_oddly_laid_out_arrays(order):
         return np.array(array, order=order)
 
     w, m, v = laid_out(start), laid_out(np.zeros(shape)), laid_out(np.zeros(shape))
-    adam_update(np, [w], [laid_out(grad)], [m], [v], learning_rate=0.1, epsilon=1e-7, weight_decay=0.2, step=1)
+    adam_update(np, [w], [laid_out(grad)], [m], [v], adam_numbers(learning_rate=0.1, weight_decay=0.2))
     expected = start - 0.02 * start - 0.1 * math.sqrt(0.001) / 0.1 * (0.1 * grad) / (np.sqrt(0.001 * grad**2) + 1e-7)
     np.testing.assert_allclose(w, expected, rtol=1e-9)
     w, b = laid_out(start), laid_out(np.zeros(shape))
-    sgd_update(np, [w], [laid_out(grad)], [b], learning_rate=0.1, momentum=0.5, nesterov=True)
+    sgd_update(np, [w], [laid_out(grad)], [b], (0.1, 0.5), nesterov=True)
     np.testing.assert_allclose(w, start - 0.1 * 1.5 * grad, rtol=1e-12, atol=1e-15)
 
 

@@ -1,0 +1,188 @@
+"""A double of CuPy's streams, memory pools and graphs: work is recorded while a stream captures, and repeated later.
+
+What CuPy 14.2 does in a capture, by its source (`stream.pyx`, `memory.pyx`, `cublas.pyx`): copies between host and
+device raise RuntimeError, calls into cuBLAS NotImplementedError; memory comes from the current allocator as always;
+nothing is executed until the graph is launched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from gpulayers.launch import register_launcher
+from tests.kernels import strict_array
+
+
+class Machine:
+    """A device with one stream that may be capturing; work is a list of functions."""
+
+    def __init__(self) -> None:
+        self.work: list[Any] | None = None
+        self.current: Any = None
+        self.serial, self.allocators, self.log = 0, [], []
+        self._memory: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._generators: dict[int, tuple[Any, Any]] = {}
+
+    def launch(self, function: Any) -> None:
+        """Run a kernel, or record it while a stream is capturing."""
+        if self.work is None:
+            function()
+        else:
+            self.work.append(function)
+
+    def begin(self) -> None:
+        self.work = []
+        strict_array.capture = self
+
+    def end(self) -> list[Any]:
+        """Undo what was done to find shapes and dtypes, and return the work."""
+        strict_array.capture = None
+        for memory, before in self._memory.values():
+            np.copyto(memory, before)
+        for generator, state in self._generators.values():
+            generator.bit_generator.state = state
+        self._memory, self._generators = {}, {}
+        work, self.work = self.work, None
+        return work or []
+
+    def save(self, memory: np.ndarray) -> None:
+        """Keep what an array holds before the capture writes it for the first time."""
+        while memory.base is not None and isinstance(memory.base, np.ndarray):
+            memory = memory.base
+        self._memory.setdefault(id(memory), (memory, memory.copy()))
+
+    def save_generator(self, generator: Any) -> None:
+        self._generators.setdefault(id(generator), (generator, copy.deepcopy(generator.bit_generator.state)))
+
+    def record(self, function: Any, inputs: Any, written: Any) -> Any:
+        """Do the work once, for the shapes, and record it to be done into the same arrays."""
+        for memory in written:
+            self.save(memory)
+        result = function()
+        made = [one for one in (result if isinstance(result, tuple | list) else [result]) if hasattr(one, "_memory")]
+        arrays = [value for value in inputs if isinstance(value, np.ndarray)]
+        if made and any(np.may_share_memory(one._memory, array) for one in made for array in arrays):
+            return result  # a view has no work of its own
+
+        def again() -> None:
+            repeated = function()
+            pieces = repeated if isinstance(repeated, tuple | list) else [repeated]
+            for one, other in zip(made, pieces if made else [], strict=True):
+                np.copyto(one._memory, other._memory)
+
+        self.launch(again)
+        return result
+
+
+class CapturingLauncher:
+    """The emulated launcher, whose launches are recorded while a stream captures."""
+
+    def __init__(self, machine: Machine, inner: Any) -> None:
+        self._machine, self._inner = machine, inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def launch(self, specialisation: Any, packed: bytes, arrays: Any, *rest: Any) -> None:
+        reached = rest[-1] if len(rest) == 5 else ()
+
+        def function() -> None:
+            self._inner.launch(specialisation, packed, arrays, *rest)
+
+        if self._machine.work is not None:
+            for array in (*arrays.values(), *reached):
+                self._machine.save(array._memory)
+            function()
+        self._machine.launch(function)
+
+
+def fake_cuda(machine: Machine) -> SimpleNamespace:
+    """Return what stands for ``cupy.cuda``."""
+
+    class Event:
+        pass
+
+    class Graph:
+        def __init__(self, work: list[Any]) -> None:
+            self.work = work
+
+        def launch(self) -> None:
+            machine.log.append("launch")
+            for function in self.work:
+                function()
+
+    class Stream:
+        def __init__(self, non_blocking: bool = False) -> None:
+            machine.serial += 1
+            self.ptr, self.non_blocking, self.outer = machine.serial, non_blocking, []
+
+        def __enter__(self) -> Any:
+            self.outer.append(machine.current)
+            machine.current = self
+            return self
+
+        def __exit__(self, *_: Any) -> None:
+            machine.current = self.outer.pop()
+
+        def record(self) -> Event:
+            return Event()
+
+        def wait_event(self, event: Any) -> None:
+            assert isinstance(event, Event)
+            machine.log.append(f"stream {self.ptr} waits")
+
+        def synchronize(self) -> None:
+            assert machine.work is None
+
+        def begin_capture(self) -> None:
+            assert self.non_blocking and machine.current is self and machine.work is None
+            machine.begin()
+
+        def end_capture(self) -> Graph:
+            work = machine.end()
+            machine.log.append("captured")
+            return Graph(work)
+
+    class MemoryPool:
+        def malloc(self, size: int) -> Any:
+            raise AssertionError("the double allocates nothing")
+
+    @contextmanager
+    def using_allocator(allocator: Any) -> Any:
+        machine.allocators.append(allocator)
+        try:
+            yield
+        finally:
+            machine.allocators.pop()
+
+    machine.current = Stream()
+    return SimpleNamespace(
+        Stream=Stream,
+        MemoryPool=MemoryPool,
+        using_allocator=using_allocator,
+        get_current_stream=lambda: machine.current,
+    )
+
+
+@contextlib.contextmanager
+def emulated_cuda(monkeypatch: Any) -> Any:
+    """Let the emulated device stand for CuPy, streams and captures included; yield the machine."""
+    from gpulayers import _cupy
+
+    machine, module = Machine(), strict_array.xp
+    monkeypatch.setattr(module, "cuda", fake_cuda(machine), raising=False)
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    monkeypatch.setattr(_cupy, "cupy", lambda: module)
+    register_launcher("emulated", CapturingLauncher(machine, strict_array.launcher))
+    try:
+        yield machine
+    finally:
+        strict_array.capture = None
+        register_launcher("emulated", strict_array.launcher)
