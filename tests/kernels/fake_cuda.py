@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from gpulayers.launch import register_launcher
 from tests.kernels import strict_array
 
 
@@ -81,26 +80,20 @@ class Machine:
         return result
 
 
-class CapturingLauncher:
-    """The emulated launcher, whose launches are recorded while a stream captures."""
+def _recorded_launches(machine: Machine, launch: Any) -> Any:
+    """Return the emulated launcher's `launch`, which a capture records."""
 
-    def __init__(self, machine: Machine, inner: Any) -> None:
-        self._machine, self._inner = machine, inner
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def launch(self, specialisation: Any, packed: bytes, arrays: Any, *rest: Any) -> None:
-        reached = rest[-1] if len(rest) == 5 else ()
-
+    def recorded(specialisation: Any, packed: bytes, arrays: Any, geometry: Any, reached: Any) -> None:
         def function() -> None:
-            self._inner.launch(specialisation, packed, arrays, *rest)
+            launch(specialisation, packed, arrays, geometry, reached)
 
-        if self._machine.work is not None:
+        if machine.work is not None:
             for array in (*arrays.values(), *reached):
-                self._machine.save(array._memory)
+                machine.save(array._memory)
             function()
-        self._machine.launch(function)
+        machine.launch(function)
+
+    return recorded
 
 
 def fake_cuda(machine: Machine) -> SimpleNamespace:
@@ -180,9 +173,9 @@ def emulated_cuda(monkeypatch: Any) -> Any:
     monkeypatch.setattr(module, "cuda", fake_cuda(machine), raising=False)
     monkeypatch.setitem(sys.modules, "cupy", module)
     monkeypatch.setattr(_cupy, "cupy", lambda: module)
-    register_launcher("emulated", CapturingLauncher(machine, strict_array.launcher))
+    launcher = strict_array.launcher
+    monkeypatch.setattr(launcher, "launch", _recorded_launches(machine, launcher.launch))
     try:
         yield machine
     finally:
         strict_array.capture = None
-        register_launcher("emulated", strict_array.launcher)
