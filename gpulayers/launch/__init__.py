@@ -12,11 +12,14 @@ from gpulayers.launch.launcher import (
     DeviceProperties,
     Geometry,
     Launcher,
+    Place,
     device_properties,
     has_kernels,
     launcher_of,
+    place_of,
     register_launcher,
     workspace,
+    workspace_pieces,
 )
 from gpulayers.launch.prepared import Prepared
 
@@ -28,6 +31,7 @@ __all__ = [
     "Kernel",
     "Kept",
     "Launcher",
+    "Place",
     "Prepared",
     "Specialisation",
     "device_properties",
@@ -37,7 +41,9 @@ __all__ = [
     "keeping",
     "kernel_list",
     "launcher_of",
+    "place_of",
     "register_launcher",
     "vector_width",
     "workspace",
+    "workspace_pieces",
 ]

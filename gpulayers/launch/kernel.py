@@ -9,7 +9,7 @@ import math
 import pkgutil
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -197,7 +197,7 @@ class Kernel:
 
     def prepare(
         self,
-        like: Any,
+        place: Place,
         fixed: Mapping[str, Any],
         *,
         grid: Sequence[int],
@@ -206,14 +206,20 @@ class Kernel:
         shared: int = 0,
         cooperative: bool = False,
     ) -> Prepared:
-        """Return a launch for arrays of the kind of `like`, to be called with the fields that `fixed` leaves open.
+        """Return a launch for arrays of one `place`, to be called with the fields that `fixed` leaves open.
 
-        `fixed` has numbers, and None for pointers that are always null; `like` is not kept. What is settled here is not
-        looked at again; the values of a call are checked as by `launch`. Keep the result for further calls of the same
-        shape, dtypes and mode. Arguments and errors are those of `launch`.
+        `fixed` has numbers, and None for pointers that are always null. What is settled here is not looked at again;
+        the values of a call are checked as by `launch`. Keep the result for further calls of the same shape, dtypes and
+        mode. Arguments and errors are those of `launch`.
         """
         geometry = self._geometry(grid, block, shared, cooperative)
-        return Prepared(self.specialise(defines), place_of(like), geometry, fixed)
+        return Prepared(self.specialise(defines), place, geometry, fixed)
+
+    def nothing(self, given: Iterable[str]) -> dict[str, Any]:
+        """Return null pointers, zeros and empty lists for the fields that are not `given`."""
+        names = set(given)
+        left = [field for field in self.fields if field.name not in names]
+        return {field.name: [] if field.length else None if field.is_pointer else 0 for field in left}
 
     def _geometry(self, grid: Sequence[int], block: Sequence[int], shared: int, cooperative: bool) -> Geometry:
         grid3, block3 = (tuple(map(int, (*sizes, 1, 1)[:3])) for sizes in (grid, block))

@@ -36,6 +36,9 @@ __all__ = [
 ]
 
 
+_MOST_CARVED = 256  # sets of views kept of one workspace
+
+
 class DeviceProperties(NamedTuple):
     """What planning code may ask about a device; sizes in bytes."""
 
@@ -86,11 +89,15 @@ class Launcher(Protocol):
     def properties(self, like: Any) -> DeviceProperties:
         """Return the properties of the device of `like`."""
 
-    def pointer(self, array: Any) -> int:
-        """Return the address of an array's first element."""
+    @property
+    def pointer(self) -> Callable[[Any], int]:
+        """Return the function of an array that gives the address of its first element."""
 
-    def workspace(self, like: Any, counters: int, scratch: int) -> tuple[Any, Any]:
+    def workspace(self, array_type: type, counters: int, scratch: int) -> tuple[Any, Any]:
         """Return the cached (uint32 counters, uint8 scratch) of the device, stream and thread."""
+
+    def carved(self, array_type: type, counters: int, pieces: Pieces) -> tuple[Any, ...]:
+        """Return the counters and views of the scratch of `workspace`: what `carve` cuts."""
 
     def resident_blocks(self, specialisation: Specialisation, threads: int, shared: int) -> int:
         """Return how many blocks of this size one multiprocessor holds at a time."""
@@ -99,11 +106,37 @@ class Launcher(Protocol):
         """Return the function that runs the kernel on the current stream."""
 
 
+Pieces = tuple[tuple[Any, int], ...]  # (dtype, number of elements) of each
+
+
+def carve(scratch: Any, pieces: Pieces) -> list[Any]:
+    """Return views of the scratch, one behind the other, each at a multiple of 256 bytes."""
+    views, start = [], 0
+    for dtype, count in pieces:
+        size = count * dtype.itemsize
+        views.append(scratch[start : start + size].view(dtype))
+        start += round_up(size)
+    return views
+
+
+def round_up(size: int) -> int:
+    """Return the least multiple of 256 that is not smaller."""
+    return -(-size // 256) * 256
+
+
+class _Workspace(NamedTuple):
+    """Counters and scratch of a device, stream and thread, and the views that were cut from them."""
+
+    counters: Any
+    scratch: Any
+    carved: dict[tuple[int, Pieces], tuple[Any, ...]]
+
+
 class _OfThread(threading.local):
     """What every thread has for itself: workspaces by device and stream."""
 
     def __init__(self) -> None:
-        self.workspaces: dict[tuple[int, int], tuple[Any, Any]] = {}
+        self.workspaces: dict[tuple[int, int], _Workspace] = {}
         self.devices: set[int] = set()  # those that have a context in this thread
 
 
@@ -113,6 +146,8 @@ class CupyLauncher:
     CuPy always adds ``-ftz=true``: float32 arithmetic, which 16-bit data uses too, takes and gives 0 for magnitudes
     below 2^-126. float64 keeps its subnormal numbers.
     """
+
+    pointer = operator.attrgetter("data.ptr")
 
     def __init__(self) -> None:
         self._functions: dict[tuple[int, Specialisation], Any] = {}
@@ -156,28 +191,39 @@ class CupyLauncher:
             )
         return self._properties[device]
 
-    def pointer(self, array: Any) -> int:
-        """Return the address of a CuPy array."""
-        return int(array.data.ptr)
-
-    def workspace(self, like: Any, counters: int, scratch: int) -> tuple[Any, Any]:
+    def workspace(self, array_type: type, counters: int, scratch: int) -> tuple[Any, Any]:
         """Return the workspace of the current device, stream and thread, grown if it is too small.
 
         An operation of two launches keeps its tables there in between, where another thread may launch on the same
         stream; and the per-thread default stream has one number in all threads.
         Growing inside a captured CUDA graph would record the clearing of the counters: call once before capturing.
         """
-        cupy = _cupy.cupy()
-        key = (self.current_device(), self._cuda.get_current_stream().ptr)
+        key = self._workspace_key()
         found = self._own.workspaces.get(key)
-        if found is None or found[0].size < counters or found[1].size < scratch:
-            old = (0, 0) if found is None else (found[0].size, found[1].size)
-            found = (
+        if found is None or found.counters.size < counters or found.scratch.size < scratch:
+            cupy, old = _cupy.cupy(), (0, 0) if found is None else (found.counters.size, found.scratch.size)
+            found = self._own.workspaces[key] = _Workspace(
                 cupy.zeros(max(counters, old[0], 4096), dtype=np.uint32),
                 cupy.empty(max(scratch, old[1], 1 << 20), dtype=np.uint8),
+                {},  # views of memory that is given up go with it
             )
-            self._own.workspaces[key] = found
-        return found
+        return found.counters, found.scratch
+
+    def carved(self, array_type: type, counters: int, pieces: Pieces) -> tuple[Any, ...]:
+        """Return the counters and views of the workspace, those of an earlier call where there was one like it."""
+        known = self._own.workspaces.get(self._workspace_key())
+        views = None if known is None else known.carved.get((counters, pieces))
+        if views is None:
+            size = sum(round_up(count * dtype.itemsize) for dtype, count in pieces)
+            zeros, scratch = self.workspace(array_type, counters, size)
+            carved = self._own.workspaces[self._workspace_key()].carved
+            if len(carved) >= _MOST_CARVED:
+                carved.clear()
+            views = carved[counters, pieces] = (zeros, *carve(scratch, pieces))
+        return views
+
+    def _workspace_key(self) -> tuple[int, int]:
+        return self.current_device(), self._cuda.get_current_stream().ptr
 
     def _compile(self, device: int, specialisation: Specialisation) -> Any:
         with self._lock:
@@ -308,6 +354,13 @@ def workspace(like: Any, counters: int = 0, scratch: int = 0) -> tuple[Any, Any]
     `scratch` is uint8 with any contents, 256-byte aligned, valid until the thread's next call that uses the
     stream.
     """
-    found = launcher_of(like).workspace(like, counters, scratch)
+    found = launcher_of(like).workspace(type(like), counters, scratch)
+    keep(*found)
+    return found
+
+
+def workspace_pieces(place: Place, counters: int, pieces: Pieces) -> tuple[Any, ...]:
+    """Return the counters and, one behind the other in the scratch of `workspace`, an array for each of `pieces`."""
+    found = place.launcher.carved(place.array_type, counters, pieces)
     keep(*found)
     return found

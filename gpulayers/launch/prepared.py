@@ -38,7 +38,8 @@ class Prepared:
         self._template: list[Any] = [0] * sum(slot.length or 1 for slot in specialisation.slots)
         settled = [slot for slot in specialisation.slots if slot.name in fixed]
         for slot in settled:
-            if slot.is_pointer and fixed[slot.name] is not None:
+            value = fixed[slot.name]
+            if slot.is_pointer and not (value is None or (slot.length and not len(value))):
                 wrong = f"{slot.name!r} is fixed, but addresses change"
                 raise KernelError(message(specialisation.name, wrong, "a number or None"))
         self._put(self._template, map(_row, settled), fixed, 0)

@@ -7,16 +7,19 @@ stream.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from gpulayers.device import array_module
-from gpulayers.launch import Kernel, device_properties, is_aligned, workspace
+from gpulayers.launch import Kernel, Place, Prepared, is_aligned, place_of, workspace_pieces
 from gpulayers.ops.batch_norm_moving import MovingStatistics, Renorm
 from gpulayers.ops.batch_norm_plan import CLUSTER, Layout, Plan, choose
 
 __all__ = ["backward", "forward", "inference", "inference_backward", "statistics"]
 
+LAUNCHES = 1024  # shapes whose launches are kept
 _GEOMETRY = [(name, "int64") for name in ("rows", "groups", "spread", "channels", "inner", "splits")]
 _SCRATCH = [("parts", "PARAMETER*"), ("moments", "float64*"), ("counters", "uint32*")]
 _STATISTICS = [
@@ -70,63 +73,70 @@ _backward = _kernel("gl_bn_backward", _SCRATCH, _INPUTS, _GIVEN, _GRADIENTS, _SU
 
 
 class _Launch:
-    """One call's plan and the arguments that all its launches share."""
+    """What all calls of one shape, dtype and alignment share: the plan, the arguments that stay, prepared launches."""
 
-    def __init__(
-        self, layout: Layout, dtype: Any, arrays: Sequence[Any], kept: int = 1, one_launch: bool = True
-    ) -> None:
-        x = arrays[0]
-        self.layout, self.dtype, self.x = layout, dtype, x
-        present = [array for array in arrays if array is not None]
-        self.plan: Plan = choose(layout, x.dtype.itemsize, is_aligned(*present), device_properties(x), kept, one_launch)
+    def __init__(self, place: Place, layout: Layout, storage: Any, dtype: Any, plan: Plan) -> None:
+        self._place, self.plan = place, plan
         geometry = dict(zip(("rows", "groups", "spread", "channels", "inner"), layout, strict=False))
-        self.shared_values: dict[str, Any] = {**geometry, "splits": self.plan.splits}
-        self.defines: dict[str, Any] = {
-            "STORAGE": x.dtype.name,
-            "PARAMETER": dtype.name,
-            "VECTOR": self.plan.vector,
-            "CHANNELS_LAST": self.plan.channels_last,
+        self._fixed: dict[str, Any] = {**geometry, "splits": plan.splits}
+        self._defines: dict[str, Any] = {
+            "STORAGE": storage,
+            "PARAMETER": dtype,
+            "VECTOR": plan.vector,
+            "CHANNELS_LAST": plan.channels_last,
         }
+        self._blocks = plan.slabs * plan.splits
+        self._groups = layout.groups
+        self._counters = plan.slabs * (layout.groups + 1)
+        self._pieces = (np.dtype(np.float64), 2 * layout.slots), (dtype, 2 * plan.splits * layout.slots)
+        self._tables = (dtype, 3 * layout.slots)
+        self._prepared: dict[Any, Prepared] = {}
 
     def scratch(self, tables: bool = False) -> dict[str, Any]:
         """Return the workspace as arguments: partial sums, moments in double, counters, and tables if wanted."""
-        layout, plan, size = self.layout, self.plan, self.dtype.itemsize
-        sizes = [16 * layout.slots, 2 * plan.splits * layout.slots * size, 3 * layout.slots * size if tables else 0]
-        starts = [0, _round_up(sizes[0])]
-        starts.append(starts[1] + _round_up(sizes[1]))
-        counters, memory = workspace(
-            self.x, counters=plan.slabs * (layout.groups + 1), scratch=starts[2] + _round_up(sizes[2])
-        )
-        pieces = [memory[start : start + length] for start, length in zip(starts, sizes, strict=True)]
-        values = {
-            "moments": pieces[0].view("float64"),
-            "parts": pieces[1].view(self.dtype),
-            "counters": counters,
-        }
-        if tables:
-            values["tables"] = pieces[2].view(self.dtype)
-        return values
+        pieces = (*self._pieces, self._tables) if tables else self._pieces
+        names = ("counters", "moments", "parts", "tables")
+        found = workspace_pieces(self._place, self._counters, pieces)
+        return dict(zip(names, found, strict=False))
 
     def run(self, kernel: Kernel, values: dict[str, Any]) -> None:
-        """Launch with one block per slab, group and split, or per slab (and split) where one launch does it all."""
-        plan, defines = self.plan, self.defines
-        blocks = plan.slabs * plan.splits * self.layout.groups
-        shared = 0
+        """Launch with one block per slab, group and split, or per slab (and split) where one launch does it all.
+
+        Fields that `values` does not name are null pointers and zeros.
+        """
+        key = kernel, *values
+        prepared = self._prepared.get(key)
+        if prepared is None:
+            prepared = self._prepared[key] = self._prepare(kernel, values)
+        prepared(values)
+
+    def _prepare(self, kernel: Kernel, names: Iterable[str]) -> Prepared:
+        plan, defines, blocks, shared = self.plan, self._defines, self._blocks * self._groups, 0
         if "CLUSTER" in kernel.defines:
-            blocks = plan.slabs * plan.splits
+            blocks, shared = self._blocks, plan.shared
             defines = {**defines, "CLUSTER": CLUSTER if plan.regime == "cluster" else 1}
-            shared = plan.shared
-        kernel.launch(
-            {**self.shared_values, **values},
-            grid=(blocks,),
-            block=(plan.lanes, plan.depth),
-            defines=defines,
-            shared=shared,
+        fixed = {**kernel.nothing(names), **self._fixed}
+        return kernel.prepare(
+            self._place, fixed, grid=(blocks,), block=(plan.lanes, plan.depth), defines=defines, shared=shared
         )
 
 
-def _round_up(size: int) -> int:
-    return -(-size // 256) * 256
+_launches: dict[Any, _Launch] = {}
+
+
+def _launch(layout: Layout, dtype: Any, arrays: Sequence[Any], kept: int = 1, one_launch: bool = True) -> _Launch:
+    """Return what calls with arrays like these share; the first of `arrays` is x, those that are None do not count."""
+    x = arrays[0]
+    place = place_of(x)
+    device, aligned = place.launcher.properties(x), is_aligned(*[array for array in arrays if array is not None])
+    key = place, device, layout, x.dtype, aligned, kept, one_launch
+    found = _launches.get(key)
+    if found is None:
+        while len(_launches) >= LAUNCHES:
+            _launches.pop(next(iter(_launches)), None)
+        plan = choose(layout, x.dtype.itemsize, aligned, device, kept, one_launch)
+        found = _launches[key] = _Launch(place, layout, x.dtype, dtype, plan)
+    return found
 
 
 def _parameter(values: Any, dtype: Any) -> Any:
@@ -138,54 +148,57 @@ def _parameter(values: Any, dtype: Any) -> Any:
     return values if values.flags.c_contiguous else array_module(values).ascontiguousarray(values)
 
 
-def _limits(renorm: Renorm | None, dtype: Any) -> dict[str, Any]:
-    """Return the clips as numbers, and those that live on the device as arrays."""
+def _renorm(renorm: Renorm, dtype: Any) -> dict[str, Any]:
+    """Return renorm's old statistics, and its clips: those that live on the device as arrays, the others as numbers."""
     numbers, arrays = [0.0, float("inf"), float("inf")], [None, None, None]
-    for index, clip in enumerate(renorm[2:] if renorm is not None else ()):
+    for index, clip in enumerate(renorm[2:]):
         if clip is None:
             continue
         if array_module(clip).__name__ != "numpy":
             arrays[index] = _parameter(clip, dtype)
         else:
             numbers[index] = float(clip)
-    return {"limits": numbers, "limit_arrays": arrays}
-
-
-def _moving(moving: MovingStatistics | None, count: int) -> dict[str, Any]:
-    fields = MovingStatistics(None, None, 0.0) if moving is None else moving
     return {
-        "moving_mean": fields.mean,
-        "moving_variance": fields.variance,
-        "moving_stddev": fields.stddev,
-        "renorm_mean": fields.renorm_mean,
-        "renorm_stddev": fields.renorm_stddev,
-        "skipped": fields.skipped,
-        "decay": float(fields.decay),
-        "renorm_decay": float(fields.renorm_decay),
-        "unbiased": count / max(count - 1, 1) if fields.unbiased else 1.0,
-        "skip_nonfinite": int(fields.skip_nonfinite),
+        "old_mean": _parameter(renorm.mean, dtype),
+        "old_stddev": _parameter(renorm.stddev, dtype),
+        "limits": numbers,
+        "limit_arrays": arrays,
     }
+
+
+def _moving(moving: MovingStatistics, count: int) -> dict[str, Any]:
+    mean, variance, decay, stddev, renorm_mean, renorm_stddev, renorm_decay, unbiased, skip_nonfinite, skipped = moving
+    values = {
+        "moving_mean": mean,
+        "moving_variance": variance,
+        "decay": float(decay),
+        "unbiased": count / max(count - 1, 1) if unbiased else 1.0,
+    }
+    if skip_nonfinite:
+        values.update(skip_nonfinite=1, skipped=skipped)
+    if stddev is not None or renorm_mean is not None or renorm_stddev is not None:
+        values.update(moving_stddev=stddev, renorm_mean=renorm_mean, renorm_stddev=renorm_stddev)
+        values["renorm_decay"] = float(renorm_decay)
+    return values
 
 
 def _statistics_values(
     x: Any, layout: Layout, epsilon: float, renorm: Renorm | None, moving: MovingStatistics | None, dtype: Any
 ) -> dict[str, Any]:
     """Return the statistics' arguments, with new arrays for what a training step returns."""
-    xp = array_module(x)
-    per_channel = xp.empty((2, layout.channels), dtype)
-    return {
+    new = array_module(x).ndarray
+    values = {
         "x": x,
-        "saved": xp.empty((3 if renorm is None else 5, layout.groups, layout.channels), dtype),
-        "mean": per_channel[0],
-        "variance": per_channel[1],
-        "group_mean": None,
-        "group_variance": None,
-        "old_mean": None if renorm is None else _parameter(renorm.mean, dtype),
-        "old_stddev": None if renorm is None else _parameter(renorm.stddev, dtype),
+        "saved": new((3 if renorm is None else 5, layout.groups, layout.channels), dtype),
+        "mean": new(layout.channels, dtype),
+        "variance": new(layout.channels, dtype),
         "epsilon": float(epsilon),
-        **_limits(renorm, dtype),
-        **_moving(moving, layout.samples),
     }
+    if renorm is not None:
+        values.update(_renorm(renorm, dtype))
+    if moving is not None:
+        values.update(_moving(moving, layout.samples))
+    return values
 
 
 def forward(
@@ -202,17 +215,15 @@ def forward(
 ) -> tuple[Any, Any, Any, Any]:
     """Return (y, mean, variance, saved) of a training step, and update `moving` in place."""
     xp = array_module(x)
-    y = xp.empty(x.shape, x.dtype)
+    y = xp.ndarray(x.shape, x.dtype)
     if x.size == 0:
         zeros = xp.zeros(layout.channels, dtype), xp.zeros(layout.channels, dtype)
         return (y, *zeros, xp.zeros((3 if renorm is None else 5, layout.groups, layout.channels), dtype))
-    launch = _Launch(layout, dtype, (x, y, residual))
+    launch = _launch(layout, dtype, (x, y, residual))
     values = _statistics_values(x, layout, epsilon, renorm, moving, dtype)
     given = {
         "gamma": _parameter(gamma, dtype),
         "beta": _parameter(beta, dtype),
-        "given_mean": None,
-        "given_variance": None,
         "renormed": int(renorm is not None),
         "residual": residual,
         "y": y,
@@ -231,7 +242,7 @@ def statistics(x: Any, layout: Layout, dtype: Any) -> tuple[Any, Any]:
     xp = array_module(x)
     if x.size == 0:
         return xp.zeros(layout[1:4:2], dtype), xp.zeros(layout[1:4:2], dtype)
-    launch = _Launch(layout, dtype, (x,), one_launch=False)
+    launch = _launch(layout, dtype, (x,), one_launch=False)
     values = _statistics_values(x, layout, 0.0, None, None, dtype)
     values["group_mean"], values["group_variance"] = (xp.empty(layout[1:4:2], dtype) for _ in range(2))
     launch.run(_statistics, {**launch.scratch(), **values})
@@ -251,10 +262,10 @@ def inference(
     dtype: Any,
 ) -> Any:
     """Return ``(x - mean) * gamma / sqrt(variance + epsilon) + beta`` (+ residual, then ReLU)."""
-    y = array_module(x).empty(x.shape, x.dtype)
+    y = array_module(x).ndarray(x.shape, x.dtype)
     if x.size:
-        launch = _Launch(layout, dtype, (x, y, residual), one_launch=False)
-        values = {"x": x, "saved": None, "residual": residual, "y": y, "relu": int(relu)}
+        launch = _launch(layout, dtype, (x, y, residual), one_launch=False)
+        values = {"x": x, "residual": residual, "y": y, "relu": int(relu)}
         launch.run(_normalise, {**values, **_given(gamma, beta, mean, variance, epsilon, dtype)})
     return y
 
@@ -266,19 +277,17 @@ def _given(gamma: Any, beta: Any, mean: Any, variance: Any, epsilon: float, dtyp
         "beta": _parameter(beta, dtype),
         "given_mean": _parameter(mean, dtype),
         "given_variance": _parameter(variance, dtype),
-        "renormed": 0,
         "epsilon": float(epsilon),
     }
 
 
 def _gradient_outputs(x: Any, layout: Layout, own_residual: bool, dtype: Any) -> dict[str, Any]:
-    xp = array_module(x)
-    per_channel = xp.empty((2, layout.channels), dtype)
+    new = array_module(x).ndarray
     return {
-        "dx": xp.empty(x.shape, x.dtype),
-        "dresidual": xp.empty(x.shape, x.dtype) if own_residual else None,
-        "dgamma": per_channel[0],
-        "dbeta": per_channel[1],
+        "dx": new(x.shape, x.dtype),
+        "dresidual": new(x.shape, x.dtype) if own_residual else None,
+        "dgamma": new(layout.channels, dtype),
+        "dbeta": new(layout.channels, dtype),
     }
 
 
@@ -296,14 +305,13 @@ def backward(
         return _empty_gradients(dy, x, layout, residual, dtype)
     own_residual = residual and y is not None  # without a ReLU the residual's gradient is dy itself
     outputs = _gradient_outputs(x, layout, own_residual, dtype)
-    launch = _Launch(layout, dtype, (x, dy, y, outputs["dx"], outputs["dresidual"]), kept=2)
+    launch = _launch(layout, dtype, (x, dy, y, outputs["dx"], outputs["dresidual"]), kept=2)
     scratch = launch.scratch(tables=True)
-    given = _given(gamma, None, None, None, 0.0, dtype)
-    given["renormed"] = int(saved.shape[0] == 5)
+    given = {"gamma": _parameter(gamma, dtype), "renormed": int(saved.shape[0] == 5)}
     inputs = {"x": x, "saved": _parameter(saved, dtype), "dy": dy, "y": y}
     if launch.plan.regime == "sweeps":
         launch.run(_sums, {**scratch, **given, **inputs, **outputs})
-        second = {**inputs, "epsilon": 0.0, "dx": outputs["dx"], "tables": scratch["tables"]}
+        second = {**inputs, "dx": outputs["dx"], "tables": scratch["tables"]}
         if own_residual:  # the first sweep has left g there: one array to read instead of two
             second.update(dy=outputs["dresidual"], y=None)
         launch.run(_apply, second)
@@ -330,8 +338,8 @@ def inference_backward(
         return _empty_gradients(dy, x, layout, residual, dtype)
     own_residual = residual and y is not None
     outputs = _gradient_outputs(x, layout, own_residual, dtype)
-    launch = _Launch(layout, dtype, (x, dy, y, outputs["dx"], outputs["dresidual"]), one_launch=False)
-    values = {**launch.scratch(), **outputs, "tables": None, "x": x, "saved": None, "dy": dy, "y": y}
+    launch = _launch(layout, dtype, (x, dy, y, outputs["dx"], outputs["dresidual"]), one_launch=False)
+    values = {**launch.scratch(), **outputs, "x": x, "dy": dy, "y": y}
     launch.run(_sums, {**values, **_given(gamma, None, mean, variance, epsilon, dtype)})
     dresidual = outputs["dresidual"] if own_residual else dy
     return outputs["dx"], outputs["dgamma"], outputs["dbeta"], dresidual if residual else None

@@ -21,6 +21,7 @@ from gpulayers.launch import (
     has_kernels,
     kernel_list,
     launcher_of,
+    place_of,
     register_launcher,
     source,
     vector_width,
@@ -427,9 +428,9 @@ def test_cupy_arrays_of_another_gpu_are_refused(fake_cupy):
 FIXED = {"small": -5, "exact": 0.1, "flags": [1, 2, 3], "long_one": 2**40, "last": 7, "x": None}
 
 
-def prepare(like, fixed, dtype="float32", **keywords):
+def prepare(array, fixed, dtype="float32", **keywords):
     geometry = {"grid": (1,), "block": (1,), "defines": {"STORAGE": dtype}, **keywords}
-    return echo_kernel().prepare(like, fixed, **geometry)
+    return echo_kernel().prepare(place_of(array), fixed, **geometry)
 
 
 @needs_compiler

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gpulayers.launch import DeviceProperties, Geometry, Specialisation
-from gpulayers.launch.launcher import LaunchFunction
+from gpulayers.launch.launcher import LaunchFunction, carve, round_up
 from gpulayers.launch.packing import ArgumentMemory, arrays_by_offset
 from tests.kernels.emulation.build import build
 from tests.kernels.nvrtc import compile_for
@@ -108,7 +108,7 @@ class EmulatedLauncher:
         """Return the address of the memory behind a strict array."""
         return host_memory(array).ctypes.data
 
-    def workspace(self, like: Any, counters: int, scratch: int) -> tuple[Any, Any]:
+    def workspace(self, array_type: type, counters: int, scratch: int) -> tuple[Any, Any]:
         """Return the workspace, its scratch filled with poison."""
         if self._counters.size < counters:
             self._counters = np.zeros(counters, np.uint32)
@@ -118,8 +118,14 @@ class EmulatedLauncher:
             self._scratch = raw[start : start + scratch]
         self._requests += 1
         self._scratch[:] = 0xFF if self._requests % 2 else 0x5A
-        wrap = type(like)._wrap
+        wrap: Any = array_type._wrap  # type: ignore[attr-defined]
         return wrap(self._counters), wrap(self._scratch)
+
+    def carved(self, array_type: type, counters: int, pieces: Any) -> tuple[Any, ...]:
+        """Return the counters and views of the workspace."""
+        size = sum(round_up(count * dtype.itemsize) for dtype, count in pieces)
+        zeros, scratch = self.workspace(array_type, counters, size)
+        return zeros, *carve(scratch, pieces)
 
     def resident_blocks(self, specialisation: Specialisation, threads: int, shared: int) -> int:
         """Return how many blocks one multiprocessor holds: by threads, registers and shared memory."""
