@@ -1,9 +1,10 @@
 """Optimizer updates on arrays, in place: the maths of SGD, momentum and Adam, for lists of parameters.
 
-NumPy arrays are updated in blocks that stay in the cache, so each parameter is read and written once per call and no
-temporary of its size is made. On a GPU the kernels of `gpulayers.ops.optimizer_kernels` update all parameters of a
-dtype in one launch; what they do not take (other layouts or mixtures of dtypes) is updated array by array. Parameters
-of 16 bits are computed with in float32 (their slots are float32) and rounded once, when they are written.
+NumPy arrays are updated in blocks that stay in the cache, so each parameter is read and written once per call; between
+the passes over a block there is one scratch block, the same for all. On a GPU the kernels of
+`gpulayers.ops.optimizer_kernels` update all parameters of a dtype in one launch; what they do not take (other layouts
+or mixtures of dtypes) is updated array by array. Parameters of 16 bits are computed with in float32 (their slots are
+float32) and rounded once, when they are written.
 """
 
 from __future__ import annotations
@@ -18,22 +19,51 @@ from gpulayers.device import is_array
 from gpulayers.errors import StateError, message
 from gpulayers.launch import has_kernels
 from gpulayers.ops import optimizer_kernels
+from gpulayers.ops.host_buffers import aligned
 
 __all__ = ["adam_numbers", "adam_update", "sgd_numbers", "sgd_update"]
 
-BLOCK = 1 << 14  # elements: four float32 arrays of this length fit a second-level cache with room to spare
+BLOCK_BYTES = 768 * 1024
+"""What a block of all arrays and the scratch take together: most of a second-level cache, and long enough that the
+start of twelve NumPy calls is a small part of it."""
+LINE = 64  # elements: as many fill whole cache lines in every dtype
+
+
+class _Scratch:
+    """One array to compute in, as long as the longest block so far.
+
+    It begins on a cache line: NumPy takes up to four times as long to write anywhere else.
+    """
+
+    def __init__(self) -> None:
+        self._whole: Any = None
+
+    def like(self, xp: Any, block: Any, dtype: Any) -> Any:
+        """Return an array of the block's shape and of this dtype, with any contents."""
+        if xp is not np:
+            return xp.empty(block.shape, dtype=dtype)
+        if self._whole is None or self._whole.dtype != dtype or self._whole.size < block.size:
+            self._whole = aligned((block.size,), dtype)
+        return self._whole[: block.size].reshape(block.shape)
+
+
+def _length(arrays: Sequence[Any]) -> int:
+    """Return the number of elements of a block of these arrays and the scratch: whole cache lines."""
+    element = sum(array.dtype.itemsize for array in arrays) + max(array.dtype.itemsize for array in arrays)
+    return max(BLOCK_BYTES // element // LINE, 1) * LINE
 
 
 def _blocks(xp: Any, *arrays: Any) -> Iterator[Sequence[Any]]:
     """Yield matching pieces of equally shaped arrays, as views to write into."""
     if arrays[0].ndim == 0:  # NumPy gives scalars for scalars, which nothing can be written into
         arrays = tuple(array.reshape(1) for array in arrays)
-    if xp is not np or arrays[0].size <= BLOCK or not all(array.flags.c_contiguous for array in arrays):
+    length = _length(arrays)
+    if xp is not np or arrays[0].size <= length or not all(array.flags.c_contiguous for array in arrays):
         yield arrays
         return
     flat = [array.reshape(-1) for array in arrays]
-    for start in range(0, arrays[0].size, BLOCK):
-        yield [array[start : start + BLOCK] for array in flat]
+    for start in range(0, arrays[0].size, length):
+        yield [array[start : start + length] for array in flat]
 
 
 def _wide(array: Any) -> Any:
@@ -99,22 +129,34 @@ def sgd_update(
         else:
             left = optimizer_kernels.momentum_update(params, grads, momentums, numbers, nesterov=nesterov)
     _check_left(left, numbers)
+    scratch = _Scratch()
     for index in left:
-        learning_rate, momentum = numbers if len(numbers) > 1 else (numbers[0], 0.0)
         if momentums is None:
             for w, g in _blocks(xp, *members[index][:2]):
-                _subtract(xp, w, _wide(g) * learning_rate)
-            continue
-        for w, g, b in _blocks(xp, *members[index]):
-            xp.multiply(b, momentum, out=b)
-            xp.add(b, g, out=b)
-            if nesterov:
-                step = b * momentum
-                xp.add(step, g, out=step)
-                xp.multiply(step, learning_rate, out=step)
-            else:
-                step = b * learning_rate
-            _subtract(xp, w, step)
+                _descend(xp, w, _wide(g), scratch, numbers[0])
+        else:
+            for w, g, b in _blocks(xp, *members[index]):
+                _momentum(xp, w, g, b, scratch, numbers, nesterov)
+
+
+def _descend(xp: Any, w: Any, g: Any, scratch: _Scratch, rate: Any) -> None:
+    step = scratch.like(xp, g, np.result_type(g.dtype, rate))
+    xp.multiply(g, rate, out=step)
+    _subtract(xp, w, step)
+
+
+def _momentum(xp: Any, w: Any, g: Any, b: Any, scratch: _Scratch, numbers: Any, nesterov: bool) -> None:
+    rate, momentum = numbers
+    step = scratch.like(xp, b, b.dtype)
+    xp.multiply(b, momentum, out=b)
+    xp.add(b, g, out=b)
+    if nesterov:
+        xp.multiply(b, momentum, out=step)
+        xp.add(step, g, out=step)
+        xp.multiply(step, rate, out=step)
+    else:
+        xp.multiply(b, rate, out=step)
+    _subtract(xp, w, step)
 
 
 def adam_numbers(
@@ -168,11 +210,13 @@ def adam_update(
     if params and has_kernels(params[0]):
         left = optimizer_kernels.adam_update(params, grads, m, v, numbers, decays=decays)
     _check_left(left, numbers)
+    whole = _Scratch()
     for index in left:
         rate, keep_1, keep_2, epsilon, decay = numbers
         for w, g, m_block, v_block in _blocks(xp, *members[index]):
             g = _wide(g)
-            scratch = g - m_block
+            scratch = whole.like(xp, g, np.result_type(g.dtype, m_block.dtype))
+            xp.subtract(g, m_block, out=scratch)
             xp.multiply(scratch, keep_1, out=scratch)
             xp.add(m_block, scratch, out=m_block)
             xp.multiply(g, g, out=scratch)

@@ -9,7 +9,7 @@ import pytest
 
 from gpulayers import ops, optimizers
 from gpulayers.constraints import NonNeg
-from gpulayers.ops.optimizer_arrays import BLOCK, adam_numbers, adam_update, sgd_update
+from gpulayers.ops.optimizer_arrays import BLOCK_BYTES, adam_numbers, adam_update, sgd_update
 from gpulayers.optimizers import (
     SGD,
     Adam,
@@ -151,7 +151,7 @@ def test_against_torch(ours, theirs):
 
 @pytest.mark.parametrize("order", ["C", "F", "strided"])
 def test_blocks_cover_large_and_oddly_laid_out_arrays(order):
-    shape = (3, BLOCK // 2 + 7)
+    shape = (3, BLOCK_BYTES // 32 + 7)  # float64: two blocks of three arrays and a scratch, and more of four
     start, grad = RANDOM.standard_normal(shape), RANDOM.standard_normal(shape)
 
     def laid_out(array):
@@ -168,6 +168,67 @@ def test_blocks_cover_large_and_oddly_laid_out_arrays(order):
     w, b = laid_out(start), laid_out(np.zeros(shape))
     sgd_update(np, [w], [laid_out(grad)], [b], (0.1, 0.5), nesterov=True)
     np.testing.assert_allclose(w, start - 0.1 * 1.5 * grad, rtol=1e-12, atol=1e-15)
+
+
+def whole_adam(w, g, m, v, rate, decay):
+    """The update as expressions over whole arrays, in the order of rounding that is promised by comparing bits."""
+    g = g.astype(np.float32) if g.dtype.itemsize == 2 else g
+    m += (g - m) * (1.0 - 0.9)
+    v += (g * g - v) * (1.0 - 0.999)
+    step = m / (np.sqrt(v) + 1e-7) * (rate * math.sqrt(1.0 - 0.999) / (1.0 - 0.9))
+    wide = w.astype(np.float32) if w.dtype.itemsize == 2 else w
+    w[...] = (wide - (step + wide * (rate * decay))).astype(w.dtype)
+
+
+def whole_momentum(w, g, b, rate, nesterov):
+    b *= 0.9
+    b += g
+    step = (b * 0.9 + g) * rate if nesterov else b * rate
+    w[...] = ((w.astype(np.float32) if w.dtype.itemsize == 2 else w) - step).astype(w.dtype)
+
+
+def whole_descent(w, g, rate):
+    g = g.astype(np.float32) if g.dtype.itemsize == 2 else g
+    w[...] = ((w.astype(np.float32) if w.dtype.itemsize == 2 else w) - g * rate).astype(w.dtype)
+
+
+EDGE = 64 * 600  # elements: a whole block of float32 has 39,296 (four arrays) or 49,152 (three)
+
+
+@pytest.mark.parametrize("dtypes", ["fff", "ddd", "eef", "eff", "fdd", "fed"])
+def test_blocks_and_their_scratch_change_no_bit(dtypes):
+    """Parameters, gradients, slots of these dtypes in one call: sizes around the blocks, scalars, empty, strided."""
+    shapes = [(), (0,), (1,), (39_295,), (39_296,), (39_297,), (49_153,), (3, EDGE - 1), (2, 5)]
+    draw = lambda kind: [np.asarray(RANDOM.standard_normal(shape), kind) for shape in shapes]
+    params, grads, slots = (draw(kind) for kind in dtypes)
+    second = [np.abs(slot) for slot in slots]
+    for arrays in (params, grads, slots, second):
+        arrays.append(np.asarray(RANDOM.standard_normal((40, 2000)), arrays[0].dtype).T)  # columns first
+    second[-1] = np.abs(second[-1])
+
+    def lists(*given):
+        return [[array.copy(order="K") for array in arrays] for arrays in given]
+
+    def same(found, wanted):
+        return all(np.array_equal(a, b) for ours, theirs in zip(found, wanted, strict=True)
+                   for a, b in zip(ours, theirs, strict=True))  # fmt: skip
+
+    found, wanted = lists(params, slots, second), lists(params, slots, second)
+    adam_update(np, found[0], grads, *found[1:], adam_numbers(learning_rate=0.1, weight_decay=0.2))
+    for w, g, m, v in zip(wanted[0], grads, *wanted[1:], strict=True):
+        whole_adam(w, g, m, v, 0.1, 0.2)
+    assert same(found, wanted)
+    for nesterov in (False, True):
+        found, wanted = lists(params, slots), lists(params, slots)
+        sgd_update(np, found[0], grads, found[1], (0.1, 0.9), nesterov=nesterov)
+        for w, g, b in zip(wanted[0], grads, wanted[1], strict=True):
+            whole_momentum(w, g, b, 0.1, nesterov)
+        assert same(found, wanted)
+    found, wanted = lists(params), lists(params)
+    sgd_update(np, found[0], grads, None, (0.1,))
+    for w, g in zip(wanted[0], grads, strict=True):
+        whole_descent(w, g, 0.1)
+    assert same(found, wanted)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
