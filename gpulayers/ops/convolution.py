@@ -1,26 +1,30 @@
 """Convolution over any number of spatial axes, and its two gradients, which are operations of the same kind.
 
-Forward: windows are laid out as rows of a matrix (a block of rows at a time, so memory stays bounded) and multiplied
-with the kernel by BLAS. Channels are the last axis inside; the other format is transposed on the way in and out.
-Sums run in a fixed order, 16-bit data is accumulated in float32.
+Forward: windows are laid out as rows of a matrix, a block of rows at a time and all blocks in the same memory, and
+multiplied with the kernel by BLAS, which writes into the result. Channels are the last axis inside; the other format is
+transposed on the way in and out. Sums run in a fixed order, 16-bit data is accumulated in float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from gpulayers.errors import ShapeError, message
+from gpulayers.ops.host_buffers import recycled
 from gpulayers.ops.operation import GradientContext, Operation, Spec, result_dtype
 from gpulayers.ops.static import static_shape, widened
 from gpulayers.ops.windows import Window, numbers, out_size, pads, parse_format, parse_padding, taps
 
 __all__ = ["convolution"]
 
-BLOCK_ELEMENTS = 1 << 20
-"""How many elements of unrolled windows are held at once."""
+BLOCK_ELEMENTS = 1 << 18
+"""How many elements of unrolled windows are held at once: they stay cached, and have rows enough for BLAS."""
+GRADIENT_ELEMENTS = 1 << 17
+"""How many elements of the input's gradient a block has: they are added to once for each tap, so they stay cached."""
 
 
 def _window(kernel: Any, strides: tuple[int, ...], dilation: tuple[int, ...], padding: str) -> Window:
@@ -35,9 +39,25 @@ def _from_last(xp: Any, x: Any, last: bool) -> Any:
     return x if last else xp.ascontiguousarray(xp.moveaxis(x, -1, 1))
 
 
+def _empty(xp: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """Return an array with any contents; on the host in memory that is used again."""
+    return recycled(shape, dtype) if xp is np else xp.empty(shape, dtype=dtype)
+
+
 def _padded(xp: Any, x: Any, window: Window) -> Any:
+    """Return `x` with zeros around its spatial axes; `x` itself where there are none."""
     widths = pads(x.shape[1:-1], window)
-    return x if not any(sum(pair) for pair in widths) else xp.pad(x, [(0, 0), *widths, (0, 0)])
+    if not any(before or after for before, after in widths):
+        return x
+    rows = zip(x.shape[1:-1], widths, strict=True)
+    padded = _empty(xp, (x.shape[0], *(before + n + after for n, (before, after) in rows), x.shape[-1]), x.dtype)
+    inner: tuple[slice, ...] = (slice(None),)  # zeros go where no earlier axis has put some
+    for n, (before, after) in zip(x.shape[1:-1], widths, strict=True):
+        padded[(*inner, slice(0, before))] = 0
+        padded[(*inner, slice(before + n, before + n + after))] = 0
+        inner = (*inner, slice(before, before + n))
+    padded[inner] = x
+    return padded
 
 
 def _places(shape: tuple[int, ...], window: Window) -> tuple[int, ...]:
@@ -47,7 +67,7 @@ def _places(shape: tuple[int, ...], window: Window) -> tuple[int, ...]:
 
 def _blocks(batch: int, places: tuple[int, ...], width: int) -> Iterator[tuple[slice, slice]]:
     """Yield parts of the batch and of the first spatial axis whose unrolled windows fit the block size."""
-    row = max(int(np.prod(places[1:], dtype=np.int64)) * width, 1)
+    row = max(math.prod(places[1:]) * width, 1)
     image = row * places[0]
     if image <= BLOCK_ELEMENTS:
         step = max(BLOCK_ELEMENTS // max(image, 1), 1)
@@ -60,8 +80,20 @@ def _blocks(batch: int, places: tuple[int, ...], width: int) -> Iterator[tuple[s
             yield slice(index, index + 1), slice(start, min(start + step, places[0]))
 
 
-def _unroll(xp: Any, padded: Any, window: Window, places: tuple[int, ...], part: slice, rows: slice) -> Any:
+def _scratch(xp: Any, dtype: Any, shape: tuple[int, ...], window: Window, blocks: Sequence[Any]) -> Any:
+    """Return memory for the windows of any of `blocks`, the first of which is the largest."""
+    part, rows = blocks[0]
+    places = (part.stop - part.start) * (rows.stop - rows.start) * math.prod(shape[2:-1])
+    return _empty(xp, (places * math.prod(window.size) * shape[-1],), dtype)
+
+
+def _unroll(
+    xp: Any, padded: Any, window: Window, places: tuple[int, ...], part: slice, rows: slice, scratch: Any
+) -> Any:
     """Return the windows of a block as a matrix: one row for each place, (*window, channels) along it."""
+    width = math.prod(window.size) * padded.shape[-1]
+    if width == padded.shape[-1] and set(window.strides) == {1}:
+        return padded[part, rows].reshape(-1, width)
     counts = (rows.stop - rows.start, *places[1:])
     block = padded[part, rows.start * window.strides[0] :]
     batch, spatial = block.strides[0], block.strides[1:-1]
@@ -75,7 +107,9 @@ def _unroll(xp: Any, padded: Any, window: Window, places: tuple[int, ...], part:
             block.strides[-1],
         ),
     )
-    return view.reshape(-1, int(np.prod(window.size)) * block.shape[-1])
+    matrix = scratch[: view.size]
+    matrix.reshape(view.shape)[...] = view
+    return matrix.reshape(-1, width)
 
 
 def _by_group(groups: int, function: Callable[..., Any], joins: Callable[[list[Any]], Any], *arrays: Any) -> Any:
@@ -94,10 +128,12 @@ def _convolve(xp: Any, x: Any, kernel: Any, window: Window) -> Any:
     shape, dtype = (x.shape[0], *places, kernel.shape[-1]), np.result_type(x.dtype, kernel.dtype)
     if not (x.size and kernel.size):
         return xp.zeros(shape, dtype=dtype)
-    result = xp.empty(shape, dtype=dtype)
-    for part, rows in _blocks(x.shape[0], places, matrix.shape[0]):
-        block = _unroll(xp, padded, window, places, part, rows) @ matrix
-        result[part, rows] = block.reshape(result[part, rows].shape)
+    result = _empty(xp, shape, dtype)
+    blocks = list(_blocks(x.shape[0], places, matrix.shape[0]))
+    scratch = _scratch(xp, padded.dtype, (*shape[:-1], x.shape[-1]), window, blocks)
+    for part, rows in blocks:
+        windows = _unroll(xp, padded, window, places, part, rows, scratch)
+        xp.matmul(windows, matrix, out=result[part, rows].reshape(-1, shape[-1]))
     return result
 
 
@@ -107,7 +143,7 @@ def _convolve_back(xp: Any, g: Any, kernel: Any, x: Any, window: Window) -> Any:
     shape = (x.shape[0], *(n + a + b for n, (a, b) in zip(x.shape[1:-1], widths, strict=True)), x.shape[-1])
     padded = xp.zeros(shape, dtype=np.result_type(g.dtype, kernel.dtype))
     if g.size and x.size:
-        step = max(BLOCK_ELEMENTS // max(int(np.prod(places)) * x.shape[-1], 1), 1)
+        step = max(GRADIENT_ELEMENTS // max(math.prod(places) * x.shape[-1], 1), 1)
         for start in range(0, x.shape[0], step):
             part = slice(start, start + step)
             rows = xp.ascontiguousarray(g[part]).reshape(-1, g.shape[-1])
@@ -122,11 +158,13 @@ def _convolve_back(xp: Any, g: Any, kernel: Any, x: Any, window: Window) -> Any:
 def _correlate(xp: Any, x: Any, g: Any, kernel_shape: tuple[int, ...], window: Window) -> Any:
     """Return the gradient with respect to the kernel: the windows' matrix, transposed, times `g`."""
     padded, places = _padded(xp, x, window), _places(x.shape, window)
-    width = int(np.prod(window.size)) * x.shape[-1]
+    width = math.prod(window.size) * x.shape[-1]
     result = xp.zeros((width, g.shape[-1]), dtype=np.result_type(x.dtype, g.dtype))
     if g.size and x.size:
-        for part, rows in _blocks(x.shape[0], places, width):
-            block = _unroll(xp, padded, window, places, part, rows)
+        blocks = list(_blocks(x.shape[0], places, width))
+        scratch = _scratch(xp, padded.dtype, (x.shape[0], *places, x.shape[-1]), window, blocks)
+        for part, rows in blocks:
+            block = _unroll(xp, padded, window, places, part, rows, scratch)
             result += block.T @ xp.ascontiguousarray(g[part, rows]).reshape(-1, g.shape[-1])
     return result.reshape(kernel_shape)
 

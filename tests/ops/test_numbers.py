@@ -155,8 +155,57 @@ def test_convolution_in_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules["gpulayers.ops.convolution"]
     for block in (1, 60, 200):
         monkeypatch.setattr(module, "BLOCK_ELEMENTS", block)
+        monkeypatch.setattr(module, "GRADIENT_ELEMENTS", block)
         for part, truth in zip(everything(), whole, strict=True):
             np.testing.assert_allclose(part, truth, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("strides", [1, 2])
+def test_pointwise_convolution_is_a_product(groups: int, strides: int) -> None:
+    """A window of one place needs no matrix of its own; with groups, its rows are not side by side in memory."""
+    rng = np.random.default_rng(0)
+    x, k = rng.standard_normal((2, 5, 4, 6)), rng.standard_normal((1, 1, 6 // groups, 9))
+    with GradientTape() as tape:
+        y = ops.convolution(tape.watch(x), tape.watch(k), strides, "same", groups=groups)
+        z = ops.sum(y * y)
+    whole = np.zeros((6, 9))
+    for i in range(groups):
+        c, f = slice(i * 6 // groups, (i + 1) * 6 // groups), slice(i * 9 // groups, (i + 1) * 9 // groups)
+        whole[c, f] = k[0, 0, :, f]
+    seen = x[:, ::strides, ::strides]
+    np.testing.assert_allclose(y.value, seen @ whole, atol=1e-13)
+    dx, dk = tape.gradient(z, (x, k))
+    wanted = np.zeros_like(x)
+    wanted[:, ::strides, ::strides] = 2 * (seen @ whole) @ whole.T
+    np.testing.assert_allclose(dx, wanted, atol=1e-12)
+    full = np.einsum("nhwc,nhwf->cf", seen, 2 * (seen @ whole))
+    for i in range(groups):
+        c, f = slice(i * 6 // groups, (i + 1) * 6 // groups), slice(i * 9 // groups, (i + 1) * 9 // groups)
+        np.testing.assert_allclose(dk[0, 0, :, f], full[c, f], atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 3, 2), (0, 7, 7, 2), (2, 7, 7, 0)])
+def test_convolution_without_places_images_or_channels(shape: tuple[int, ...]) -> None:
+    x, k = np.ones(shape), np.ones((5, 5, shape[-1], 3))
+    with GradientTape() as tape:
+        y = ops.convolution(tape.watch(x), tape.watch(k))
+        z = ops.sum(y * y)
+    assert y.shape == (shape[0], max(shape[1] - 4, 0), max(shape[2] - 4, 0), 3) and not np.any(y.value)
+    dx, dk = tape.gradient(z, (x, k))
+    assert dx.shape == shape and dk.shape == k.shape and not np.any(dx) and not np.any(dk)
+
+
+def test_results_of_convolutions_stay_as_they_are() -> None:
+    """They may lie in memory that is used again, but never while somebody holds them."""
+    rng = np.random.default_rng(0)
+    images, k = [rng.standard_normal((4, 32, 32, 8)) for _ in range(3)], rng.standard_normal((3, 3, 8, 16))
+    held = [np.asarray(ops.convolution(x, k, padding="same")) for x in images]
+    copies = [y.copy() for y in held]
+    for x in images:  # what these leave is free at once
+        ops.convolution(-x, k, padding="same")
+    assert all(np.array_equal(y, copy) for y, copy in zip(held, copies, strict=True))
+    assert held[0].ctypes.data % 64 == 0
 
 
 @pytest.mark.parametrize(("padding", "strides", "dilation"), [("valid", 2, 1), ("same", 1, 2), ("valid", 1, 1)])
