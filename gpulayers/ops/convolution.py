@@ -53,8 +53,9 @@ def _padded(xp: Any, x: Any, window: Window) -> Any:
     padded = _empty(xp, (x.shape[0], *(before + n + after for n, (before, after) in rows), x.shape[-1]), x.dtype)
     inner: tuple[slice, ...] = (slice(None),)  # zeros go where no earlier axis has put some
     for n, (before, after) in zip(x.shape[1:-1], widths, strict=True):
-        padded[(*inner, slice(0, before))] = 0
-        padded[(*inner, slice(before + n, before + n + after))] = 0
+        for border in (slice(0, before), slice(before + n, before + n + after)):
+            outer = (*inner, border)
+            padded[outer] = 0
         inner = (*inner, slice(before, before + n))
     padded[inner] = x
     return padded
