@@ -14,6 +14,7 @@ from gpulayers.nn.fused import FusedCell, Sequence, gate_name, is_tanh
 from gpulayers.nn.states import cell_output_shape, check_states, initial_state
 from gpulayers.ops import activations
 from gpulayers.ops.recurrent import recurrent_sequence, recurrent_step
+from gpulayers.ops.recurrent_composed import composed_step
 
 __all__ = ["GRUCell", "LSTMCell", "SimpleRNNCell", "activation_config", "get_activation"]
 
@@ -60,7 +61,7 @@ class _ModernCell(FusedCell, Layer):
             setattr(self, f"{name}_constraint", constraints.get(options[f"{name}_constraint"]))
         self.dropout = min(1.0, max(0.0, float(options["dropout"])))
         self.recurrent_dropout = min(1.0, max(0.0, float(options["recurrent_dropout"])))
-        self._composed = implementation == 1  # asked for: operations that have gradients of gradients
+        self._composed = implementation == 1  # asked for: plain operations instead of fused ones
         self.implementation = 1 if self.recurrent_dropout else implementation
         self.bias: Any = None
         self._settings = self._fused_settings()
@@ -162,8 +163,14 @@ class _ModernCell(FusedCell, Layer):
         return output, states if nested or len(states) > 1 else states[0]
 
     def _compose(self, x: Any, states: list[Any], recurrent_mask: Any) -> tuple[Any, list[Any]]:
-        """Compute one step by plain operations: any activation, gradients of any order."""
-        raise TypeError(message(type(self).__name__, "does not say how to compute a step"))
+        """Compute one step by plain operations: any activation."""
+        entering = states[0] if recurrent_mask is None else states[0] * recurrent_mask
+        options = {name: value for name, value in self._settings.items() if name != "recurrent_activation"}
+        new_states = composed_step(
+            self._kind, x, states, entering, self.kernel, self.recurrent_kernel, self.bias, self.activation,
+            self.recurrent_activation, **options,
+        )  # fmt: skip
+        return new_states[0], new_states
 
     # --- whole sequences ----------------------------------------------------------------------------------------------
 
@@ -194,17 +201,12 @@ class _ModernCell(FusedCell, Layer):
         return {"implementation": self.implementation}
 
 
-def _matmul(x: Any, kernel: Any, bias: Any = None) -> Any:
-    product = ops.matmul(x, kernel)
-    return product if bias is None else product + bias
-
-
 class SimpleRNNCell(_ModernCell):
     """Cell of the simple RNN: ``h' = tanh(x K + b + h R)``, the output is h'.
 
     Parameters: `units` U; `activation`; `use_bias`; `kernel_*`, `recurrent_*` and `bias_*` initializers, regularizers
     and constraints; `dropout` of the inputs and `recurrent_dropout` of the state, clamped to [0, 1], in training only;
-    those of `Layer`. ``implementation=1`` computes by plain operations, which have gradients of gradients.
+    those of `Layer`. ``implementation=1`` computes by plain operations instead of fused ones.
 
     Variables: kernel (D, U), recurrent_kernel (U, U), bias (U). State: (N, U).
     Raises ValueError for ``units <= 0``. Source: ``tf.keras.layers.SimpleRNNCell``.
@@ -241,11 +243,6 @@ class SimpleRNNCell(_ModernCell):
 
     def _fused_settings(self) -> dict[str, Any]:
         return {}
-
-    def _compose(self, x: Any, states: list[Any], recurrent_mask: Any) -> tuple[Any, list[Any]]:
-        h = states[0] if recurrent_mask is None else states[0] * recurrent_mask
-        new_h = self.activation(_matmul(x, self.kernel, self.bias) + ops.matmul(h, self.recurrent_kernel))
-        return new_h, [new_h]
 
 
 class GRUCell(_ModernCell):
@@ -295,24 +292,6 @@ class GRUCell(_ModernCell):
 
     def _bias_shape(self) -> tuple[int, ...]:
         return (2, 3 * self.units) if self.reset_after else (3 * self.units,)
-
-    def _compose(self, x: Any, states: list[Any], recurrent_mask: Any) -> tuple[Any, list[Any]]:
-        h, units, sigma = states[0], self.units, self.recurrent_activation
-        entering = h if recurrent_mask is None else h * recurrent_mask
-        input_bias, state_bias = self.bias, None
-        if self.use_bias and self.reset_after:
-            input_bias, state_bias = ops.unstack(self.bias, 0)
-        a_zr, a_h = ops.split(_matmul(x, self.kernel, input_bias), [2 * units], -1)
-        if self.reset_after:
-            c_zr, c_h = ops.split(_matmul(entering, self.recurrent_kernel, state_bias), [2 * units], -1)
-            z, r = ops.split(sigma(a_zr + c_zr), 2, -1)
-            n = self.activation(a_h + r * c_h)
-        else:
-            of_zr, of_h = ops.split(self.recurrent_kernel, [2 * units], -1)
-            z, r = ops.split(sigma(a_zr + ops.matmul(entering, of_zr)), 2, -1)
-            n = self.activation(a_h + ops.matmul(r * entering, of_h))
-        new_h = z * h + (1 - z) * n
-        return new_h, [new_h]
 
     def _own_config(self) -> dict[str, Any]:
         return {**super()._own_config(), "reset_after": self.reset_after}
@@ -378,16 +357,6 @@ class LSTMCell(_ModernCell):
             return ops.concatenate(parts, 0)
 
         return with_open_forget_gate
-
-    def _compose(self, x: Any, states: list[Any], recurrent_mask: Any) -> tuple[Any, list[Any]]:
-        h, c = states
-        h = h if recurrent_mask is None else h * recurrent_mask
-        s = _matmul(x, self.kernel, self.bias) + ops.matmul(h, self.recurrent_kernel)
-        s_i, s_f, s_c, s_o = ops.split(s, 4, -1)
-        sigma = self.recurrent_activation
-        new_c = sigma(s_f) * c + sigma(s_i) * self.activation(s_c)
-        new_h = sigma(s_o) * self.activation(new_c)
-        return new_h, [new_h, new_c]
 
     def _own_config(self) -> dict[str, Any]:
         return {**super()._own_config(), "unit_forget_bias": self.unit_forget_bias}

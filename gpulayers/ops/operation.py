@@ -31,7 +31,9 @@ __all__ = [
     "explained",
     "like_first",
     "match",
+    "pullback",
     "result_dtype",
+    "set_differentiator",
     "set_dispatcher",
     "state",
     "sum_to_like",
@@ -70,6 +72,24 @@ def set_dispatcher(function: Callable[[Operation, tuple[Any, ...], dict[str, Any
     """Install the function that handles calls with recordable values or under a tape or graph."""
     global _dispatch
     _dispatch = function
+
+
+_differentiate: Callable[..., list[Any]]
+
+
+def set_differentiator(function: Callable[..., list[Any]]) -> None:
+    """Install the function that `pullback` calls."""
+    global _differentiate
+    _differentiate = function
+
+
+def pullback(function: Callable[..., Sequence[Any]], inputs: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
+    """Return the gradients by each input of what `function` computes by operations, for gradient rules to use.
+
+    `function(*inputs)` returns several values; `cotangents` are theirs, None where none arrived. An input that no value
+    depends on gets zeros. What is computed is recorded like any other operation, so it has gradients in turn.
+    """
+    return _differentiate(function, inputs, cotangents)
 
 
 class GradientContext:

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpulayers.errors import DTypeError, GradientError, ShapeError, message
+from gpulayers.errors import DTypeError, ShapeError, message
 from gpulayers.ops import recurrent_device, recurrent_gru, recurrent_lstm, recurrent_simple
-from gpulayers.ops.operation import GradientContext, Operation, Spec, as_arrays, state
+from gpulayers.ops.operation import GradientContext, Operation, Spec, as_arrays, pullback, state
+from gpulayers.ops.recurrent_composed import composed_sequence
+from gpulayers.ops.shaping import expand_dims
 
 __all__ = ["FAMILIES", "Keep", "Saved", "SavingOperation", "length_mask", "recurrent_sequence", "recurrent_step"]
 
@@ -180,14 +182,36 @@ def _backward_spec(family: Family, *specs: Spec, names: tuple[str, ...], **_: An
     return tuple(spec for name, spec in zip(names, specs, strict=True) if name in _differentiated(family))
 
 
-def _no_second_gradient(name: str, *_: Any) -> Any:
-    raise GradientError(
-        message(
-            name,
-            "the fused recurrent step has no gradient of its gradient",
-            do="Make the cell with implementation=1: it then consists of operations that have one.",
-        )
+def _composed(family: Family, whole: bool, named: dict[str, Any], settings: dict[str, Any]) -> list[Any]:
+    """Compute what the fused operation computes by ordinary operations."""
+    x = named["x"] if whole else expand_dims(named["x"], axis=0)
+    options = {**settings, **({name: named.get(name) for name in _MASKS} if whole else {})}
+    kernel, recurrent_kernel = _weights(named)
+    outputs, *states = composed_sequence(
+        family.name, x, [named[s] for s in family.states], kernel, recurrent_kernel, named.get("bias"), **options
     )
+    return [outputs if whole else outputs[0], *states]
+
+
+def _second_gradient(family: Family, whole: bool, c: GradientContext, *gs: Any) -> tuple[Any, ...]:
+    """Differentiate the gradients: those of the composed cell, which equal the fused ones, have gradients in turn."""
+    settings = dict(c.attributes)
+    names = settings.pop("names")
+    given = {name: c.inputs[index] for index, name in enumerate(names) if name != "saved"}
+    operands = [name for name in names if name in _differentiated(family)]
+    free = [name for name in names if name.startswith("d_")] + operands
+
+    def first_gradients(*values: Any) -> list[Any]:
+        named = {**given, **dict(zip(free, values, strict=True))}
+
+        def forward(*own: Any) -> list[Any]:
+            return _composed(family, whole, {**named, **dict(zip(operands, own, strict=True))}, settings)
+
+        cotangents = [named.get(f"d_{name}") for name in ("output", *family.states)]
+        return pullback(forward, [named[name] for name in operands], cotangents)
+
+    found = dict(zip(free, pullback(first_gradients, [given[name] for name in free], gs), strict=True))
+    return tuple(found.get(name) for name in names)
 
 
 def _make(family: Family, whole: bool) -> Operation:
@@ -197,7 +221,7 @@ def _make(family: Family, whole: bool) -> Operation:
         f"{name}_gradient",
         functools.partial(_backward, family, whole),
         spec=functools.partial(_backward_spec, family),
-        gradient=functools.partial(_no_second_gradient, name),
+        gradient=functools.partial(_second_gradient, family, whole),
         doc=f"Gradients of `{name}`: x, states, kernels, bias.",
     )
     operation = SavingOperation(

@@ -27,6 +27,7 @@ from gpulayers.trace.graph import placeholder_with_default as placeholder_with_d
 from gpulayers.trace.graph import recording_function as recording_function
 from gpulayers.trace.graph import reset_default_graph as reset_default_graph
 from gpulayers.trace.graph import symbolic_graph as symbolic_graph
+from gpulayers.trace.pullbacks import differentiate as differentiate
 from gpulayers.trace.replays import Replays as Replays
 from gpulayers.trace.replays import active_replays as active_replays
 from gpulayers.trace.replays import following as following
