@@ -81,6 +81,7 @@ class _Step:
         # Memory freed during a capture must never be handed to anybody else, and the launcher's workspace is kept per
         # stream: both are private to the graph.
         self.stream, self.pool = cuda.Stream(non_blocking=True), cuda.MemoryPool()
+        self.cublas = _cupy.StreamCublas(self.stream)
         self.calls, self.reason = 0, ""
         self.graph: Any = None
         self.buffers: list[Any] = []
@@ -106,7 +107,8 @@ class _Step:
     def _watched(self, seen: _Observed) -> Iterator[None]:
         """Run the block on the graph's stream and memory, seen by `seen`."""
         pool = _cupy.cupy().cuda.using_allocator(self.pool.malloc)
-        with observe(seen.reading, seen.writing), following(seen.replays), pool, self.stream:
+        self.cublas.may_create = not seen.replays.capturing
+        with observe(seen.reading, seen.writing), following(seen.replays), _cupy.using(self.cublas), pool, self.stream:
             yield
 
     def capture(self, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
@@ -252,9 +254,13 @@ def cuda_graph(function: Callable[..., Any], *, plain_calls: int = _PLAIN_CALLS)
       tensor of a graph;
     - where a dropout layer or wrapper has a seed: its masks come from seeds that the host draws;
     - where CuPy refuses a capture: copies between host and device (``asnumpy``, ``float(x)``, host arrays inside the
-      step) and all calls into cuBLAS, cuRAND, cuSOLVER and cuSPARSE, hence `matmul`, `Dense`, convolutions and
-      recurrent cells. A cuBLAS handle of our own does not help: CuPy's wrappers set the current stream before each call
-      and refuse one that is capturing.
+      step) and calls into cuRAND, cuSOLVER, cuSPARSE and, through CuPy itself, cuBLAS.
+
+    CuPy's own products cannot be captured, because its wrappers set the stream before each call and refuse one that is
+    capturing. Those of this library (`matmul` with a matrix or vector on the right, `Dense`, convolutions, recurrent
+    cells and sequences) call cuBLAS through a handle of the step's own, that got its stream and workspace before;
+    `einsum` and products of batches of matrices are CuPy's. cuBLAS may choose another algorithm for another handle, so
+    a product in a captured step agrees with that of a plain program to rounding, and from call to call bit by bit.
 
     After a refused capture the function has run once more than the step on the device. A step is captured anew when a
     variable was assigned a new array outside, changed on the host, or is lent to somebody who may still read it, and

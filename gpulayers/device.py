@@ -28,6 +28,7 @@ __all__ = [
     "gpu_available",
     "gpu_unavailable_reason",
     "is_array",
+    "module_of",
     "parse_device",
     "register_array_type",
     "set_device",
@@ -178,6 +179,15 @@ def set_device(name: str | Device) -> Device:
     return _default
 
 
+def module_of(where: Device) -> Any:
+    """Return the module with the functions for the arrays of a device: NumPy or CuPy.
+
+    >>> module_of(Device("cpu", 0)).__name__
+    'numpy'
+    """
+    return _by_kind[where.kind] if where.kind in _by_kind else _cupy.cupy()
+
+
 @contextlib.contextmanager
 def device(name: str | Device) -> Iterator[Device]:
     """Place what is created inside the block on `name`; for a GPU, also make it CuPy's current device.
@@ -235,7 +245,7 @@ def asarray(value: Any, dtype: Any = None, device: Device | str | None = None) -
         found = _lookup(value)
     if found is None or (found[1] == "cpu" and value.dtype == object):
         raise DeviceError(message("asarray", "cannot be made an array", "numbers", type(value).__name__))
-    module = _by_kind[where.kind] if where.kind in _by_kind else _cupy.cupy()
+    module = module_of(where)
     if found[1] != "cpu" and found[0] is not module:
         raise DeviceError(
             message(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from gpulayers.errors import ShapeError, message
+from gpulayers.ops.device_products import matmul
 from gpulayers.ops.host_buffers import recycled
 from gpulayers.ops.operation import GradientContext, Operation, Spec, result_dtype
 from gpulayers.ops.static import static_shape, widened
@@ -134,7 +135,7 @@ def _convolve(xp: Any, x: Any, kernel: Any, window: Window) -> Any:
     scratch = _scratch(xp, padded.dtype, (*shape[:-1], x.shape[-1]), window, blocks)
     for part, rows in blocks:
         windows = _unroll(xp, padded, window, places, part, rows, scratch)
-        xp.matmul(windows, matrix, out=result[part, rows].reshape(-1, shape[-1]))
+        matmul(xp, windows, matrix, out=result[part, rows].reshape(-1, shape[-1]))
     return result
 
 
@@ -151,7 +152,7 @@ def _convolve_back(xp: Any, g: Any, kernel: Any, x: Any, window: Window) -> Any:
             for tap, seen in taps(window, places):
                 index = (part, *seen)
                 view = padded[index]
-                view += (rows @ kernel[tap].T).reshape(view.shape)
+                view += matmul(xp, rows, kernel[tap].T).reshape(view.shape)
     inner = (slice(None), *(slice(a, a + n) for n, (a, _) in zip(x.shape[1:-1], widths, strict=True)))
     return padded[inner]
 
@@ -166,7 +167,7 @@ def _correlate(xp: Any, x: Any, g: Any, kernel_shape: tuple[int, ...], window: W
         scratch = _scratch(xp, padded.dtype, (x.shape[0], *places, x.shape[-1]), window, blocks)
         for part, rows in blocks:
             block = _unroll(xp, padded, window, places, part, rows, scratch)
-            result += block.T @ xp.ascontiguousarray(g[part, rows]).reshape(-1, g.shape[-1])
+            result += matmul(xp, block.T, xp.ascontiguousarray(g[part, rows]).reshape(-1, g.shape[-1]))
     return result.reshape(kernel_shape)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from gpulayers import _cupy
 from gpulayers.errors import ShapeError, message
 
-__all__ = ["Product", "product_into"]
+__all__ = ["Product", "matmul", "product_into"]
 
 Product = Callable[[Any, Any, Any, bool], None]
 
@@ -35,6 +35,31 @@ def product_into(xp: Any) -> Product:
     if cublas is None:
         return lambda a, b, out, add: _by_matmul(xp, a, b, out, add)
     return lambda a, b, out, add: _by_gemm(cublas, a, b, out, add)
+
+
+def matmul(xp: Any, a: Any, b: Any, out: Any = None) -> Any:
+    """Return ``xp.matmul(a, b, out)``; in a step that becomes a CUDA graph by ``gemmEx``: CuPy's is refused there.
+
+    That takes arrays of one floating dtype, `b` a matrix or a vector; batches of matrices on the right are CuPy's.
+    """
+    if not (_cupy.is_capturable(xp) and a.ndim and b.ndim in (1, 2) and a.dtype == b.dtype and a.dtype.name in _TYPES):
+        return xp.matmul(a, b, out=out)
+    if a.shape[-1] != b.shape[0]:
+        return xp.matmul(a, b)  # its error
+    right = b if b.ndim == 2 else b.reshape(-1, 1)
+    left = a if a.ndim == 2 else a.reshape(-1, a.shape[-1])
+    product = xp.empty((left.shape[0], right.shape[1]), dtype=a.dtype) if out is None else out
+    product_into(xp)(_lined(xp, left), _lined(xp, right), product, False)
+    return product.reshape(a.shape[:-1] + b.shape[1:]) if out is None else out
+
+
+def _lined(xp: Any, matrix: Any) -> Any:
+    """Return a matrix whose elements are neighbours along an axis: itself, or a copy."""
+    try:
+        _layout(matrix)
+    except ShapeError:
+        return xp.ascontiguousarray(matrix)
+    return matrix
 
 
 def _by_matmul(xp: Any, a: Any, b: Any, out: Any, add: bool) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from gpulayers.dtypes import broadcast_static_shape
 from gpulayers.errors import ShapeError, message
+from gpulayers.ops import device_products
 from gpulayers.ops.creation import eye, zeros_like
 from gpulayers.ops.operation import GradientContext, Operation, Shape, Spec, match, result_dtype
 from gpulayers.ops.shaping import expand_dims, ravel, squeeze, swapaxes
@@ -21,7 +22,7 @@ __all__ = ["dot", "einsum", "matmul", "outer", "tensordot"]
 def _matmul_forward(xp: Any, x: Any, y: Any) -> Any:
     """Multiply matrices; on NumPy 16-bit ones as float32, because its own loop would neither be fast nor accurate."""
     if xp is not np:
-        return xp.matmul(x, y)
+        return device_products.matmul(xp, x, y)
     (x, y), narrow = widened([x, y])
     product = np.matmul(x, y)
     return product if narrow is None else product.astype(narrow)

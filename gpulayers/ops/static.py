@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gpulayers.device import array_module, asarray, asnumpy, is_array
+from gpulayers.device import asnumpy, current_device, is_array, module_of
 from gpulayers.errors import DTypeError, ShapeError, message
 from gpulayers.ops.operation import Recordable, Shape
 
@@ -101,7 +101,7 @@ def host_sizes(vector: Any) -> tuple[int, ...]:
 
 def default_module() -> Any:
     """Return the array module of the default device: what has no array input is created there."""
-    return array_module(asarray(0))
+    return module_of(current_device())
 
 
 def is_small_float(dtype: np.dtype) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import sys
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from tests.kernels import strict_array
+from tests.kernels.fake_cublas import CUBLAS_POINTER_MODE_HOST, HANDLE, FakeCublas
 
 
 class Machine:
@@ -28,6 +30,8 @@ class Machine:
         self.serial, self.allocators, self.log = 0, [], []
         self._memory: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._generators: dict[int, tuple[Any, Any]] = {}
+        self._fresh: list[Any] = []
+        self._held: list[Any] = []  # by the pools of the graphs
 
     def launch(self, function: Any) -> None:
         """Run a kernel, or record it while a stream is capturing."""
@@ -43,11 +47,13 @@ class Machine:
     def end(self) -> list[Any]:
         """Undo what was done to find shapes and dtypes, and return the work."""
         strict_array.capture = None
-        for memory, before in self._memory.values():
+        for memory, before in reversed(self._memory.values()):
             np.copyto(memory, before)
         for generator, state in self._generators.values():
             generator.bit_generator.state = state
         self._memory, self._generators = {}, {}
+        self._held.append(self._fresh)
+        self._fresh = []
         work, self.work = self.work, None
         return work or []
 
@@ -56,6 +62,10 @@ class Machine:
         while memory.base is not None and isinstance(memory.base, np.ndarray):
             memory = memory.base
         self._memory.setdefault(id(memory), (memory, memory.copy()))
+
+    def hold(self, memory: np.ndarray) -> None:
+        """Keep memory that was allocated in a capture, as the graph's pool does."""
+        self._fresh.append(memory)
 
     def save_generator(self, generator: Any) -> None:
         self._generators.setdefault(id(generator), (generator, copy.deepcopy(generator.bit_generator.state)))
@@ -94,6 +104,63 @@ def _recorded_launches(machine: Machine, launch: Any) -> Any:
         machine.launch(function)
 
     return recorded
+
+
+class WrappedCublas(FakeCublas):
+    """CuPy's module of cuBLAS: every product first sets the current stream, which is refused in a capture."""
+
+    def __init__(self, machine: Machine) -> None:
+        super().__init__()
+        self._machine, self.streams, self.destroyed = machine, {HANDLE: 0}, []
+
+    def create(self) -> int:
+        handle = HANDLE + len(self.streams)
+        self.streams[handle] = 0
+        return handle
+
+    def destroy(self, handle: int) -> None:
+        self.destroyed.append(handle)
+
+    def setStream(self, handle: int, stream: int) -> None:  # noqa: N802
+        if self._machine.work is not None:
+            raise NotImplementedError("calling cuBLAS API during stream capture is currently unsupported")
+        self.streams[handle] = stream
+
+    def check_status(self, status: int) -> None:
+        if status:
+            raise RuntimeError(f"cuBLAS status {status}")
+
+    def gemmEx(self, handle: int, *arguments: int) -> None:  # noqa: N802
+        self.setStream(handle, self._machine.current.ptr)
+        super().gemmEx(HANDLE, *arguments)
+
+
+class Library:
+    """cuBLAS itself: it works on the stream that its handle has, capturing or not, and needs a workspace there."""
+
+    def __init__(self, machine: Machine, wrapped: WrappedCublas) -> None:
+        self._machine, self._wrapped, self.workspaces = machine, wrapped, {}
+
+    def cublasSetWorkspace_v2(self, handle: int, address: int, size: int) -> int:  # noqa: N802
+        self.workspaces[handle] = (address, size)
+        return 0
+
+    def cublasGemmEx(self, handle: int, *arguments: int) -> int:  # noqa: N802
+        if self._wrapped.streams[handle] != self._machine.current.ptr or handle not in self.workspaces:
+            return 14
+
+        def product() -> None:
+            self._wrapped.pointer_mode, mode = CUBLAS_POINTER_MODE_HOST, self._wrapped.pointer_mode
+            FakeCublas.gemmEx(self._wrapped, HANDLE, *arguments)
+            self._wrapped.pointer_mode = mode
+
+        if self._machine.work is not None:
+            rows, columns, out, out_type, leading = arguments[2], arguments[3], *arguments[13:16]
+            size = {0: 4, 1: 8, 2: 2, 14: 2}[out_type] * (leading * (columns - 1) + rows)
+            self._machine.save(np.frombuffer((ctypes.c_char * size).from_address(out), np.uint8))
+            product()
+        self._machine.launch(product)
+        return 0
 
 
 def fake_cuda(machine: Machine) -> SimpleNamespace:
@@ -161,6 +228,7 @@ def fake_cuda(machine: Machine) -> SimpleNamespace:
         MemoryPool=MemoryPool,
         using_allocator=using_allocator,
         get_current_stream=lambda: machine.current,
+        runtime=SimpleNamespace(getDevice=lambda: 0, getDeviceProperties=lambda device: {"major": 9}),
     )
 
 
@@ -173,6 +241,10 @@ def emulated_cuda(monkeypatch: Any) -> Any:
     monkeypatch.setattr(module, "cuda", fake_cuda(machine), raising=False)
     monkeypatch.setitem(sys.modules, "cupy", module)
     monkeypatch.setattr(_cupy, "cupy", lambda: module)
+    machine.cublas = WrappedCublas(machine)
+    machine.library = Library(machine, machine.cublas)
+    monkeypatch.setattr(_cupy, "_cublas", lambda: _cupy.Cublas(machine.cublas, lambda: HANDLE))
+    monkeypatch.setattr(_cupy, "_cublas_library", lambda: machine.library)
     launcher = strict_array.launcher
     monkeypatch.setattr(launcher, "launch", _recorded_launches(machine, launcher.launch))
     try:

@@ -295,7 +295,10 @@ def array(a: Any, dtype: Any = None, copy: bool = True, **unused: Any) -> Strict
 
 
 def empty(shape: Any, dtype: Any = float, order: str = "C") -> StrictArray:
-    return StrictArray._wrap(_poisoned(np.empty(shape, dtype, order)))
+    memory = _poisoned(np.empty(shape, dtype, order))
+    if capture is not None:
+        capture.hold(memory)
+    return StrictArray._wrap(memory)
 
 
 def empty_like(a: Any, dtype: Any = None, shape: Any = None, **unused: Any) -> StrictArray:

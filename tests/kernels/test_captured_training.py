@@ -326,3 +326,141 @@ def test_a_failing_learning_rate_changes_nothing(machine):
         with pytest.raises(ArithmeticError, match="no rate"):
             graph(xp.ones(3, "f"))
     assert w.numpy().tolist() == [-4.0] * 3 and int(optimizer.iterations.numpy()) == 4
+
+
+# ---- products --------------------------------------------------------------------------------------------------------
+
+
+def dense_program():
+    net = [gl.keras.layers.Dense(7), gl.keras.layers.BatchNormalization(), gl.keras.layers.Dense(3)]
+
+    def forward(x):
+        for layer in net:
+            x = layer(x, training=True) if layer is net[1] else layer(x)
+        return x
+
+    return net, forward, (6, 5)
+
+
+def convolution_program():
+    net = [gl.keras.layers.Conv2D(4, 3, strides=2, padding="same")]
+    return net, lambda x: ops.mean(net[0](x), axis=(1, 2)), (2, 6, 6, 3)
+
+
+def sequence_program(cell):
+    net = [gl.keras.layers.RNN(cell(4), return_sequences=True), gl.keras.layers.Dense(3)]
+    return net, lambda x: net[1](net[0](x)), (2, 5, 3)
+
+
+PROGRAMS = {
+    "dense": dense_program,
+    "convolution": convolution_program,
+    "lstm": lambda: sequence_program(gl.keras.layers.LSTMCell),
+    "gru": lambda: sequence_program(gl.keras.layers.GRUCell),
+}
+
+
+def trained(name, captured, place="emulated"):
+    """Return the weights after some steps of a program with products, and its graph."""
+    with gl.device(place):
+        net, forward, shape = PROGRAMS[name]()
+        forward(asarray(np.zeros(shape, "f")))
+        weights = [v for layer in net for v in layer.trainable_variables]
+        rng = np.random.default_rng(0)
+        for v in weights:
+            v.assign(rng.uniform(-0.5, 0.5, v.shape).astype("f"))
+        optimizer = optimizers.Adam(0.01)
+
+        def step(x):
+            with gl.GradientTape() as tape:
+                loss = ops.mean(ops.square(forward(x) - 1.0))
+            optimizer.apply_gradients(list(zip(tape.gradient(loss, weights), weights, strict=True)))
+            return loss
+
+        graph = gl.cuda_graph(step) if captured else step
+        losses = [float(gl.asnumpy(graph(asarray(rng.standard_normal(shape).astype("f"))))) for _ in range(6)]
+    return losses, [v.numpy() for v in weights], graph
+
+
+def compare_programs(name, place):
+    losses, weights, graph = trained(name, True, place)
+    truths, others, _ = trained(name, False, place)
+    assert graph.reason == "" and graph.captures == 1
+    np.testing.assert_allclose(losses, truths, rtol=1e-4)
+    for one, other in zip(weights, others, strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_products_are_captured_through_a_handle_of_our_own(machine, name):
+    compare_programs(name, "emulated")
+    handles = [handle for handle, stream in machine.cublas.streams.items() if stream > 1]
+    assert handles and all(machine.library.workspaces[handle][1] == 32 << 20 for handle in handles)
+    assert machine.cublas.pointer_mode == 1, "the pointer mode of others is put back"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_products_are_captured_on_a_gpu(name):
+    compare_programs(name, "gpu")
+
+
+def products_of(graph_of, steps=4):
+    with gl.device("emulated"):
+        graph = gl.cuda_graph(graph_of)
+        x = xp.asarray(np.arange(12, dtype="f").reshape(3, 4))
+        results = [gl.asnumpy(graph(x)) for _ in range(steps)]
+    return graph, results
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: ops.matmul(x, ops.transpose(x)),
+        lambda x: ops.matmul(ops.transpose(x), x[:, 1:3]),
+        lambda x: ops.matmul(x, x[0]),
+        lambda x: ops.matmul(x[1], ops.transpose(x)),
+        lambda x: ops.matmul(ops.reshape(x, (3, 2, 2)), x[:2, ::2]),
+    ],
+    ids=["transposed", "columns of a wider one", "vector", "vector first", "batch on the left, gaps on the right"],
+)
+def test_shapes_and_layouts_of_products(machine, function):
+    graph, results = products_of(function)
+    assert graph.captures == 1, graph.reason
+    want = function(np.arange(12, dtype="f").reshape(3, 4))
+    for found in results:
+        np.testing.assert_allclose(found, want, rtol=1e-6)
+
+
+def test_cupys_own_products_are_refused_with_its_reason(machine):
+    graph, _ = products_of(lambda x: ops.einsum("ij,kj->ik", x, x))
+    assert graph.reason.startswith("NotImplementedError: calling cuBLAS API during stream capture")
+
+
+def test_without_the_library_products_are_refused(machine, monkeypatch):
+    from gpulayers import _cupy
+
+    monkeypatch.setattr(_cupy, "_cublas_library", lambda: None)
+    graph, _ = products_of(lambda x: ops.matmul(x, ops.transpose(x)))
+    assert graph.reason.startswith("NotImplementedError: calling cuBLAS API during stream capture")
+
+
+def test_the_handle_goes_with_the_graph(machine):
+    import gc
+
+    graph, _ = products_of(lambda x: ops.matmul(x, ops.transpose(x)))
+    assert not machine.cublas.destroyed
+    del graph
+    gc.collect()
+    assert len(machine.cublas.destroyed) == 1
+
+
+def test_the_librarys_symbols_are_found_through_cupy():
+    """Without a device cuBLAS answers with a status; a null handle is 1 everywhere."""
+    from gpulayers import _cupy
+
+    pytest.importorskip("cupy")
+    library, found = _cupy._cublas_library(), _cupy._cublas()
+    assert library is not None and found is not None and callable(found.functions.gemmEx)
+    assert library.cublasGemmEx(None, 0, 0, 1, 1, 1, *[None, None, 0, 1, None, 0, 1, None, None, 0, 1], 68, -1) == 1
+    assert library.cublasSetWorkspace_v2(None, None, 0) == 1
