@@ -5,9 +5,10 @@
 //   gl_bn_statistics + gl_bn_normalise   forward, two sweeps: 3 E s (residual: 4 E s); the second sweep runs backwards and
 //                                        streams, so what the L2 cache still holds of x is not read from memory again
 //   gl_bn_normalise alone                inference: 2 E s (residual: 3 E s)
-//   gl_bn_sums + gl_bn_apply             backward, two sweeps: 5 E s (ReLU: 7 E s; ReLU and residual: 7 E s, the first sweep
-//                                        writes the residual's gradient, the second reads it in place of dy and y)
-//   gl_bn_sums alone                     inference backward: 3 E s
+//   gl_bn_sums + gl_bn_apply             backward, two sweeps: 5 E s, also behind a ReLU: the sign of y is computed again
+//                                        from x, bit for bit (ReLU and residual: 7 E s, y is read; the first sweep writes
+//                                        the residual's gradient, the second reads it in place of dy and y)
+//   gl_bn_sums alone                     inference backward: 3 E s (ReLU and residual: 5 E s)
 //   gl_bn_forward, gl_bn_backward        everything in one launch: one block per slab for small arrays (x is re-read from
 //                                        L1 and L2), or CLUSTER blocks per slab that keep their part of x (and dy) in
 //                                        shared memory: 2 E s forward, 3 E s backward

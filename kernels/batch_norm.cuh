@@ -22,6 +22,7 @@ typedef accumulate_t<STORAGE> A;
 constexpr int32 width = VECTOR ? vector_width<STORAGE> : 1;  // elements of one access
 constexpr int32 held = CHANNELS_LAST ? width : 1;            // channels of one thread
 constexpr int32 largest = 256;                               // threads of a block
+constexpr int32 widest = 16;                                 // lanes of a block where threads hold several channels
 
 // What one access moves, as it lies in memory: a quarter of the registers that widened 16-bit values would take.
 typedef packet<STORAGE, width> Packet;
@@ -46,6 +47,16 @@ template <int N> __device__ __forceinline__ void put(STORAGE* address, const pac
         store_16(address, value.words);
     }
 }
+
+// Largest value that becomes 0 when it is stored, where its rounding underflows: half of the smallest subnormal, which
+// ties to even. A stored output is > 0 exactly if the value before rounding is > underflow<STORAGE>.
+template <typename T> constexpr A underflow = A(0);
+template <> constexpr A underflow<float16> = A(2.98023223876953125e-8);            // 2^-25
+template <> constexpr A underflow<bfloat16> = A(4.591774807899560578003e-41);     // 2^-134
+
+// a * b + c with one rounding, whatever the compiler thinks: two kernels must get the same bits.
+__device__ __forceinline__ float fused(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ __forceinline__ double fused(double a, double b, double c) { return fma(a, b, c); }
 
 // g where y > 0, else 0.
 __device__ __forceinline__ void mask(Packet& g, const Packet& y) {
@@ -118,12 +129,13 @@ __device__ __forceinline__ int64 row_start(const Place& p, int64 row) {
 
 // Walks over this thread's units of a range, forwards or backwards.
 struct Walk {
-    int64 left, row, position, step_rows, step_positions, inner_units;
+    int32 left;
+    int64 row, position, step_rows, step_positions, inner_units;
 
     __device__ __forceinline__ Walk(const Place& p, const Range& range, bool backwards) {
         const int64 first = range.first, count = range.count;
         const int64 mine = threadIdx.y, step = depth();
-        left = p.inside && mine < count ? (count - mine + step - 1) / step : 0;
+        left = static_cast<int32>(p.inside && mine < count ? (count - mine + step - 1) / step : 0);
         const int64 unit = backwards ? first + count - 1 - mine : first + mine;
         inner_units = CHANNELS_LAST ? 1 : p.inner / width;
         if (CHANNELS_LAST || left == 0) {
@@ -499,40 +511,54 @@ __device__ __forceinline__ void finish_channels(const Arguments& arguments, cons
 
 // ---- forward: normalise --------------------------------------------------------------------------------------------
 
-// y = (x - pivot) * a + b of one channel.
+// y = (x - pivot) * a + b of one channel. Forward and backward get the same bits from it.
 struct Affine {
     A pivot, a, b;
+
+    __device__ __forceinline__ A of(STORAGE x) const { return fused(widen(x) - pivot, a, b); }
 };
+
+template <typename Arguments>
+__device__ __forceinline__ A pivot_of(const Arguments& arguments, const Place& p, int64 c) {
+    return arguments.saved ? arguments.saved[slot_index(p, p.group, c)] : arguments.given_mean[c];
+}
 
 // From what a training step saved, or (saved = null) from given statistics.
 template <typename Arguments>
 __device__ __forceinline__ Affine affine_of(const Arguments& arguments, const Place& p, int64 c) {
     const A gamma = arguments.gamma ? arguments.gamma[c] : A(1), beta = arguments.beta ? arguments.beta[c] : A(0);
     Affine result;
+    result.pivot = pivot_of(arguments, p, c);
     if (!arguments.saved) {
-        result.pivot = arguments.given_mean[c];
         result.a = static_cast<A>(gamma / sqrt(static_cast<double>(arguments.given_variance[c]) + arguments.epsilon));
         result.b = beta;
         return result;
     }
     const int64 slot = slot_index(p, p.group, c), plane = slot_plane(p);
-    result.pivot = arguments.saved[slot];
     result.a = gamma * arguments.saved[slot + 2 * plane];
     result.b = beta;
     if (arguments.renormed) {
         result.a *= arguments.saved[slot + 3 * plane];
-        result.b += gamma * arguments.saved[slot + 4 * plane];
+        result.b = fused(gamma, arguments.saved[slot + 4 * plane], result.b);
     }
-    result.b -= arguments.saved[slot + plane] * result.a;
+    result.b = fused(-arguments.saved[slot + plane], result.a, result.b);
     return result;
 }
 
+// Writes y; and a and b of each channel to arguments.affine, unless null, for the backward of a ReLU.
 template <typename Arguments, typename Keeper>
 __device__ __forceinline__ void normalise_split(const Arguments& arguments, const Place& p, Keeper& keeper) {
     Affine affine[held];
     if (p.inside) {
 #pragma unroll
-        for (int32 i = 0; i < held; ++i) affine[i] = affine_of(arguments, p, p.channel + i);
+        for (int32 i = 0; i < held; ++i) {
+            affine[i] = affine_of(arguments, p, p.channel + i);
+            if (arguments.affine && p.split == 0 && threadIdx.y == 0) {
+                const int64 slot = slot_index(p, p.group, p.channel + i);
+                arguments.affine[slot] = affine[i].a;
+                arguments.affine[slot + slot_plane(p)] = affine[i].b;
+            }
+        }
     }
     Packet values[Keeper::second_ahead], extra[Keeper::second_ahead];
     keeper.second_pass(
@@ -549,8 +575,7 @@ __device__ __forceinline__ void normalise_split(const Arguments& arguments, cons
             A result[width];
 #pragma unroll
             for (int32 i = 0; i < width; ++i) {
-                const Affine& f = affine[CHANNELS_LAST ? i : 0];
-                A value = (widen(values[slot].values[i]) - f.pivot) * f.a + f.b;
+                A value = affine[CHANNELS_LAST ? i : 0].of(values[slot].values[i]);
                 if (arguments.residual) value += widen(extra[slot].values[i]);
                 if (arguments.relu && value < A(0)) value = A(0);
                 result[i] = value;
@@ -561,20 +586,88 @@ __device__ __forceinline__ void normalise_split(const Arguments& arguments, cons
 
 // ---- backward ------------------------------------------------------------------------------------------------------
 
-// Leaves this block's sums of g and g * (x - pivot) in arguments.parts; g is dy where y > 0 (y = null: everywhere).
-// Writes g to arguments.dresidual and g * gamma / s to arguments.dx, each unless null.
+// The forward's factors of channel c as it left them in arguments.affine (null: there was no ReLU, nobody asks).
+template <typename Arguments>
+__device__ __forceinline__ Affine saved_affine(const Arguments& arguments, const Place& p, int64 c) {
+    if (!arguments.affine) return Affine{};
+    const int64 slot = slot_index(p, p.group, c);
+    return Affine{arguments.saved[slot], arguments.affine[slot], arguments.affine[slot + slot_plane(p)]};
+}
+
+// The forward's factors of this thread's channels; of(c) makes those of one. Several channels' factors stay in shared
+// memory, `table`, and are read for every unit: registers are scarce there.
+struct Factors {
+    Affine own;
+    A* table;
+
+    static constexpr int32 in_16_bytes = 16 / sizeof(A);
+    static constexpr int32 size = held > 1 ? 2 * held * widest : 1;
+
+    template <typename Of> __device__ __forceinline__ Factors(const Place& p, A* shared, Of of) : table(shared) {
+        if (held > 1) __syncthreads();  // the readers of the table before this one are done
+#pragma unroll
+        for (int32 i = 0; i < held; ++i) {
+            if (p.inside && (held == 1 || threadIdx.y == 0)) {
+                own = of(p.channel + i);
+                if (held > 1) {
+                    table[place(i, 0)] = own.a;
+                    table[place(i, 1)] = own.b;
+                }
+            }
+        }
+        if (held > 1) __syncthreads();
+    }
+
+    // Neighbouring threads' 16 bytes lie side by side: no bank conflicts.
+    static __device__ __forceinline__ int32 place(int32 i, int32 which) {
+        const int32 row = 2 * (i / in_16_bytes) + which;
+        return (row * widest + static_cast<int32>(threadIdx.x)) * in_16_bytes + i % in_16_bytes;
+    }
+
+    // Calls use(i, factors) for every element i of a unit.
+    template <typename Use> __device__ __forceinline__ void for_each(const A (&pivot)[held], Use use) const {
+        if constexpr (held == 1) {
+#pragma unroll
+            for (int32 i = 0; i < width; ++i) use(i, own);
+        } else {
+#pragma unroll
+            for (int32 start = 0; start < held; start += in_16_bytes) {
+                union {
+                    uint4 words;
+                    A values[in_16_bytes];
+                } a, b;
+                a.words = reload_shared_16(table + place(start, 0));
+                b.words = reload_shared_16(table + place(start, 1));
+#pragma unroll
+                for (int32 i = 0; i < in_16_bytes; ++i)
+                    use(start + i, Affine{pivot[start + i], a.values[i], b.values[i]});
+            }
+        }
+    }
+};
+
+// Clears the gradients g where the forward's ReLU let nothing pass: x says so, by the forward's own arithmetic.
+__device__ __forceinline__ void mask(Packet& g, const Packet& x, const A (&pivot)[held], const Factors& factors) {
+    factors.for_each(pivot, [&](int32 i, const Affine& affine) {
+        if (!(affine.of(x.values[i]) > underflow<STORAGE>)) g.values[i] = STORAGE{};
+    });
+}
+
+// Leaves this block's sums of g and g * (x - pivot) in arguments.parts. g is dy, with a ReLU where its output is > 0:
+// y is read unless null, else x tells. Writes g to arguments.dresidual unless null and, in inference, g * gamma / s to dx.
 template <typename Arguments, typename Keeper>
 __device__ __forceinline__ void sums_of_split(const Arguments& arguments, const Place& p, Keeper& keeper) {
     GL_SHARED(A, firsts, [held][largest]);
     GL_SHARED(A, seconds, [held][largest]);
-    A sum[held], product[held], pivot[held], scale[held];
+    static_assert(Factors::size <= held * largest, "the factors stand in the memory that the sums need later");
+    const Factors factors(p, &firsts[0][0], [&](int64 c) {
+        return arguments.affine ? saved_affine(arguments, p, c) : affine_of(arguments, p, c);
+    });
+    A sum[held], product[held], pivot[held];
 #pragma unroll
     for (int32 i = 0; i < held; ++i) {
         sum[i] = product[i] = A(0);
-        if (!p.inside) continue;
-        const Affine affine = affine_of(arguments, p, p.channel + i);
-        pivot[i] = affine.pivot;
-        scale[i] = affine.a;
+        if (p.inside) pivot[i] = pivot_of(arguments, p, p.channel + i);
     }
     Packet x[Keeper::first_ahead], g[Keeper::first_ahead];
     keeper.first_pass(
@@ -585,20 +678,24 @@ __device__ __forceinline__ void sums_of_split(const Arguments& arguments, const 
             if (arguments.y) mask(g[slot], take_first(place, arguments.y + offset));
         },
         [&](int32 slot, int64 offset, auto place) {
+            if (arguments.recompute) mask(g[slot], x[slot], pivot, factors);
             place.keep(0, x[slot]);
             place.keep(1, g[slot]);
             if (arguments.dresidual) put(arguments.dresidual + offset, g[slot]);
-            A scaled[width];
 #pragma unroll
             for (int32 i = 0; i < width; ++i) {
                 const int32 c = CHANNELS_LAST ? i : 0;
                 const A gradient = widen(g[slot].values[i]);
                 sum[c] += gradient;
                 product[c] += gradient * (widen(x[slot].values[i]) - pivot[c]);
-                scaled[i] = gradient * scale[c];
             }
-            if (!arguments.tables) store<width, cache::streaming>(arguments.dx + offset, scaled);
+            if (arguments.tables) return;
+            A scaled[width];
+            factors.for_each(
+                pivot, [&](int32 i, const Affine& affine) { scaled[i] = widen(g[slot].values[i]) * affine.a; });
+            store<width, cache::streaming>(arguments.dx + offset, scaled);
         });
+    if (held > 1) __syncthreads();  // nobody needs the factors any more
     const int32 me = thread_number();
 #pragma unroll
     for (int32 i = 0; i < held; ++i) {
@@ -682,6 +779,8 @@ __device__ __forceinline__ void finish_channel_sums(const Arguments& arguments, 
 // dx = g * a + (x - pivot) * slope + b over a split.
 template <typename Arguments, typename Keeper>
 __device__ __forceinline__ void apply_split(const Arguments& arguments, const Place& p, Keeper& keeper) {
+    GL_SHARED(A, table, [Factors::size]);
+    const Factors factors(p, table, [&](int64 c) { return saved_affine(arguments, p, c); });
     A pivot[held], a[held], slope[held], b[held];
     if (p.inside) {
 #pragma unroll
@@ -706,7 +805,10 @@ __device__ __forceinline__ void apply_split(const Arguments& arguments, const Pl
                 if (arguments.y) mask(g[slot], take<cache::streaming>(arguments.y + offset));
             }
         },
-        [&](int32 slot, int64 offset, auto) {
+        [&](int32 slot, int64 offset, auto place) {
+            if constexpr (!decltype(place)::keeps) {
+                if (arguments.recompute) mask(g[slot], x[slot], pivot, factors);
+            }
             A result[width];
 #pragma unroll
             for (int32 i = 0; i < width; ++i) {

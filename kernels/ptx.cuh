@@ -128,6 +128,20 @@ __device__ __forceinline__ void store_16_streaming(void* address, uint4 v) {
 #endif
 }
 
+// 16 bytes of shared memory, read here and now: not kept in registers from one round of a loop to the next. What they hold
+// was written before the last __syncthreads.
+__device__ __forceinline__ uint4 reload_shared_16(const void* address) {
+#ifdef GL_HOST
+    return load_16(address);
+#else
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(static_cast<unsigned int>(__cvta_generic_to_shared(address))));
+    return v;
+#endif
+}
+
 // ---- order between blocks ------------------------------------------------------------------------------------------
 
 // Adds and returns the old value. Everything this thread (and, through a preceding __syncthreads, its block) wrote is

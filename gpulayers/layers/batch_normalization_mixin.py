@@ -262,7 +262,7 @@ class BatchNormalizationMixin(CoreLayer):
                 clip = self.renorm_clipping.get(key)
                 named[key] = clip() if callable(clip) else clip
         named = {key: value for key, value in named.items() if value is not None}
-        y, mean, variance, _ = batch_norm_training(
+        y, mean, variance, *_ = batch_norm_training(
             _raised(x) if adjustment is not None else x,
             *[_whole(value) for value in named.values()],
             given=tuple(named),

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from gpulayers.dtypes import parameter_dtype
 from gpulayers.errors import ShapeError, message
 from gpulayers.ops import batch_norm_arrays as arrays
@@ -79,25 +81,30 @@ def _training(
     moving: MovingVariables | None = None,
 ) -> Any:
     named = _operands(values, given)
-    return tuple(
-        arrays.forward(
-            x,
-            named.get("gamma"),
-            named.get("beta"),
-            axis=axis,
-            epsilon=epsilon,
-            groups=sub_batches(x.shape[0], virtual_batch_size),
-            weights=named.get("weights"),
-            renorm=_renorm(named),
-            residual=named.get("residual"),
-            activation=activation,
-            moving=None if moving is None else moving.arrays(),
-        )
+    found = arrays.forward(
+        x,
+        named.get("gamma"),
+        named.get("beta"),
+        axis=axis,
+        epsilon=epsilon,
+        groups=sub_batches(x.shape[0], virtual_batch_size),
+        weights=named.get("weights"),
+        renorm=_renorm(named),
+        residual=named.get("residual"),
+        activation=activation,
+        moving=None if moving is None else moving.arrays(),
     )
+    return tuple(found) if activation else tuple(found)[:4]
 
 
 def _training_spec(
-    x: Spec, *values: Spec, given: tuple[str, ...], axis: Any, virtual_batch_size: int | None = None, **_: Any
+    x: Spec,
+    *values: Spec,
+    given: tuple[str, ...],
+    axis: Any,
+    virtual_batch_size: int | None = None,
+    activation: str | None = None,
+    **_: Any,
 ) -> Any:
     shape = x.shape or ()
     channels = 1
@@ -106,20 +113,22 @@ def _training_spec(
     batch = shape[0]
     groups = None if batch is None and virtual_batch_size is not None else sub_batches(batch, virtual_batch_size)
     statistic = Spec((channels,), parameter_dtype(x.dtype))
-    return x, statistic, statistic, Spec((5 if "renorm_mean" in given else 3, groups, channels), statistic.dtype)
+    saved = Spec((5 if "renorm_mean" in given else 3, groups, channels), statistic.dtype)
+    mask = (Spec((None,), np.dtype("uint8")),) if activation else ()
+    return (x, statistic, statistic, saved, *mask)
 
 
 def _training_gradient(c: GradientContext, g: Any, *_: Any) -> tuple[Any, ...]:
     given, activation = c["given"], c["activation"] if "activation" in c.attributes else None
     named = {name: c.inputs[i + 1] for i, name in enumerate(given) if name in ("gamma", "weights")}
     present = [name for name in ("gamma", "weights") if name in named]
-    operands = [named[name] for name in present] + ([c.outputs[0]] if activation else [])
+    operands = [named[name] for name in present] + ([c.outputs[4]] if activation else [])
     results = _training_backward(
         g,
         c.x,
         c.outputs[3],
         *operands,
-        given=tuple(present) + (("y",) if activation else ()),
+        given=tuple(present) + (("mask",) if activation else ()),
         axis=c["axis"],
         virtual_batch_size=c.attributes.get("virtual_batch_size"),
         activation=activation,
@@ -162,7 +171,7 @@ def _backward(
         axis=axis,
         groups=sub_batches(x.shape[0], virtual_batch_size),
         weights=named.get("weights"),
-        y=named.get("y"),
+        mask=named.get("mask"),
         activation=activation,
         residual=residual,
     )
@@ -191,7 +200,8 @@ batch_norm_training = Operation(
     gradient=_training_gradient,
     kernel=_training,
     type="FusedBatchNormV3",
-    doc="""Normalise `x` with its own statistics; returns y, mean, variance (C values each, biased), and `saved`.
+    doc="""Normalise `x` with its own statistics; returns y, mean, variance (C values each, biased), `saved`,
+    and with an activation `mask`: gradients need the mask, not y.
 
     Operands behind `x`, as `given` names them: gamma, beta, residual, weights, renorm_mean, renorm_stddev, rmin, rmax,
     dmax.
@@ -228,10 +238,8 @@ def _inference(
 
 def _inference_gradient(c: GradientContext, g: Any) -> tuple[Any, ...]:
     given, activation = c["given"], c.attributes.get("activation")
-    operands, present = [], []
-    if "gamma" in given:
-        operands.append(c.inputs[3 + given.index("gamma")])
-        present.append("gamma")
+    present = [name for name in ("gamma", "beta") if name in given and (activation or name == "gamma")]
+    operands = [c.inputs[3 + given.index(name)] for name in present]
     if activation:
         operands.append(c.outputs[0])
         present.append("y")
@@ -266,6 +274,7 @@ def _inference_backward_forward(
     residual: bool,
 ) -> Any:
     named = _operands(values, given)
+    recompute = xp is not np and not residual  # a device tells the sign of y from x, with less to read
     found = arrays.inference_backward(
         g,
         x,
@@ -274,7 +283,8 @@ def _inference_backward_forward(
         variance,
         axis=axis,
         epsilon=epsilon,
-        y=named.get("y"),
+        beta=named.get("beta"),
+        y=None if recompute else named.get("y"),
         activation=activation,
         residual=residual,
     )

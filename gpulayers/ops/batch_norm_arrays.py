@@ -37,6 +37,7 @@ __all__ = [
     "forward",
     "inference",
     "inference_backward",
+    "passed",
     "statistics",
 ]
 
@@ -46,13 +47,16 @@ class Forward(NamedTuple):
 
     `y`: shape and dtype of x. `mean`, `variance`: (C,), the batch moments, biased, averaged over sub-batches.
     `saved`: what `backward` needs, shape (3, groups, C): pivot, mean - pivot, 1 / sqrt(variance + epsilon); with
-    renorm (5, groups, C), then also r and d.
+    renorm (5, groups, C), then also r and d. `mask`: what `backward` needs of an activation, flat, uint8, not meant to
+    be read: on NumPy and with weights the bytes of y (no copy), on a device what tells the sign of y; None without
+    activation.
     """
 
     y: Any
     mean: Any
     variance: Any
     saved: Any
+    mask: Any = None
 
 
 class Gradients(NamedTuple):
@@ -117,7 +121,11 @@ def forward(
         )
     else:
         result = _body(xp).forward(x_c, layout, gamma, beta, epsilon, renorm, residual_c, relu, moving, dtype)
-    return Forward(_expanded(xp, result[0], x, layout), *result[1:])
+    y = _expanded(xp, result[0], x, layout)
+    mask = result[4] if len(result) == 5 else None
+    if relu and mask is None:
+        mask = y.reshape(-1).view("uint8")
+    return Forward(y, *result[1:4], mask)
 
 
 def backward(
@@ -129,6 +137,7 @@ def backward(
     axis: tuple[int, ...],
     groups: int = 1,
     weights: Any = None,
+    mask: Any = None,
     y: Any = None,
     activation: str | None = None,
     residual: bool = False,
@@ -140,7 +149,8 @@ def backward(
     g``.
 
     Parameters: `dy`, like x; `x`, `gamma`, `axis`, `groups`, `weights`, `activation` as given to `forward`; `saved`
-    from it; `y`, its output, required with an activation; `residual`, whether there was one.
+    from it; `mask` from it, or else `y`, its output, with an activation (a device has less to read with `mask`);
+    `residual`, whether there was one.
 
     Returns `Gradients`. `dresidual` is `dy` itself (not a copy) where there was no activation. dgamma and dbeta come
     even where gamma was None.
@@ -152,14 +162,36 @@ def backward(
     """
     xp, layout, dtype = _prepare(x, axis, groups)
     _check(x, layout, dy, gamma, None)
-    y = _relu_output(activation, y, x)
+    y, mask = _relu_signs(activation, x, layout, y, mask, xp is np or weights is not None or residual)
     x_c, dy_c, y_c = (_collapsed(xp, v, layout) for v in (x, dy, y))
     if weights is not None and x.size:
         w = batch_norm_weighted.broadcast(xp, weights, x.shape, layout, dtype)
         result = batch_norm_weighted.backward(xp, dy_c, x_c, w, layout, gamma, saved, y_c, residual, dtype)
     else:
-        result = _body(xp).backward(dy_c, x_c, layout, gamma, saved, y_c, residual, dtype)
+        more = () if mask is None else (mask,)
+        result = _body(xp).backward(dy_c, x_c, layout, gamma, saved, y_c, residual, dtype, *more)
     return _gradients(xp, result, dy, dy_c, x, layout)
+
+
+def passed(
+    x: Any, saved: Any, mask: Any, *, axis: tuple[int, ...], groups: int = 1, residual: bool = False
+) -> Any:
+    """Return 1 where the ReLU of `forward` let its value pass, else 0, in an array like x.
+
+    `saved`, `mask` as `forward` returned them (it had no weights); `residual`, whether there was one.
+
+    >>> x = np.array([[3.0], [5.0]])
+    >>> f = forward(x, None, None, axis=(1,), activation="relu")
+    >>> passed(x, f.saved, f.mask, axis=(1,))
+    array([[0.],
+           [1.]])
+    """
+    xp, layout, dtype = _prepare(x, axis, groups)
+    y, mask = _relu_signs("relu", x, layout, None, mask, xp is np or residual)
+    if mask is None:
+        return (y > 0).astype(x.dtype)
+    x_c = _collapsed(xp, x, layout)
+    return _expanded(xp, _body(xp).passed(x_c, layout, saved, None, dtype, mask), x, layout)
 
 
 def inference(
@@ -210,20 +242,24 @@ def inference_backward(
     *,
     axis: tuple[int, ...],
     epsilon: float = 1e-3,
+    beta: Any = None,
     y: Any = None,
     activation: str | None = None,
     residual: bool = False,
 ) -> Gradients:
     """Return the gradients of `inference`, the statistics being constants: ``dx = g gamma / sqrt(variance + epsilon)``.
 
-    Arguments and result as for `backward`.
+    Arguments and result as for `backward`. `y`, the output, is required with an activation on NumPy and where there was
+    a residual; on a device it can be left out else: then its sign is computed again, from `beta` as `inference` had it.
     """
     xp, layout, dtype = _prepare(x, axis, 1)
-    _check(x, layout, dy, gamma, None, moving_mean, moving_variance)
-    y = _relu_output(activation, y, x)
+    _check(x, layout, dy, gamma, beta, moving_mean, moving_variance)
+    recompute = y is None and xp is not np and _is_relu(activation) and not residual
+    y = None if recompute else _relu_output(activation, y, x)
     x_c, dy_c, y_c = (_collapsed(xp, v, layout) for v in (x, dy, y))
+    more = (beta, True) if recompute else ()
     result = _body(xp).inference_backward(
-        dy_c, x_c, layout, gamma, moving_mean, moving_variance, epsilon, y_c, residual, dtype
+        dy_c, x_c, layout, gamma, moving_mean, moving_variance, epsilon, y_c, residual, dtype, *more
     )
     return _gradients(xp, result, dy, dy_c, x, layout)
 
@@ -301,8 +337,24 @@ def _relu_output(activation: str | None, y: Any, x: Any) -> Any:
         return None
     if y is None or y.shape != x.shape:
         got = None if y is None else y.shape
-        raise ShapeError(message("batch_norm", "the gradient of relu needs the output y", x.shape, got))
+        raise ShapeError(message("batch_norm", "the gradient of relu needs the output y, or the mask", x.shape, got))
     return y
+
+
+def _relu_signs(
+    activation: str | None, x: Any, layout: Layout, y: Any, mask: Any, holds_output: bool
+) -> tuple[Any, Any]:
+    """Return (y, mask) with at most one not None: what tells where the ReLU let values pass.
+
+    `holds_output` says that a mask holds y.
+    """
+    if y is not None or mask is None or not _is_relu(activation):
+        return _relu_output(activation, y, x), None
+    size = x.nbytes if holds_output else 2 * layout.slots * _WORKING[x.dtype].itemsize
+    if mask.dtype != np.uint8 or mask.size != size:
+        wanted, got = f"the mask that forward returned, {size} bytes", f"{mask.size} of {mask.dtype}"
+        raise ShapeError(message("batch_norm", "the mask does not belong to this input", wanted, got))
+    return (mask.view(x.dtype).reshape(x.shape), None) if holds_output else (None, mask)
 
 
 def _check(x: Any, layout: Layout, like_x: Any, *per_channel: Any) -> None:

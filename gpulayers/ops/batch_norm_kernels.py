@@ -39,9 +39,15 @@ _GIVEN = [
     *[(name, "const PARAMETER*") for name in ("gamma", "beta", "given_mean", "given_variance")],
     ("renormed", "int32"),
 ]
-_OUTPUT = [("residual", "const STORAGE*"), ("y", "STORAGE*"), ("relu", "int32")]
+_OUTPUT = [("residual", "const STORAGE*"), ("y", "STORAGE*"), ("relu", "int32"), ("affine", "PARAMETER*")]
 _INPUTS = [("x", "const STORAGE*"), ("saved", "const PARAMETER*"), ("epsilon", "float64")]
-_GRADIENTS = [("dy", "const STORAGE*"), ("y", "const STORAGE*"), ("dx", "STORAGE*"), ("tables", "PARAMETER*")]
+_GRADIENTS = [
+    *[(name, "const STORAGE*") for name in ("dy", "y")],
+    ("affine", "const PARAMETER*"),
+    ("recompute", "int32"),
+    ("dx", "STORAGE*"),
+    ("tables", "PARAMETER*"),
+]
 _SUMS = [("dresidual", "STORAGE*"), ("dgamma", "PARAMETER*"), ("dbeta", "PARAMETER*")]
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -212,13 +218,17 @@ def forward(
     relu: bool,
     moving: MovingStatistics | None,
     dtype: Any,
-) -> tuple[Any, Any, Any, Any]:
-    """Return (y, mean, variance, saved) of a training step, and update `moving` in place."""
+) -> tuple[Any, Any, Any, Any, Any]:
+    """Return (y, mean, variance, saved, mask) of a training step, and update `moving` in place.
+
+    `mask` is what `backward` needs of a ReLU: without residual the bytes of each channel's factor and shift, from
+    which it gets the same output again, to the bit. None where it needs y itself, or nothing.
+    """
     xp = array_module(x)
     y = xp.ndarray(x.shape, x.dtype)
     if x.size == 0:
         zeros = xp.zeros(layout.channels, dtype), xp.zeros(layout.channels, dtype)
-        return (y, *zeros, xp.zeros((3 if renorm is None else 5, layout.groups, layout.channels), dtype))
+        return (y, *zeros, xp.zeros((3 if renorm is None else 5, layout.groups, layout.channels), dtype), None)
     launch = _launch(layout, dtype, (x, y, residual))
     values = _statistics_values(x, layout, epsilon, renorm, moving, dtype)
     given = {
@@ -229,12 +239,16 @@ def forward(
         "y": y,
         "relu": int(relu),
     }
+    affine = xp.ndarray((2 * layout.slots,), dtype) if relu and residual is None else None
+    if affine is not None:
+        given["affine"] = affine
     if launch.plan.regime == "sweeps":
         launch.run(_statistics, {**launch.scratch(), **values})
         launch.run(_normalise, {"x": x, "saved": values["saved"], "epsilon": float(epsilon), **given})
     else:
         launch.run(_forward, {**launch.scratch(), **values, **given})
-    return y, values["mean"], values["variance"], values["saved"]
+    mask = None if affine is None else affine.view("uint8")
+    return y, values["mean"], values["variance"], values["saved"], mask
 
 
 def statistics(x: Any, layout: Layout, dtype: Any) -> tuple[Any, Any]:
@@ -298,27 +312,36 @@ def _empty_gradients(dy: Any, x: Any, layout: Layout, residual: bool, dtype: Any
 
 
 def backward(
-    dy: Any, x: Any, layout: Layout, gamma: Any, saved: Any, y: Any, residual: bool, dtype: Any
+    dy: Any, x: Any, layout: Layout, gamma: Any, saved: Any, y: Any, residual: bool, dtype: Any, mask: Any = None
 ) -> tuple[Any, Any, Any, Any]:
-    """Return (dx, dgamma, dbeta, dresidual) of a training step; `y` is None where there was no ReLU."""
+    """Return (dx, dgamma, dbeta, dresidual) of a training step; with a ReLU, either `y` or `mask` is not None."""
     if x.size == 0:
         return _empty_gradients(dy, x, layout, residual, dtype)
-    own_residual = residual and y is not None  # without a ReLU the residual's gradient is dy itself
+    relu = y is not None or mask is not None
+    own_residual = residual and relu  # without a ReLU the residual's gradient is dy itself
     outputs = _gradient_outputs(x, layout, own_residual, dtype)
     launch = _launch(layout, dtype, (x, dy, y, outputs["dx"], outputs["dresidual"]), kept=2)
     scratch = launch.scratch(tables=True)
     given = {"gamma": _parameter(gamma, dtype), "renormed": int(saved.shape[0] == 5)}
     inputs = {"x": x, "saved": _parameter(saved, dtype), "dy": dy, "y": y}
+    if mask is not None:
+        inputs.update(affine=mask.view(dtype), recompute=1)
     if launch.plan.regime == "sweeps":
         launch.run(_sums, {**scratch, **given, **inputs, **outputs})
         second = {**inputs, "dx": outputs["dx"], "tables": scratch["tables"]}
         if own_residual:  # the first sweep has left g there: one array to read instead of two
-            second.update(dy=outputs["dresidual"], y=None)
+            second.update(dy=outputs["dresidual"], y=None, recompute=0)
         launch.run(_apply, second)
     else:
         launch.run(_backward, {**scratch, **given, **inputs, **outputs})
     dresidual = outputs["dresidual"] if own_residual else dy
     return outputs["dx"], outputs["dgamma"], outputs["dbeta"], dresidual if residual else None
+
+
+def passed(x: Any, layout: Layout, saved: Any, y: Any, dtype: Any, mask: Any) -> Any:
+    """Return 1 where the ReLU of a training step let its value pass, else 0: an array like x."""
+    ones = array_module(x).ones(x.shape, x.dtype)
+    return backward(ones, x, layout, None, saved, y, True, dtype, mask)[3]
 
 
 def inference_backward(
@@ -332,14 +355,19 @@ def inference_backward(
     y: Any,
     residual: bool,
     dtype: Any,
+    beta: Any = None,
+    recompute: bool = False,
 ) -> tuple[Any, Any, Any, Any]:
-    """Return (dx, dgamma, dbeta, dresidual) of inference, the moving statistics constant."""
+    """Return (dx, dgamma, dbeta, dresidual) of inference, the moving statistics constant.
+
+    `recompute`: there was a ReLU and no residual, so the kernel can tell the output's sign from x and `beta`.
+    """
     if x.size == 0:
         return _empty_gradients(dy, x, layout, residual, dtype)
     own_residual = residual and y is not None
     outputs = _gradient_outputs(x, layout, own_residual, dtype)
     launch = _launch(layout, dtype, (x, dy, y, outputs["dx"], outputs["dresidual"]), one_launch=False)
-    values = {**launch.scratch(), **outputs, "x": x, "dy": dy, "y": y}
-    launch.run(_sums, {**values, **_given(gamma, None, mean, variance, epsilon, dtype)})
+    values = {**launch.scratch(), **outputs, "x": x, "dy": dy, "y": y, "recompute": int(recompute)}
+    launch.run(_sums, {**values, **_given(gamma, beta, mean, variance, epsilon, dtype)})
     dresidual = outputs["dresidual"] if own_residual else dy
     return outputs["dx"], outputs["dgamma"], outputs["dbeta"], dresidual if residual else None

@@ -18,8 +18,9 @@ from typing import Any
 
 from gpulayers.dtypes import parameter_dtype
 from gpulayers.errors import GradientError, message
+from gpulayers.ops import batch_norm_arrays as arrays
 from gpulayers.ops.arithmetic import greater, rsqrt, square, where
-from gpulayers.ops.operation import GradientContext, match
+from gpulayers.ops.operation import GradientContext, Operation, like_first, match
 from gpulayers.ops.reductions import mean as mean_of
 from gpulayers.ops.reductions import sum as sum_of
 from gpulayers.ops.shaping import cast, reshape
@@ -67,8 +68,25 @@ class _View:
         return match(reshape(sum_of(value, axis=self.reduced_to_channels), tuple(like.shape)), like)
 
 
-def _masked(named: dict[str, Any], view: _View, value: Any) -> Any:
-    return where(greater(view.data(named["y"]), 0), value, 0.0) if "y" in named else value
+def _passed(
+    xp: Any, x: Any, saved: Any, mask: Any, *, axis: tuple[int, ...], virtual_batch_size: int | None, residual: bool
+) -> Any:
+    groups = 1 if virtual_batch_size is None else max(x.shape[0] // virtual_batch_size, 1)
+    return arrays.passed(x, saved, mask, axis=axis, groups=groups, residual=residual)
+
+
+_relu_passed = Operation(
+    "batch_norm_relu_passed",
+    _passed,
+    spec=like_first,
+    kernel=_passed,
+    doc="1 where the ReLU behind a batch normalisation let its value pass, else 0: operands x, saved and mask.",
+)
+
+
+def _masked(signs: Any, view: _View, value: Any) -> Any:
+    """Return `value` where `signs`, an array like x, is positive, else 0; all of it where there are no signs."""
+    return value if signs is None else where(greater(view.data(signs), 0), value, 0.0)
 
 
 def _sum(*terms: Any) -> Any:
@@ -95,7 +113,11 @@ def training_second_gradient(c: GradientContext, a: Any, b: Any, e: Any, of_resi
     i, r, d = table[2], (table[3] if len(table) == 5 else None), (table[4] if len(table) == 5 else None)
     x = view.data(c.inputs[1])
     n = ((x - table[0]) - table[1]) * i
-    g = _masked(named, view, view.data(c.inputs[0]))
+    passed = None
+    if "mask" in named:
+        options = {name: c[name] for name in ("axis", "virtual_batch_size", "residual")}
+        passed = _relu_passed(c.inputs[1], saved, named["mask"], **options)
+    g = _masked(passed, view, view.data(c.inputs[0]))
     scale = view.per_channel(named["gamma"]) if "gamma" in named else None
     s = _product(scale, r)
     big_g = g if s is None else g * s
@@ -120,7 +142,7 @@ def training_second_gradient(c: GradientContext, a: Any, b: Any, e: Any, of_resi
         dg.append(view.per_channel(e) + g * 0)
     if of_residual is not None:
         dg.append(view.data(of_residual))
-    dg = view.back(_masked(named, view, _sum(*dg)))
+    dg = view.back(_masked(passed, view, _sum(*dg)))
     return _ordered(c, given, [dg, view.back(_sum(*dx)) if dx else None, None], dgamma)
 
 
@@ -136,7 +158,7 @@ def inference_second_gradient(c: GradientContext, a: Any, b: Any, e: Any, of_res
     named = dict(zip(given, c.inputs[4:], strict=True))
     view = _View(c.inputs[1], c["axis"], None)
     i = rsqrt(view.per_channel(c.inputs[3]) + c["epsilon"])
-    g, x = _masked(named, view, view.data(c.inputs[0])), view.data(c.inputs[1])
+    g, x = _masked(named.get("y"), view, view.data(c.inputs[0])), view.data(c.inputs[1])
     dg, dx, dgamma = [], None, None
     if a is not None:
         a = view.data(a)
@@ -150,5 +172,5 @@ def inference_second_gradient(c: GradientContext, a: Any, b: Any, e: Any, of_res
         dg.append(view.per_channel(e) + g * 0)
     if of_residual is not None:
         dg.append(view.data(of_residual))
-    dg = view.back(_masked(named, view, _sum(*dg)))
+    dg = view.back(_masked(named.get("y"), view, _sum(*dg)))
     return _ordered(c, given, [dg, dx, None, None], dgamma)

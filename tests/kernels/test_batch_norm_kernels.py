@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
+from gpulayers.errors import ShapeError
 from gpulayers.launch import DeviceProperties, register_launcher
 from gpulayers.launch import source as launch_source
 from gpulayers.ops import batch_norm_arrays as bn
@@ -89,10 +90,12 @@ def check(shape, axis, groups, dtype, residual=False, relu=False, seed=0):
     close(f.y, want.y, tolerance, "y")
     close(f.mean, want.mean, min(tolerance, 2e-6), "mean")
     close(f.variance, want.variance, min(tolerance, 1e-5), "variance")
-    y = f.y if relu else None
-    b = bn.backward(
-        device["dy"], device["x"], device["gamma"], f.saved, groups=groups, y=y, residual=residual, **options
-    )
+    arguments = device["dy"], device["x"], device["gamma"], f.saved
+    b = bn.backward(*arguments, groups=groups, mask=f.mask, residual=residual, **options)
+    if relu:
+        by_output = bn.backward(*arguments, groups=groups, y=f.y, residual=residual, **options)
+        for name in ("dgamma", "dbeta"):
+            np.testing.assert_array_equal(getattr(b, name).get(), getattr(by_output, name).get())
     mask = f.y.get().astype(np.float64) > 0 if relu else None
     back = truth.backward(exact["dy"], exact["x"], exact["gamma"], axis, EPSILON, groups, mask=mask)
     loose = tolerance * (300 if (np.asarray(want.variance) < 1e-2).any() else 4)
@@ -105,9 +108,11 @@ def check(shape, axis, groups, dtype, residual=False, relu=False, seed=0):
     n = truth.normalised(exact["x"], exact["mean"], exact["variance"], axis, EPSILON)
     plain = n * truth.along(exact["gamma"], n, axis) + truth.along(exact["beta"], n, axis)
     close(y, truth.finish(plain, exact_extra, relu), tolerance, "inference")
+    output = y if relu and residual else None
     b = bn.inference_backward(
-        device["dy"], device["x"], device["gamma"], *statistics, y=y if relu else None, residual=residual, **options
-    )
+        device["dy"], device["x"], device["gamma"], *statistics, beta=device["beta"], y=output, residual=residual,
+        **options,
+    )  # fmt: skip
     g = exact["dy"] * (y.get().astype(np.float64) > 0) if relu else exact["dy"]
     reduced = truth.reduced_axes(g, axis)
     close(
@@ -286,6 +291,54 @@ def test_an_outlier_in_front_does_not_spoil_the_variance():
     np.testing.assert_allclose(variance.get(), x.astype("d").var(axis=0), rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_sign_of_the_output_is_found_again(dtype):
+    signs_of(dtype)
+
+
+def awkward(dtype):
+    """Numbers where rounding, underflow, overflow, infinities, NaN and the sign of zero matter."""
+    about = ml_dtypes.finfo(dtype)
+    some = [0, 1, 1 + float(about.eps), 3, float(about.smallest_subnormal), float(about.tiny), float(about.max), np.inf]
+    return np.array([*some, *[-v for v in some], np.nan], np.float64)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_sign_is_found_again_for_awkward_numbers(dtype):
+    """Every pair of an awkward input and awkward factors: the gradient is the same to the bit as by reading y."""
+    storage = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    parameter = np.dtype("float64" if dtype == "float64" else "float32")
+    x = awkward(storage)
+    near = float(ml_dtypes.finfo(storage).smallest_subnormal)
+    halves = [near / 2, np.nextafter(parameter.type(near / 2), parameter.type(1)), 1.5 * near]
+    factors = np.array([*x, *halves, *[-h for h in halves]])
+    gamma, beta = (v.ravel().astype(parameter) for v in np.meshgrid(factors, factors))
+    with np.errstate(all="ignore"):
+        x = np.repeat(x.astype(storage)[:, None], gamma.size, axis=1)
+    dy = np.ones(x.shape, storage)
+    for columns in (gamma.size, gamma.size // 8 * 8):  # one by one, and 16 bytes at a time
+        device = [xp.asarray(v[..., :columns].copy()) for v in (dy, x, gamma, beta)]
+        mean, variance = xp.asarray(np.zeros(columns, parameter)), xp.asarray(np.ones(columns, parameter))
+        options = {"axis": (1,), "epsilon": 0.0, "activation": "relu"}
+        y = bn.inference(*device[1:], mean, variance, **options)
+        by_output = bn.inference_backward(*device[:3], mean, variance, y=y, **options)
+        again = bn.inference_backward(*device[:3], mean, variance, beta=device[3], **options)
+        for name in ("dx", "dgamma", "dbeta"):
+            assert getattr(again, name).get().tobytes() == getattr(by_output, name).get().tobytes(), name
+
+
+def test_a_relu_without_residual_reads_no_output():
+    """Two sweeps of x and dy: the output is neither kept nor read."""
+    values, _ = make((5000, 16), (1,), "float16")
+    dy, x, gamma, beta = (xp.asarray(values[name]) for name in ("dy", "x", "gamma", "beta"))
+    f = bn.forward(x, gamma, beta, axis=(1,), activation="relu")
+    assert f.mask.nbytes == 2 * 16 * 4
+    with pytest.raises(ShapeError, match="output y, or the mask"):
+        bn.backward(dy, x, gamma, f.saved, axis=(1,), activation="relu")
+    with pytest.raises(ShapeError, match="does not belong"):
+        bn.backward(dy, x, gamma, f.saved, axis=(1,), activation="relu", mask=f.mask[:-8])
+
+
 def test_weights_on_the_device():
     values, exact = make((6, 4, 3), (2,), "float64")
     weights = np.random.default_rng(2).integers(0, 3, (6, 4, 1)).astype("d")
@@ -409,6 +462,24 @@ def backward_of(shape):
     close(b.dx, want.dx, 1e-5, "dx")
 
 
+def signs_of(dtype):
+    """Check that backward finds every sign that training stored, where many outputs are at the edge of underflow."""
+    storage = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    parameter = "float64" if dtype == "float64" else "float32"
+    step = float(np.finfo(storage).smallest_subnormal) if storage.kind == "f" else 2.0**-133
+    rng = np.random.default_rng(8)
+    for shape, groups in (((64, 16), 2), ((5000, 16), 1)):
+        x = rng.normal(size=shape).astype(storage)
+        gamma = (step * rng.uniform(-4, 4, 16)).astype(parameter)
+        beta = (step * rng.choice([-0.5, 0.0, 0.5, 1.0], 16)).astype(parameter)
+        gamma[::3], beta[::3] = rng.normal(size=(2, 6))
+        f = bn.forward(xp.asarray(x), xp.asarray(gamma), xp.asarray(beta), axis=(1,), groups=groups, activation="relu")
+        found = bn.passed(xp.asarray(x), f.saved, f.mask, axis=(1,), groups=groups)
+        kept = f.y.get().astype("d") > 0
+        assert 0.2 < kept.mean() < 0.8
+        np.testing.assert_array_equal(found.get().astype("d"), kept)
+
+
 SMALL_SLAB, TWO_SWEEPS, SUB_BATCHES = ((300, 19),), ((5000, 3),), ((40, 6), 20)
 
 # what is broken: (right text, wrong text, the check that sees it, its arguments)
@@ -431,8 +502,8 @@ MUTANTS = {
         forward_of,
         TWO_SWEEPS,
     ),
-    "one unit too few": ("+ step - 1) / step : 0;", "+ step - 2) / step : 0;", forward_of, ((257, 1),)),
-    "one unit too many": ("+ step - 1) / step : 0;", "+ step) / step : 0;", forward_of, SMALL_SLAB),
+    "one unit too few": ("+ step - 1) / step : 0);", "+ step - 2) / step : 0);", forward_of, ((257, 1),)),
+    "one unit too many": ("+ step - 1) / step : 0);", "+ step) / step : 0);", forward_of, SMALL_SLAB),
     "the merge forgets the distance": (
         "square += other_square + delta * delta * count * share;",
         "square += other_square;",
@@ -459,6 +530,20 @@ MUTANTS = {
         backward_of,
         SMALL_SLAB,
     ),
+    "a value that is stored as zero passes": ("> underflow<STORAGE>)", "> A(0))", signs_of, ("float16",)),
+    "the sign comes from a product and a sum": (
+        "if (!(affine.of(x.values[i]) >",
+        "if (!(widen(x.values[i]) * affine.a + (affine.b - affine.pivot * affine.a) >",
+        signs_of,
+        ("float32",),
+    ),
+    "the factors of a neighbour": ("table[place(i, 1)] = own.b;", "table[place(i ^ 1, 1)] = own.b;", signs_of, ("float16",)),
+    "the factors are not waited for": (
+        "        if (held > 1) __syncthreads();\n    }",
+        "    }",
+        signs_of,
+        ("float32",),
+    ),
     "the groups are contiguous": (
         "return (row * p.groups + p.group) * length;",
         "return (p.group * p.rows + row) * length;",
@@ -484,7 +569,7 @@ MUTANTS = {
         TWO_SWEEPS,
     ),
     "the offset is lost": (
-        "result.b -= arguments.saved[slot + plane] * result.a;",
+        "result.b = fused(-arguments.saved[slot + plane], result.a, result.b);",
         "",
         forward_of,
         (*SMALL_SLAB, 1, 1e4),
