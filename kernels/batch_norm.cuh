@@ -605,7 +605,7 @@ struct Factors {
 
     template <typename Of> __device__ __forceinline__ Factors(const Place& p, A* shared, Of of) : table(shared) {
         if (held > 1) __syncthreads();  // the readers of the table before this one are done
-#pragma unroll
+#pragma unroll 1
         for (int32 i = 0; i < held; ++i) {
             if (p.inside && (held == 1 || threadIdx.y == 0)) {
                 own = of(p.channel + i);
