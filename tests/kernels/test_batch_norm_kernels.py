@@ -537,7 +537,12 @@ MUTANTS = {
         signs_of,
         ("float32",),
     ),
-    "the factors of a neighbour": ("table[place(i, 1)] = own.b;", "table[place(i ^ 1, 1)] = own.b;", signs_of, ("float16",)),
+    "the factors of a neighbour": (
+        "table[place(i, 1)] = own.b;",
+        "table[place(i ^ 1, 1)] = own.b;",
+        signs_of,
+        ("float16",),
+    ),
     "the factors are not waited for": (
         "        if (held > 1) __syncthreads();\n    }",
         "    }",
