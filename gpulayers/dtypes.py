@@ -6,6 +6,7 @@ Dtypes are NumPy's own dtype objects, so ``x.dtype == gl.float32`` holds for Num
 
 from __future__ import annotations
 
+import functools
 import importlib
 import threading
 from collections.abc import Iterable, Iterator
@@ -92,7 +93,12 @@ def dtype_name(value: Any) -> str:
     >>> dtype_name(float)
     'float64'
     """
-    return as_dtype(value).name
+    return _name(as_dtype(value))
+
+
+@functools.lru_cache(maxsize=64)
+def _name(dtype: np.dtype) -> str:
+    return dtype.name  # NumPy makes it anew at every look, which takes microseconds
 
 
 def is_floating(value: Any) -> bool:

@@ -13,6 +13,7 @@ from gpulayers.launch.launcher import (
     Geometry,
     Launcher,
     Place,
+    contiguous,
     device_properties,
     has_kernels,
     launcher_of,
@@ -21,7 +22,7 @@ from gpulayers.launch.launcher import (
     workspace,
     workspace_pieces,
 )
-from gpulayers.launch.prepared import Prepared
+from gpulayers.launch.prepared import Prepared, remember
 
 __all__ = [
     "CupyLauncher",
@@ -34,6 +35,7 @@ __all__ = [
     "Place",
     "Prepared",
     "Specialisation",
+    "contiguous",
     "device_properties",
     "has_kernels",
     "is_aligned",
@@ -43,6 +45,7 @@ __all__ = [
     "launcher_of",
     "place_of",
     "register_launcher",
+    "remember",
     "vector_width",
     "workspace",
     "workspace_pieces",

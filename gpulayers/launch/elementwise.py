@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from gpulayers.device import array_module
+from gpulayers.dtypes import dtype_name
 from gpulayers.errors import DTypeError, KernelError, ShapeError, message
 from gpulayers.launch.kernel import Kernel, vector_width
-from gpulayers.launch.launcher import device_properties
+from gpulayers.launch.launcher import contiguous, device_properties
 
 __all__ = ["Elementwise"]
 
@@ -105,13 +106,13 @@ class Elementwise:
         first = arrays[0]
         if any(array.shape != first.shape for array in arrays):
             raise ShapeError(message(self.name, "shapes differ", first.shape, [array.shape for array in arrays]))
-        if first.dtype.name not in self.dtypes or any(array.dtype != first.dtype for array in arrays):
+        if dtype_name(first.dtype) not in self.dtypes or any(array.dtype != first.dtype for array in arrays):
             names = [array.dtype.name for array in arrays]
             raise DTypeError(message(self.name, "no kernel for these dtypes", self.dtypes, names))
         module = array_module(first)
-        results = [module.empty(first.shape, dtype=first.dtype) for _ in self.outputs]
+        results = [module.ndarray(first.shape, first.dtype) for _ in self.outputs]
         if first.size:
-            given = [module.ascontiguousarray(array) for array in arrays]
+            given = contiguous(*arrays)
             width = vector_width([*given, *results])
             most = _BLOCKS_PER_MULTIPROCESSOR * device_properties(first).multiprocessors
             values = dict(zip((*self.inputs, *self.outputs), (*given, *results), strict=True))
@@ -119,6 +120,6 @@ class Elementwise:
                 {**values, **scalars, "count": first.size},
                 grid=(min(-(-first.size // (_THREADS * width)), most),),
                 block=(_THREADS,),
-                defines={"STORAGE": first.dtype.name, "VECTOR": width > 1},
+                defines={"STORAGE": first.dtype, "VECTOR": width > 1},
             )
         return results[0] if len(results) == 1 else tuple(results)

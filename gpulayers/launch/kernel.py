@@ -164,7 +164,7 @@ class Kernel:
         defines: Mapping[str, Any] | None = None,
         shared: int = 0,
         cooperative: bool = False,
-        reached: Sequence[Any] = (),
+        reached: Iterable[Any] = (),
     ) -> None:
         """Check the arguments and launch on the current stream.
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 import operator
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from gpulayers import _cupy
-from gpulayers.device import kind_of
+from gpulayers.device import array_module, kind_of
 from gpulayers.errors import DeviceError, KernelError, message
 from gpulayers.launch.keeping import keep
 from gpulayers.launch.packing import ArgumentMemory
@@ -73,7 +73,7 @@ class Geometry(NamedTuple):
 
 
 # (memory with the packed arguments, current device, the values that were packed, arrays reached through tables)
-LaunchFunction = Callable[[ArgumentMemory, int, Mapping[str, Any], Sequence[Any]], None]
+LaunchFunction = Callable[[ArgumentMemory, int, Mapping[str, Any], Iterable[Any]], None]
 
 
 class Launcher(Protocol):
@@ -88,6 +88,10 @@ class Launcher(Protocol):
 
     def properties(self, like: Any) -> DeviceProperties:
         """Return the properties of the device of `like`."""
+
+    @property
+    def is_contiguous(self) -> Callable[[Any], bool]:
+        """Return the function of an array that says whether it is C-contiguous."""
 
     @property
     def pointer(self) -> Callable[[Any], int]:
@@ -162,10 +166,18 @@ class CupyLauncher:
 
     @functools.cached_property
     def facts(self) -> Callable[[Any], tuple[int, Any, bool, int]]:
-        """See `Launcher`. CuPy makes a new object for ``flags``, so its own field is read where there is one."""
-        has_field = hasattr(getattr(_cupy.cupy(), "ndarray", None), "_c_contiguous")
-        contiguous = "_c_contiguous" if has_field else "flags.c_contiguous"
-        return operator.attrgetter("data.ptr", "dtype", contiguous, "data.device_id")
+        """See `Launcher`."""
+        return operator.attrgetter("data.ptr", "dtype", self._contiguity, "data.device_id")
+
+    @functools.cached_property
+    def is_contiguous(self) -> Callable[[Any], bool]:
+        """See `Launcher`."""
+        return operator.attrgetter(self._contiguity)
+
+    @functools.cached_property
+    def _contiguity(self) -> str:
+        """CuPy makes an object for ``flags`` at every look, so the field behind it is read if there is one."""
+        return "_c_contiguous" if hasattr(_cupy.cupy().ndarray, "_c_contiguous") else "flags.c_contiguous"
 
     def current_device(self) -> int:
         """Return the number of CuPy's current device."""
@@ -277,7 +289,7 @@ class CupyLauncher:
         cooperative, own, handles = geometry.cooperative, self._own, dict[int, int]()
         cuda = self._cuda
 
-        def launch(memory: ArgumentMemory, device: int, values: Mapping[str, Any], reached: Sequence[Any]) -> None:
+        def launch(memory: ArgumentMemory, device: int, values: Mapping[str, Any], reached: Iterable[Any]) -> None:
             if device not in own.devices:
                 self._make_context(device)
             handle = handles.get(device)
@@ -340,6 +352,15 @@ def place_of(array: Any) -> Place:
 def launcher_of(array: Any) -> Launcher:
     """Return the launcher for an array. Raises DeviceError for one that no kernel can use."""
     return place_of(array).launcher
+
+
+def contiguous(*arrays: Any) -> list[Any]:
+    """Return the device arrays, those that are not C-contiguous as copies."""
+    is_contiguous = launcher_of(arrays[0]).is_contiguous
+    if all(map(is_contiguous, arrays)):
+        return list(arrays)
+    copy = array_module(arrays[0]).ascontiguousarray
+    return [array if is_contiguous(array) else copy(array) for array in arrays]
 
 
 def device_properties(like: Any) -> DeviceProperties:

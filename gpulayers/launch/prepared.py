@@ -19,7 +19,9 @@ from gpulayers.launch.packing import ArgumentMemory, Slot
 if TYPE_CHECKING:
     from gpulayers.launch.kernel import Specialisation
 
-__all__ = ["Prepared"]
+__all__ = ["Prepared", "remember"]
+
+_MOST = 1024
 
 
 class Prepared:
@@ -46,7 +48,7 @@ class Prepared:
         self._free: list[ArgumentMemory] = []
         self._launch = launcher.prepare(specialisation, geometry) if geometry.blocks else None
 
-    def __call__(self, values: Mapping[str, Any], reached: Sequence[Any] = ()) -> None:
+    def __call__(self, values: Mapping[str, Any], reached: Iterable[Any] = ()) -> None:
         """Check the values, one for each field that is not fixed, and launch on the current stream.
 
         Values, `reached` and errors are those of `Kernel.launch`.
@@ -126,6 +128,19 @@ class Prepared:
                 do="Use ascontiguousarray before the launch.",
             )
         )
+
+
+def remember(known: dict[Any, Any], key: Any, value: Any) -> Any:
+    """Keep `value`, such as a prepared launch, under `key`, and return it; the oldest of 1024 gives way.
+
+    >>> known = {}
+    >>> remember(known, (8, 16), "plan"), known
+    ('plan', {(8, 16): 'plan'})
+    """
+    while len(known) >= _MOST:
+        known.pop(next(iter(known)), None)
+    known[key] = value
+    return value
 
 
 def _row(slot: Slot) -> tuple[Any, ...]:

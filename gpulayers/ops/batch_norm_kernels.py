@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 
 from gpulayers.device import array_module
-from gpulayers.launch import Kernel, Place, Prepared, is_aligned, place_of, workspace_pieces
+from gpulayers.launch import Kernel, Place, Prepared, contiguous, is_aligned, place_of, remember, workspace_pieces
 from gpulayers.ops.batch_norm_moving import MovingStatistics, Renorm
 from gpulayers.ops.batch_norm_plan import CLUSTER, Layout, Plan, choose
 
 __all__ = ["backward", "forward", "inference", "inference_backward", "statistics"]
 
-LAUNCHES = 1024  # shapes whose launches are kept
 _GEOMETRY = [(name, "int64") for name in ("rows", "groups", "spread", "channels", "inner", "splits")]
 _SCRATCH = [("parts", "PARAMETER*"), ("moments", "float64*"), ("counters", "uint32*")]
 _STATISTICS = [
@@ -138,10 +137,8 @@ def _launch(layout: Layout, dtype: Any, arrays: Sequence[Any], kept: int = 1, on
     key = place, device, layout, x.dtype, aligned, kept, one_launch
     found = _launches.get(key)
     if found is None:
-        while len(_launches) >= LAUNCHES:
-            _launches.pop(next(iter(_launches)), None)
         plan = choose(layout, x.dtype.itemsize, aligned, device, kept, one_launch)
-        found = _launches[key] = _Launch(place, layout, x.dtype, dtype, plan)
+        found = remember(_launches, key, _Launch(place, layout, x.dtype, dtype, plan))
     return found
 
 
@@ -151,7 +148,7 @@ def _parameter(values: Any, dtype: Any) -> Any:
         return None
     if values.dtype != dtype:
         return values.astype(dtype).reshape(-1)
-    return values if values.flags.c_contiguous else array_module(values).ascontiguousarray(values)
+    return contiguous(values)[0]
 
 
 def _renorm(renorm: Renorm, dtype: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+import operator
 import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,8 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpulayers.device import array_module, is_array, kind_of
+from gpulayers.dtypes import dtype_name
 from gpulayers.errors import DeviceError, ShapeError, message
-from gpulayers.launch import Kernel, keep, launcher_of, workspace
+from gpulayers.launch import Kernel, contiguous, keep, launcher_of, workspace
 
 __all__ = ["adam_update", "global_norm", "momentum_update", "numbers_buffer", "sgd_update", "store_numbers"]
 
@@ -26,6 +28,7 @@ GRADIENTS = 480  # addresses per launch: with the scalars they stay below the 4 
 CHUNK = 4096  # elements per block
 TABLES = 256  # kept at a time
 _THREADS = 256
+_SHAPE, _DTYPE = operator.attrgetter("shape"), operator.attrgetter("dtype")
 _NUMBERS = 5  # the most numbers that a rule has
 
 # Parameter -> dtype of its slots, dtypes its gradient may have.
@@ -171,7 +174,7 @@ def _update(
     decays: Sequence[bool] | None = None,
 ) -> list[int]:
     plan = _plan(params, grads, slots, None if decays is None else tuple(decays))
-    shapes = [g.shape for g in grads]
+    shapes = list(map(_SHAPE, grads))
     if shapes != plan.shapes:
         wrong = next(i for i, (a, b) in enumerate(itertools.zip_longest(shapes, plan.shapes)) if a != b)
         expected, got = (s[wrong] if wrong < len(s) else "no array" for s in (plan.shapes, shapes))
@@ -188,16 +191,12 @@ def _update(
             "wide_numbers": wide,
             "numbers": narrow,
             **more,
-            "gradients": [_contiguous(grads[i]) for i in table.members],
+            "gradients": contiguous(*[grads[i] for i in table.members]),
         }
         defines = {"PARAMETER": table.parameter, "GRADIENT": table.gradient}
-        written = [reference() for reference in table.written]
+        written = (reference() for reference in table.written)  # asked for by launchers that look at memory
         kernel.launch(values, grid=(table.blocks,), block=(_THREADS,), defines=defines, reached=written)
     return plan.rest
-
-
-def _contiguous(array: Any) -> Any:
-    return array if array.flags.c_contiguous else array_module(array).ascontiguousarray(array)
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -214,7 +213,7 @@ def _plan(
     An array that lives keeps its address and size, so its identity is enough; a plan goes when one of its arrays does.
     """
     arrays = [*params, *itertools.chain.from_iterable(slots)]
-    key = (len(slots), tuple(map(id, arrays)), tuple([g.dtype for g in grads]), decays)
+    key = (len(slots), tuple(map(id, arrays)), tuple(map(_DTYPE, grads)), decays)
     plan = _plans.get(key)
     if plan is None:
         forget = functools.partial(_forget, key)
@@ -320,8 +319,8 @@ def global_norm(grads: Sequence[Any]) -> Any:
     groups: dict[str, list[Any]] = {}
     for grad in grads:
         if grad.size:
-            groups.setdefault(grad.dtype.name, []).append(_contiguous(grad))
-    wide = "float64" if any(grad.dtype.name == "float64" for grad in grads) else "float32"
+            groups.setdefault(dtype_name(grad.dtype), []).extend(contiguous(grad))
+    wide = "float64" if any(grad.dtype == np.float64 for grad in grads) else "float32"
     if not groups:
         return xp.zeros((), wide)
     out = xp.empty((), wide)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from gpulayers.errors import ShapeError, message
-from gpulayers.launch import Kernel, device_properties, vector_width
+from gpulayers.launch import Kernel, Prepared, device_properties, is_aligned, place_of, remember
 
 __all__ = ["DTYPES", "KERNELS", "launch_step", "threads_per_block"]
 
@@ -42,6 +43,9 @@ KERNELS = {
 }
 
 
+_STORAGE_FIELDS = {name: [field for field, kind in fields if kind in (_IN, _OUT)] for name, fields in _FIELDS.items()}
+
+
 def threads_per_block(threads: int, multiprocessors: int) -> int:
     """Return the largest of 256, 128 and 64 threads with which every multiprocessor gets a block; 64 if none does.
 
@@ -54,21 +58,39 @@ def threads_per_block(threads: int, multiprocessors: int) -> int:
     return next((size for size in (256, 128) if threads >= size * multiprocessors), 64)
 
 
+_prepared: dict[Any, Prepared] = {}
+
+
 def launch_step(name: str, rows: int, units: int, *, hard: bool = False, **values: Any) -> None:
     """Launch one kernel of ``recurrent.cu`` over (rows, units); what is not given is a null pointer or 0.
 
     16-byte accesses are used where `units` and every address allow them. Raises ShapeError for 2^31 values or more.
     """
+    arrays = [values[field] for field in _STORAGE_FIELDS[name] if values.get(field) is not None]
+    first, aligned = arrays[0], is_aligned(*arrays)
+    kernel, place = KERNELS[name], place_of(first)
+    key = kernel, rows, units, hard, aligned, first.dtype, place, place.launcher.properties(first), *values
+    prepared = _prepared.get(key)
+    if prepared is None:
+        prepared = remember(_prepared, key, _prepare(kernel, rows, units, hard, aligned, first, values))
+    prepared(values)
+
+
+def _prepare(
+    kernel: Kernel, rows: int, units: int, hard: bool, aligned: bool, like: Any, names: Iterable[str]
+) -> Prepared:
+    """Return the launch for all steps of these sizes that have values for the same fields."""
     if rows * units >= 2**31:
-        raise ShapeError(message(name, "one step is too large", "fewer than 2^31 values", rows * units))
-    fields = {field: values.get(field) for field, _ in _FIELDS[name]}
-    arrays: list[Any] = [a for field, a in fields.items() if hasattr(a, "dtype") and field not in ("mask", "later")]
-    width = vector_width(arrays, units)
-    fields.update(rows=rows, units=units, hard=int(hard), vectors=int(width > 1))
-    if "always" in fields:
-        fields["always"] = int(bool(fields["always"]))
+        raise ShapeError(message(kernel.name, "one step is too large", "fewer than 2^31 values", rows * units))
+    width = 16 // like.dtype.itemsize
+    width = width if aligned and units % width == 0 else 1
     threads = rows * (units // width)
-    block = threads_per_block(threads, device_properties(arrays[0]).multiprocessors)
-    KERNELS[name].launch(
-        fields, grid=(-(-threads // block),), block=(block,), defines={"STORAGE": arrays[0].dtype.name}
+    block = threads_per_block(threads, device_properties(like).multiprocessors)
+    sizes = {"rows": rows, "units": units, "hard": int(hard), "vectors": int(width > 1)}
+    return kernel.prepare(
+        place_of(like),
+        {**kernel.nothing(names), **sizes},
+        grid=(-(-threads // block),),
+        block=(block,),
+        defines={"STORAGE": like.dtype},
     )

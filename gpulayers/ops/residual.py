@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from gpulayers.dtypes import dtype_name
 from gpulayers.ops.operation import GradientContext, Operation, Spec, match
 from gpulayers.ops.residual_kernels import residual_add as add_on_device
 
@@ -23,7 +24,7 @@ def _host(xp: Any, *values: Any) -> tuple[Any, ...]:
 def _device(xp: Any, *values: Any) -> tuple[Any, ...]:
     half = len(values) // 2
     pairs = list(zip(values[:half], values[half:], strict=True))
-    if all(x.dtype == y.dtype and x.dtype.name in _KERNEL_DTYPES for x, y in pairs):
+    if all(x.dtype == y.dtype and dtype_name(x.dtype) in _KERNEL_DTYPES for x, y in pairs):
         return tuple(add_on_device(values[:half], values[half:]))
     return _host(xp, *values)
 

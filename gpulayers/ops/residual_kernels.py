@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from gpulayers.device import array_module
+from gpulayers.dtypes import dtype_name
 from gpulayers.errors import DTypeError, ShapeError, message
-from gpulayers.launch import Kernel, is_aligned
+from gpulayers.launch import Kernel, contiguous, is_aligned
 
 __all__ = ["residual_add"]
 
@@ -57,27 +58,25 @@ def residual_add(inputs: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
     if len(inputs) != len(outputs):
         raise ShapeError(message("residual_add", "the structures differ", len(inputs), len(outputs)))
     results: list[Any] = []
-    groups: dict[Any, list[tuple[Any, Any, Any]]] = {}
+    groups: dict[Any, list[tuple[Any, ...]]] = {}
     for x, y in zip(inputs, outputs, strict=True):
         dtype = x.dtype
         if x.shape != y.shape:
             raise ShapeError(message("residual_add", "shapes differ", x.shape, y.shape))
-        if dtype != y.dtype or dtype.name not in _DTYPES:
+        if dtype != y.dtype or dtype_name(dtype) not in _DTYPES:
             raise DTypeError(message("residual_add", "no kernel for these dtypes", _DTYPES, (dtype.name, y.dtype.name)))
         module = array_module(x)
-        results.append(module.empty(x.shape, dtype=dtype))
+        results.append(module.ndarray(x.shape, dtype))
         if x.size:
-            x = x if x.flags.c_contiguous else module.ascontiguousarray(x)
-            y = y if y.flags.c_contiguous else module.ascontiguousarray(y)
-            leaf = (x, y, results[-1])
+            leaf = (*contiguous(x, y), results[-1])
             groups.setdefault(dtype, []).append(leaf)
     for dtype, leaves in groups.items():
         for start in range(0, len(leaves), LEAVES):
-            _launch(dtype.name, leaves[start : start + LEAVES])
+            _launch(dtype, leaves[start : start + LEAVES])
     return results
 
 
-def _launch(dtype: str, leaves: Sequence[tuple[Any, Any, Any]]) -> None:
+def _launch(dtype: Any, leaves: Sequence[tuple[Any, ...]]) -> None:
     first_block, vectors, blocks = [], 0, 0
     for number, (x, y, out) in enumerate(leaves):
         vector = is_aligned(x, y, out)

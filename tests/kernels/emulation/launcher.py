@@ -6,7 +6,7 @@ import ctypes
 import struct
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,10 @@ class EmulatedLauncher:
         memory = host_memory(array)
         return memory.ctypes.data, memory.dtype, memory.flags.c_contiguous, 0
 
+    def is_contiguous(self, array: Any) -> bool:
+        """Say whether a strict array is C-contiguous."""
+        return host_memory(array).flags.c_contiguous
+
     def current_device(self) -> int:
         """Return the number of the one device there is."""
         return 0
@@ -141,9 +145,9 @@ class EmulatedLauncher:
     def prepare(self, specialisation: Specialisation, geometry: Geometry) -> LaunchFunction:
         """Return the function that launches."""
 
-        def launch(memory: ArgumentMemory, device: int, values: Mapping[str, Any], reached: Sequence[Any]) -> None:
+        def launch(memory: ArgumentMemory, device: int, values: Mapping[str, Any], reached: Iterable[Any]) -> None:
             packed = bytes(memory.memory)[: specialisation.kernel.packer.size]
-            self.launch(specialisation, packed, arrays_by_offset(specialisation, values), geometry, reached)
+            self.launch(specialisation, packed, arrays_by_offset(specialisation, values), geometry, list(reached))
 
         return launch
 
