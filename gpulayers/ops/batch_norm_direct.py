@@ -89,13 +89,12 @@ def backward_sums(dy: Any, layout: Layout, shifted: Any, y: Any) -> tuple[Any, A
 
 
 def backward_apply(g: Any, layout: Layout, a: Any, shifted: Any, slope: Any, b: Any) -> Any:
-    """Return ``g * a + shifted * slope + b`` in the working dtype; overwrites `shifted`. `slope` None: only the
-    first.
-    """
+    """Return ``(g + shifted * slope + b) * a`` in the working dtype; overwrites `shifted`. `slope` None: ``g * a``."""
     table = _view(layout)[2]
-    result = g * a.reshape(table)
-    if slope is not None:
-        shifted *= slope.reshape(table)
-        result += shifted
-        result += b.reshape(table)
-    return result
+    if slope is None:
+        return g * a.reshape(table)
+    shifted *= slope.reshape(table)
+    shifted += b.reshape(table)
+    shifted += g
+    shifted *= a.reshape(table)
+    return shifted

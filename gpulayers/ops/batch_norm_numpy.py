@@ -15,7 +15,7 @@ from gpulayers.ops import batch_norm_moving
 from gpulayers.ops import batch_norm_sweeps as sweeps
 from gpulayers.ops.batch_norm_moving import MovingStatistics, Renorm
 from gpulayers.ops.batch_norm_plan import Layout
-from gpulayers.ops.host_buffers import aligned
+from gpulayers.ops.host_buffers import recycled
 
 __all__ = ["Tables", "backward", "channel_tables", "forward", "gradient_tables", "inference", "inference_backward"]
 
@@ -82,7 +82,7 @@ def _row(values: Any) -> Any:
 def gradient_tables(xp: Any, sums: tuple[Any, Any], saved: Any, gamma: Any, count: int) -> tuple[Any, ...]:
     """Turn the sums of g and of ``g * (x - pivot)``, (groups, C) each, into (a, slope, b, dgamma, dbeta).
 
-    ``dx = g a + (x - pivot) slope + b``: `a`, `slope`, `b` of shape (groups, C). dgamma and dbeta: (C,).
+    ``dx = (g + (x - pivot) slope + b) a``: `a`, `slope`, `b` of shape (groups, C). dgamma and dbeta: (C,).
     """
     offset, inverse = saved[1], saved[2]
     first, centred = sums[0], sums[1] - sums[0] * offset
@@ -91,8 +91,8 @@ def gradient_tables(xp: Any, sums: tuple[Any, Any], saved: Any, gamma: Any, coun
         a, dgamma = a * saved[3], dgamma * saved[3] + saved[4] * first
     if gamma is not None:
         a = a * _row(gamma)
-    slope = -a * centred * inverse * inverse / count
-    b = -a * first / count - offset * slope
+    slope = -centred * inverse * inverse / count
+    b = -first / count - offset * slope
     if saved.shape[1] == 1:
         return a, slope, b, dgamma[0], first[0]
     return a, slope, b, dgamma.sum(axis=0), first.sum(axis=0)
@@ -130,7 +130,7 @@ def forward(
             result = direct.normalise(shifted, layout, tables.a, tables.b, residual, relu)
             y = result.astype(x.dtype, copy=False).reshape(x.shape)
         else:
-            y = aligned(x.shape, x.dtype)
+            y = recycled(x.shape, x.dtype)
             affine = sweeps.Affine(pivot, tables.a, tables.b)
             sweeps.normalise(x, y, layout, affine, residual, relu, dtype)
         if moving is not None:
@@ -156,8 +156,8 @@ def backward(
         else:
             double = sweeps.backward_sums(dy, x, layout, saved[0], y, dtype)
             a, slope, b, dgamma, dbeta = gradient_tables(np, double, saved, gamma, layout.samples)
-            dx = aligned(x.shape, x.dtype)
-            dresidual = aligned(x.shape, x.dtype) if own_residual else None
+            dx = recycled(x.shape, x.dtype)
+            dresidual = recycled(x.shape, x.dtype) if own_residual else None
             affine = sweeps.Affine(saved[0], a, b)
             sweeps.backward_apply(dy, x, dx, dresidual, layout, affine, slope, y, dtype)
             dresidual = dresidual if own_residual else dy
@@ -193,7 +193,7 @@ def inference(
             return (
                 direct.normalise(result, layout, a, bias, residual, relu).astype(x.dtype, copy=False).reshape(x.shape)
             )
-        y = aligned(x.shape, x.dtype)
+        y = recycled(x.shape, x.dtype)
         affine = sweeps.near_zero(mean, a, bias, inverse)
         sweeps.normalise(x, y, layout, affine, residual, relu, dtype)
     return y
@@ -225,8 +225,8 @@ def inference_backward(
             dresidual = g.astype(x.dtype, copy=False).reshape(x.shape) if own_residual else dy
         else:
             first, second = sweeps.backward_sums(dy, x, layout, mean, y, dtype)
-            dx = aligned(x.shape, x.dtype)
-            dresidual = aligned(x.shape, x.dtype) if own_residual else None
+            dx = recycled(x.shape, x.dtype)
+            dresidual = recycled(x.shape, x.dtype) if own_residual else None
             affine = sweeps.Affine(np.zeros_like(a), a, np.zeros_like(a))
             sweeps.backward_apply(dy, x, dx, dresidual, layout, affine, None, y, dtype)
             dresidual = dresidual if own_residual else dy

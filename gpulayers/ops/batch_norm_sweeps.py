@@ -8,11 +8,13 @@ pivot stays in the normalise step, ``y = (x - pivot) * a + b``.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpulayers.ops.batch_norm_blocks import ELEMENTS, Block, Operand, View, block_rows, run_tasks, view_of
+from gpulayers.ops.batch_norm_blocks import LONG_ROW, Block, Operand, View, run_blocks, view_of
 from gpulayers.ops.batch_norm_plan import Layout
 from gpulayers.ops.host_buffers import aligned
 
@@ -21,8 +23,9 @@ __all__ = ["Affine", "backward_apply", "backward_sums", "moments", "near_zero", 
 FAR_PIVOT = 16.0  # (mean - pivot)^2 / variance above which float32 sums and factors lose digits: take a nearer pivot
 REPEATED = 1 << 20  # elements that a table may be blown up to
 SAMPLE = 4096  # elements of the sample, and at least
+SAMPLE_ROWS = 4  # from several rows: neighbours in one are often alike
 SAMPLE_EACH = 16  # of every statistic: fewer often look far from 0 by chance
-SHORT_ROW = 8192  # BLAS dot products start threads above 10000 elements
+PIECE = 2048  # elements of a row summed at once, where it has two of them
 
 
 class Affine(NamedTuple):
@@ -40,22 +43,19 @@ class _Tables:
         self.view = view
         shaped = values.astype(dtype, copy=False).reshape(view.tables, 1, view.slots, 1)
         if view.columns:
-            # Whole blocks of repeated rows: NumPy's loops are faster on equal shapes than on broadcast ones.
-            rows, width = block_rows(view), view.slots * view.inner
-            rows = rows if view.tables * rows * view.tile * width <= REPEATED else 1
-            whole = _filled((view.tables, rows * view.tile, view.slots, view.inner), shaped)
-            self.main = whole.reshape(view.tables, rows, view.tile * width)
-            self.rest = whole.reshape(view.tables, rows * view.tile, width)[:, :1]
+            shape = view.tables, view.tile, view.slots, view.inner
+            self.main = _filled(shape, shaped).reshape(view.tables, -1)
         else:
-            repeat = view.inner if shaped.size * view.inner <= REPEATED else 1
+            repeat = view.inner if view.inner < LONG_ROW and shaped.size * view.inner <= REPEATED else 1
             self.main = _filled((view.tables, view.slots, repeat), shaped[:, 0])
 
     def row(self, block: Block) -> Any:
-        segment, rest, first, last, left, right = block
-        table = segment % self.view.tables
-        if self.view.columns:
-            return self.rest[table] if rest else self.main[table, : last - first]
-        return self.main[table, left:right]
+        view, table = self.view, self.main[block.segment % self.view.tables]
+        if not view.columns:
+            return table[block.left : block.right, block.begin : block.end] if table.shape[1] > 1 else table[block.left : block.right]
+        if block.rest or view.span < view.slots:
+            return table[block.left * view.inner : block.right * view.inner]
+        return table
 
 
 def _filled(shape: tuple[int, ...], values: Any) -> Any:
@@ -79,47 +79,74 @@ class _Scratch:
         return self.buffers[key]
 
 
-def _fold(view: View, sums: Any) -> Any:
-    """Return the sums of a block's columns (or of its rows) as one float64 value per slot of the block."""
-    if not view.columns:
-        return np.add.reduce(sums, axis=0, dtype=np.float64)
-    return np.add.reduce(sums.reshape(-1, view.slots, view.inner), axis=(0, 2), dtype=np.float64)
+def _row_sums(view: View, pair: Any, blocks: Iterable[Block], totals: Any, dtype: Any) -> None:
+    """Add the sums of every block's rows to the totals of its slots, channels first."""
+    ones = np.ones(view.inner, dtype)
+    for block in blocks:
+        left, right = pair(block)
+        for total, sums in zip(totals, _short_sums(left, right, ones), strict=True):
+            total[block.segment % view.tables, block.left : block.right] += sums
 
 
-def _dot(view: View, left: Any, right: Any) -> Any:
-    """Sum ``left * right`` over columns or rows, without threads and without a temporary."""
-    if view.columns:
-        return np.einsum("rc,rc->c", left, right)
-    return np.vecdot(left, right) if view.inner <= SHORT_ROW else np.einsum("rci,rci->rc", left, right)
+def _short_sums(left: Any, right: Any, ones: Any) -> Any:
+    """Return the sums of u and of ``u * v`` over the first and the last axis, float64.
+
+    Long rows are summed in pieces: a running float32 sum of thousands of squares loses the digits that the variance
+    needs.
+    """
+    rows, slots, inner = left.shape
+    if inner < LONG_ROW:
+        sums = np.vecdot(left, ones[:inner]), np.vecdot(left, right)
+        return [np.add.reduce(each, axis=0, dtype=np.float64) for each in sums]
+    even = inner - inner % PIECE if inner >= 2 * PIECE else 0
+    total = 0.0
+    if even:
+        u, v = (each[..., :even].reshape(rows, slots, -1, PIECE) for each in (left, right))
+        sums = np.einsum("rcki->rck", u), np.einsum("rcki,rcki->rck", u, v)
+        total = np.array([np.add.reduce(each, axis=(0, 2), dtype=np.float64) for each in sums])
+    if even < inner:
+        u, v = left[..., even:], right[..., even:]
+        sums = np.einsum("rci->rc", u), np.einsum("rci,rci->rc", u, v)
+        total = total + np.array([np.add.reduce(each, axis=0, dtype=np.float64) for each in sums])
+    return total
 
 
-def _sum(view: View, values: Any, ones: Any) -> Any:
-    if view.columns:
-        return np.add.reduce(values, axis=0)
-    return np.vecdot(values, ones) if view.inner <= SHORT_ROW else np.add.reduce(values, axis=-1)
+def _column_sums(view: View, pair: Any, blocks: Iterable[Block], totals: Any, dtype: Any) -> None:
+    """Add the sums of every block's columns to the totals of its slots, channels last.
+
+    The sums of blocks of the same columns wait side by side and are folded in one call: short calls are what threads
+    get into each other's way with.
+    """
+    for (table, rest, left, right), same in itertools.groupby(
+        blocks, lambda block: (block.segment % view.tables, block.rest, block.left, block.right)
+    ):
+        group, width = list(same), (right - left) * view.inner
+        sums = np.empty((2, len(group), width * (1 if rest else view.tile)), dtype)
+        for index, block in enumerate(group):
+            u, v = pair(block)
+            np.add.reduce(u, axis=0, out=sums[0, index])
+            np.einsum("rc,rc->c", u, v, out=sums[1, index])
+        folded = np.add.reduce(sums.reshape(2, -1, width), axis=1, dtype=np.float64)
+        if view.inner > 1:
+            folded = np.add.reduce(folded.reshape(2, -1, view.inner), axis=2)
+        totals[:, table, left:right] += folded
 
 
-def _two_sums(view: View, task: Any, itemsize: int) -> Any:
-    """Run `task()(block) -> (sums, sums)` over all blocks and return both totals, shape (2, tables, slots), float64."""
+def _two_sums(view: View, pairs: Callable[[], Any], dtype: Any, itemsize: int) -> Any:
+    """Return the sums of u and of ``u * v`` over all blocks, shape (2, tables, slots), float64.
+
+    `pairs()` makes one task's function from a block to its (u, v), both in `dtype`.
+    """
 
     def work(blocks: tuple[Block, ...]) -> Any:
-        total = np.zeros((2, view.tables, view.slots))
-        width = view.tile * view.slots * view.inner
-        wide = np.zeros((2, view.tables, width)) if view.columns and view.tables * width <= REPEATED else None
-        one = task()
-        for block in blocks:
-            sums = one(block)
-            table = block.segment % view.tables
-            for which in (0, 1):
-                if wide is not None and sums[which].size == width:  # the columns are added up at the end, not per block
-                    wide[which, table] += sums[which]
-                else:
-                    total[which, table, block.left : block.right] += _fold(view, sums[which])
-        if wide is not None:
-            total += wide.reshape(2, view.tables, view.tile, view.slots, view.inner).sum(axis=(2, 4))
-        return total
+        totals = np.zeros((2, view.tables, view.slots))
+        if view.columns:
+            _column_sums(view, pairs(), blocks, totals, dtype)
+        else:
+            _row_sums(view, pairs(), blocks, totals, dtype)
+        return totals
 
-    parts = run_tasks(work, view, itemsize)
+    parts = run_blocks(work, view, itemsize)
     result = parts[0]
     for part in parts[1:]:
         result += part
@@ -145,34 +172,36 @@ def _pivot_table(view: View, pivot: Any, dtype: Any) -> _Tables | None:
 
 def _power_sums(x: Any, view: View, pivot: Any, dtype: Any) -> Any:
     table = _pivot_table(view, pivot, dtype)
-    ones = np.ones(view.inner, dtype)
     itemsize, x = x.itemsize, Operand(view, x)
 
-    def task() -> Any:
+    def pairs() -> Callable[[Block], Any]:
         scratch = _Scratch(dtype)
 
-        def one(block: Block) -> Any:
+        def pair(block: Block) -> Any:
             shifted = _shifted(x, block, table, scratch, dtype)
-            return _sum(view, shifted, ones), _dot(view, shifted, shifted)
+            return shifted, shifted
 
-        return one
+        return pair
 
-    return _two_sums(view, task, itemsize)
+    return _two_sums(view, pairs, dtype, itemsize)
 
 
 def _first_pivot(x: Any, layout: Layout, dtype: Any) -> Any:
     """Return 0 where a sample's means are near it, beside its standard deviations; else the sample's means."""
     rows, groups, spread, channels, inner, _ = layout
-    wanted = max(SAMPLE_EACH, SAMPLE // (groups * channels))  # values per statistic, spread over the axes in this order
-    many = min(rows, wanted)
-    places = min(spread, max(1, wanted // many))
-    neighbours = min(inner, max(1, wanted // (many * places)))
-    five = x.reshape(layout[:5])
-    sample = five[:many, :, :: -(-spread // places), :, :: -(-inner // neighbours)].astype(dtype)
-    mean = sample.mean(axis=(0, 2, 4))
-    deviation = sample.std(axis=(0, 2, 4))
-    near = (mean * mean <= FAR_PIVOT / 4 * deviation * deviation).all()
-    return np.zeros_like(mean) if near else np.where(np.isfinite(mean), mean, 0)
+    wanted = max(SAMPLE_EACH, SAMPLE // (groups * channels))  # values per statistic, from several rows if there are any
+    many = min(rows, max(SAMPLE_ROWS, -(-wanted // (spread * inner))))
+    places = min(spread, -(-wanted // many))
+    neighbours = min(inner, -(-wanted // (many * places)))
+    middle = (inner - neighbours) // 2
+    five = x.reshape(layout[:5])[:: -(-rows // many), :, :: -(-spread // places), :, middle : middle + neighbours]
+    sample = np.array(five.transpose(0, 2, 4, 1, 3), dtype, order="C").reshape(-1, groups * channels)
+    mean = np.add.reduce(sample, axis=0) / len(sample)
+    sample -= mean
+    variance = np.einsum("rc,rc->c", sample, sample) / len(sample)
+    near = (mean * mean <= FAR_PIVOT / 4 * variance).all()
+    pivot = np.zeros_like(mean) if near else np.where(np.isfinite(mean), mean, 0)
+    return pivot.reshape(groups, channels)
 
 
 def moments(x: Any, layout: Layout, dtype: Any) -> tuple[Any, Any, Any]:
@@ -181,7 +210,7 @@ def moments(x: Any, layout: Layout, dtype: Any) -> tuple[Any, Any, Any]:
     `x` is contiguous. `pivot` has `dtype`, which the arithmetic is done in (float32 or float64); the others are
     float64.
     """
-    view = view_of(layout)
+    view = view_of(layout, read=True)
     pivot = _first_pivot(x, layout, dtype)
     offset, variance = _from_sums(_power_sums(x, view, pivot, dtype), layout)
     if (offset * offset > FAR_PIVOT * variance).any():
@@ -233,7 +262,7 @@ def normalise(x: Any, y: Any, layout: Layout, factors: Affine, residual: Any, re
             if not direct:
                 np.copyto(target, result, casting="unsafe")
 
-    run_tasks(work, view, itemsize, backwards=True)
+    run_blocks(work, view, itemsize, backwards=True)
 
 
 def backward_sums(dy: Any, x: Any, layout: Layout, pivot: Any, y: Any, dtype: Any) -> tuple[Any, Any]:
@@ -241,23 +270,19 @@ def backward_sums(dy: Any, x: Any, layout: Layout, pivot: Any, y: Any, dtype: An
 
     `y` None means that there was no ReLU: g is dy.
     """
-    view = view_of(layout)
+    view = view_of(layout, read=True)
     table = _pivot_table(view, pivot, dtype)
-    ones = np.ones(view.inner, dtype)
     itemsize, x, dy = x.itemsize, Operand(view, x), Operand(view, dy)
     y = None if y is None else Operand(view, y)
 
-    def task() -> Any:
+    def pairs() -> Callable[[Block], Any]:
         scratch = _Scratch(dtype)
+        return lambda block: (
+            _gradient(dy, y, block, scratch, dtype),
+            _shifted(x, block, table, scratch, dtype),
+        )
 
-        def one(block: Block) -> Any:
-            shifted = _shifted(x, block, table, scratch, dtype)
-            g = _gradient(dy, y, block, scratch, dtype)
-            return _sum(view, g, ones), _dot(view, g, shifted)
-
-        return one
-
-    sums = _two_sums(view, task, itemsize)
+    sums = _two_sums(view, pairs, dtype, itemsize)
     first, second = sums.reshape(2, layout.groups, layout.channels)
     return first, second
 
@@ -287,11 +312,11 @@ def _gradient(dy: Operand, y: Operand | None, block: Block, scratch: _Scratch, d
 def backward_apply(
     dy: Any, x: Any, dx: Any, dresidual: Any, layout: Layout, factors: Affine, slope: Any, y: Any, dtype: Any
 ) -> None:
-    """Write ``dx = g * a + (x - pivot) * slope + b``, and g itself to `dresidual` unless that is None.
+    """Write ``dx = (g + (x - pivot) * slope + b) * a``, and g itself to `dresidual` unless that is None.
 
-    `slope` None leaves the middle term out (inference).
+    `slope` None stands for ``dx = g * a`` (inference).
     """
-    view = view_of(layout, ELEMENTS // 2)  # up to seven operands share the cache
+    view = view_of(layout)
     shift = _pivot_table(view, factors.pivot, dtype)
     scale, bias = (_Tables(view, table, dtype) for table in (factors.a, factors.b))
     slopes = None if slope is None else _Tables(view, slope, dtype)
@@ -308,16 +333,17 @@ def backward_apply(
             result = target if direct else scratch.like(target, "result")
             if dresidual is not None:
                 np.copyto(dresidual.cut(block), g, casting="unsafe")
-            np.multiply(g, scale.row(block), out=result)
-            if slopes is not None:
-                shifted = scratch.like(target, "x")
+            if slopes is None:
+                np.multiply(g, scale.row(block), out=result)
+            else:
                 source = x.cut(block)
                 if shift is not None:
-                    source = np.subtract(source, shift.row(block), out=shifted, dtype=dtype)
-                np.multiply(source, slopes.row(block), out=shifted, dtype=dtype)
-                np.add(result, shifted, out=result)
+                    source = np.subtract(source, shift.row(block), out=result, dtype=dtype)
+                np.multiply(source, slopes.row(block), out=result, dtype=dtype)
                 np.add(result, bias.row(block), out=result)
+                np.add(result, g, out=result)
+                np.multiply(result, scale.row(block), out=result)
             if not direct:
                 np.copyto(target, result, casting="unsafe")
 
-    run_tasks(work, view, itemsize, backwards=True)
+    run_blocks(work, view, itemsize, backwards=True)

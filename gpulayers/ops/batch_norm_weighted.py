@@ -95,7 +95,7 @@ def backward(
         shifted = x.astype(dtype).reshape(layout[:5]) - _spread(saved[0])
         sums = g.sum(axis=AXES), (g * shifted).sum(axis=AXES)
         a, slope, b, dgamma, dbeta = gradient_tables(xp, sums, saved, gamma, 1)
-        dx = g * _spread(a) + xp.where(part != 0, part * (shifted * _spread(slope) + _spread(b)), 0)
+        dx = (g + xp.where(part != 0, part * (shifted * _spread(slope) + _spread(b)), 0)) * _spread(a)
         dresidual = (dy if y is None else g.astype(x.dtype).reshape(x.shape)) if residual else None
     return dx.astype(x.dtype).reshape(x.shape), dgamma, dbeta, dresidual
 

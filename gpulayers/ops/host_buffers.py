@@ -74,7 +74,7 @@ def _array_in(block: np.ndarray, shape: tuple[int, ...], dtype: np.dtype, size: 
 
 def _take(size: int) -> np.ndarray:
     """Return a block of at least `size` bytes that nobody uses; keep a new one if it fits the limit. Needs the lock."""
-    for index in range(len(_blocks)):  # enumerate would hold a reference of its own
+    for index in reversed(range(len(_blocks))):  # the last used is the likeliest to be in a cache
         if size <= _blocks[index].size <= 2 * size and _holders(_blocks, index) == _UNUSED:
             _blocks.append(_blocks.pop(index))  # the front of the list is what was used longest ago
             return _blocks[-1]

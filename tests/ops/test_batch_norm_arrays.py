@@ -11,7 +11,7 @@ import pytest
 
 from gpulayers.errors import DTypeError, ShapeError
 from gpulayers.ops import batch_norm_arrays as bn
-from gpulayers.ops import batch_norm_blocks, batch_norm_direct
+from gpulayers.ops import batch_norm_blocks, batch_norm_direct, host_threads
 from gpulayers.ops.batch_norm_plan import collapse
 from tests.ops import batch_norm_truth as truth
 
@@ -334,7 +334,7 @@ def test_statistics_of_groups():
 def test_the_same_bits_with_and_without_threads(monkeypatch):
     x = np.random.default_rng(7).normal(size=(60000, 30)).astype(np.float32)
     with_threads = bn.forward(x, None, None, axis=(1,))
-    monkeypatch.setattr(batch_norm_blocks, "_pool", lambda: None)
+    monkeypatch.setattr(host_threads, "_pool", lambda: None)
     np.testing.assert_array_equal(bn.forward(x, None, None, axis=(1,)).y, with_threads.y)
 
 

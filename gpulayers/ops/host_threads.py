@@ -1,0 +1,119 @@
+"""A small thread pool for chains of NumPy calls, which release the interpreter lock while they run.
+
+Two things decide whether a second thread helps at all:
+
+* The length of a call. A thread that finds the interpreter lock taken sleeps, and waking it takes some 50 us. Where the
+  other thread's calls are shorter than that, it has the lock again each time, and the two take turns.
+* The processor. Linux likes to wake a thread where it ran last, or on the processor of the thread that woke it; with
+  few processors it may leave both on one for seconds while the other idles. Libraries whose threads spin while they
+  wait never meet this. A Python thread cannot spin without the lock, so the pool's threads are told to keep off the
+  processor that the caller is on.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import os
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+__all__ = ["run_tasks"]
+
+THREADS = 4  # at most, the calling one included
+
+BUFFER = 1024
+"""Elements of NumPy's buffers. Where one holds several rows of an operation that broadcasts one number along each row,
+NumPy first writes the numbers out into a buffer, at a third of the speed; rows of at least this length escape it."""
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+class _Pool:
+    """The sleeping threads, one fewer than there are processors to use."""
+
+    def __init__(self, processors: set[int]) -> None:
+        import ctypes  # these two cost a tenth of the package's import time, for large arrays only
+        from concurrent.futures import ThreadPoolExecutor
+
+        movable = hasattr(os, "sched_setaffinity")  # Linux
+
+        self.workers = min(len(processors), THREADS) - 1
+        self._processors = processors
+        self._identities: list[int] = []
+        self._avoided = -1
+        self._current_processor = getattr(ctypes.CDLL(None), "sched_getcpu", None) if movable else None
+        self._executor: ThreadPoolExecutor = ThreadPoolExecutor(
+            self.workers, "gpulayers", initializer=lambda: self._identities.append(threading.get_native_id())
+        )
+
+    def submit(self, work: Callable[[], None]) -> list[Future[None]]:
+        """Start `work` on every thread, away from the caller's processor."""
+        if self._current_processor is not None:
+            self._avoid(self._current_processor())
+        return [self._executor.submit(work) for _ in range(self.workers)]
+
+    def _avoid(self, processor: int) -> None:
+        if processor == self._avoided or len(self._identities) < self.workers:
+            return
+        try:
+            for identity in self._identities:
+                os.sched_setaffinity(identity, self._processors - {processor})
+            self._avoided = processor
+        except OSError:  # the system forbids it, or the processors have changed: threads run where it puts them
+            self._current_processor = None
+
+
+@functools.cache
+def _pool() -> _Pool | None:
+    processors = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    return _Pool(processors) if len(processors) > 1 else None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked child has no threads
+
+
+def run_tasks(
+    work: Callable[[Task], Result], tasks: Sequence[Task], threaded: bool, backwards: bool = False
+) -> list[Result]:
+    """Call `work` on every task and return the results in the order of the tasks.
+
+    The threads take the next task when they are done with one: `backwards` from the last to the first. Floating-point
+    warnings are off inside. `threaded` False keeps to the calling thread.
+
+    >>> run_tasks(abs, [-1, 2, -3], threaded=True)
+    [1, 2, 3]
+    """
+    results: list[Any] = [None] * len(tasks)
+    waiting = collections.deque(range(len(tasks)))
+    take = waiting.pop if backwards else waiting.popleft
+
+    def work_off() -> None:
+        # NumPy keeps both settings per thread. Infinities and NaN pass through silently.
+        buffer = np.setbufsize(BUFFER)
+        try:
+            with np.errstate(all="ignore"):
+                while True:
+                    try:
+                        index = take()
+                    except IndexError:
+                        return
+                    results[index] = work(tasks[index])
+        finally:
+            np.setbufsize(buffer)
+
+    pool = _pool() if threaded and len(tasks) > 1 else None
+    futures = [] if pool is None else pool.submit(work_off)
+    work_off()
+    for future in futures:
+        if not future.cancel():  # one that has not begun would find nothing to do
+            future.result()
+    return results
