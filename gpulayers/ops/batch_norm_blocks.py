@@ -102,7 +102,7 @@ class Operand:
 def view_of(layout: Layout, read: bool = False) -> View:
     """Choose the view for a layout: sub-batches are extra channels where the memory allows, else many segments.
 
-    `read`: for sums, which write nothing; their blocks are larger and contiguous as far as can be.
+    `read`: for sums that copy nothing; their blocks are larger and contiguous as far as can be.
     """
     rows, groups, spread, channels, inner = layout[:5]
     if spread == 1:

@@ -52,7 +52,8 @@ class _Tables:
     def row(self, block: Block) -> Any:
         view, table = self.view, self.main[block.segment % self.view.tables]
         if not view.columns:
-            return table[block.left : block.right, block.begin : block.end] if table.shape[1] > 1 else table[block.left : block.right]
+            rows = table[block.left : block.right]
+            return rows if rows.shape[1] == 1 else rows[:, block.begin : block.end]
         if block.rest or view.span < view.slots:
             return table[block.left * view.inner : block.right * view.inner]
         return table
@@ -99,7 +100,7 @@ def _short_sums(left: Any, right: Any, ones: Any) -> Any:
         sums = np.vecdot(left, ones[:inner]), np.vecdot(left, right)
         return [np.add.reduce(each, axis=0, dtype=np.float64) for each in sums]
     even = inner - inner % PIECE if inner >= 2 * PIECE else 0
-    total = 0.0
+    total: Any = 0.0
     if even:
         u, v = (each[..., :even].reshape(rows, slots, -1, PIECE) for each in (left, right))
         sums = np.einsum("rcki->rck", u), np.einsum("rcki,rcki->rck", u, v)
@@ -170,7 +171,8 @@ def _pivot_table(view: View, pivot: Any, dtype: Any) -> _Tables | None:
     return _Tables(view, pivot, dtype) if pivot.any() else None
 
 
-def _power_sums(x: Any, view: View, pivot: Any, dtype: Any) -> Any:
+def _power_sums(x: Any, layout: Layout, pivot: Any, dtype: Any) -> Any:
+    view = view_of(layout, read=x.dtype == dtype and not pivot.any())
     table = _pivot_table(view, pivot, dtype)
     itemsize, x = x.itemsize, Operand(view, x)
 
@@ -210,13 +212,12 @@ def moments(x: Any, layout: Layout, dtype: Any) -> tuple[Any, Any, Any]:
     `x` is contiguous. `pivot` has `dtype`, which the arithmetic is done in (float32 or float64); the others are
     float64.
     """
-    view = view_of(layout, read=True)
     pivot = _first_pivot(x, layout, dtype)
-    offset, variance = _from_sums(_power_sums(x, view, pivot, dtype), layout)
+    offset, variance = _from_sums(_power_sums(x, layout, pivot, dtype), layout)
     if (offset * offset > FAR_PIVOT * variance).any():
         better = (pivot + offset).astype(dtype)
         pivot = np.where(np.isfinite(better), better, pivot)
-        offset, variance = _from_sums(_power_sums(x, view, pivot, dtype), layout)
+        offset, variance = _from_sums(_power_sums(x, layout, pivot, dtype), layout)
     return pivot, offset, variance
 
 
@@ -270,7 +271,7 @@ def backward_sums(dy: Any, x: Any, layout: Layout, pivot: Any, y: Any, dtype: An
 
     `y` None means that there was no ReLU: g is dy.
     """
-    view = view_of(layout, read=True)
+    view = view_of(layout, read=x.dtype == dtype and y is None and not pivot.any())
     table = _pivot_table(view, pivot, dtype)
     itemsize, x, dy = x.itemsize, Operand(view, x), Operand(view, dy)
     y = None if y is None else Operand(view, y)

@@ -112,8 +112,11 @@ def run_tasks(
 
     pool = _pool() if threaded and len(tasks) > 1 else None
     futures = [] if pool is None else pool.submit(work_off)
-    work_off()
-    for future in futures:
-        if not future.cancel():  # one that has not begun would find nothing to do
-            future.result()
+    try:
+        work_off()
+    finally:
+        waiting.clear()  # after an error nobody begins another task
+        for future in futures:
+            if not future.cancel():  # one that has not begun would find nothing to do
+                future.result()
     return results

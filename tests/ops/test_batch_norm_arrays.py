@@ -37,6 +37,9 @@ CASES = [
     ((10, 300, 5, 3), (1,), 1),  # short inner rows: columns
     ((2, 9, 9001), (1,), 1),  # inner rows longer than a dot product may be
     ((3, 150, 40, 40), (1,), 1),  # one row of channels is more than a block
+    ((2, 3, 70, 11), (1,), 1),  # rows too short for a loop of their own, too many for columns
+    ((1, 2, 300, 1001), (1,), 1),  # one channel of one row is more than a block
+    ((2, 300001), (1,), 1),  # so many channels that one row is more than a block
     ((12, 5), (1,), 3),
     ((12, 5), (1,), 12),
     ((6, 7, 5), (2,), 2),
@@ -331,11 +334,28 @@ def test_statistics_of_groups():
     np.testing.assert_allclose(variance, 9)
 
 
-def test_the_same_bits_with_and_without_threads(monkeypatch):
-    x = np.random.default_rng(7).normal(size=(60000, 30)).astype(np.float32)
-    with_threads = bn.forward(x, None, None, axis=(1,))
+@pytest.mark.parametrize(("shape", "axis"), [((60000, 30), 1), ((8, 16, 60, 61), 1), ((16, 300, 14, 14), 1)])
+def test_the_same_bits_with_and_without_threads(monkeypatch, shape, axis):
+    x, dy = np.random.default_rng(7).normal(size=(2, *shape)).astype(np.float32)
+    kept = x.copy()
+
+    def step():
+        got = bn.forward(x, None, None, axis=(axis,))
+        return got.y, *bn.backward(dy, x, None, got.saved, axis=(axis,))[:3]
+
+    with_threads = step()
     monkeypatch.setattr(host_threads, "_pool", lambda: None)
-    np.testing.assert_array_equal(bn.forward(x, None, None, axis=(1,)).y, with_threads.y)
+    for alone, together in zip(step(), with_threads, strict=True):
+        np.testing.assert_array_equal(alone, together)
+    np.testing.assert_array_equal(x, kept)
+
+
+@pytest.mark.parametrize("inner", [1500, 4096, 70001])
+def test_variance_of_long_rows(inner):
+    x = (np.random.default_rng(3).normal(size=(1, 4, inner)) + 3).astype(np.float32)
+    mean, variance = bn.statistics(x, axis=(1,))
+    np.testing.assert_allclose(variance, x.astype(np.float64).var(axis=(0, 2)), rtol=3e-6)
+    np.testing.assert_allclose(mean, x.astype(np.float64).mean(axis=(0, 2)), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("shape", "axis", "groups"), CASES)
@@ -356,8 +376,8 @@ def test_both_numpy_bodies_agree(monkeypatch, shape, axis, groups):
 
 
 def test_blocks_cover_every_element_once():
-    for shape, axis, groups in CASES:
-        view = batch_norm_blocks.view_of(collapse(shape, axis, groups))
+    for (shape, axis, groups), read in itertools.product(CASES, (False, True)):
+        view = batch_norm_blocks.view_of(collapse(shape, axis, groups), read)
         seen = np.zeros(view.shape, int)
         for block in itertools.chain(*batch_norm_blocks.tasks_of(view)):
             cut = batch_norm_blocks.Operand(view, seen).cut(block)

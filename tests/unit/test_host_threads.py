@@ -1,0 +1,84 @@
+"""The thread pool of the NumPy bodies: order, errors, settings, and where its threads run."""
+
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from gpulayers.ops import host_threads
+from gpulayers.ops.host_threads import run_tasks
+
+
+@pytest.fixture
+def pool(monkeypatch):
+    """A pool of two threads beside the caller, whatever the machine has."""
+    made = host_threads._Pool({0, 1, 2})
+    monkeypatch.setattr(host_threads, "_pool", lambda: made)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda identity, processors: None, raising=False)
+    return made
+
+
+@pytest.mark.parametrize("threaded", [True, False])
+@pytest.mark.parametrize("backwards", [True, False])
+def test_results_are_in_the_order_of_the_tasks(pool, threaded, backwards):
+    started = []
+
+    def work(task):
+        started.append(task)
+        time.sleep(0.001 * (task % 3))
+        return task * task
+
+    assert run_tasks(work, range(20), threaded, backwards) == [task * task for task in range(20)]
+    assert sorted(started) == list(range(20))
+    if not threaded:
+        assert started == sorted(started, reverse=backwards)
+
+
+def test_tasks_run_on_several_threads(pool):
+    meeting = threading.Barrier(3, timeout=20)
+    assert len(set(run_tasks(lambda _: (meeting.wait(), threading.get_ident())[1], range(3), True))) == 3
+
+
+@pytest.mark.parametrize("threaded", [True, False])
+def test_an_error_reaches_the_caller(pool, threaded):
+    def work(task):
+        if task == 11:
+            raise ZeroDivisionError("task 11")
+        time.sleep(0.001)
+
+    with pytest.raises(ZeroDivisionError, match="task 11"):
+        run_tasks(work, range(20), threaded)
+    assert run_tasks(abs, [-1, -2, -3], threaded) == [1, 2, 3]
+
+
+def test_numpy_settings_inside_and_after(pool):
+    before = np.geterr(), np.getbufsize()
+    seen = run_tasks(lambda _: (time.sleep(0.001), np.geterr()["divide"], np.getbufsize())[1:], range(12), True)
+    assert set(seen) == {("ignore", host_threads.BUFFER)}
+    assert (np.geterr(), np.getbufsize()) == before
+
+
+def test_workers_keep_off_the_callers_processor(pool, monkeypatch):
+    asked = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda identity, processors: asked.append((identity, processors)))
+    run_tasks(lambda _: time.sleep(0.002), range(12), True)  # both threads have begun after this
+    for processor in (1, 1, 2):
+        monkeypatch.setattr(pool, "_current_processor", lambda processor=processor: processor)
+        run_tasks(lambda _: time.sleep(0.001), range(6), True)
+    ours = [processors for identity, processors in asked if identity in pool._identities]
+    assert ours[-4:] == [{0, 2}, {0, 2}, {0, 1}, {0, 1}]  # asked again only when the caller has moved
+    assert threading.get_native_id() not in [identity for identity, _ in asked]
+
+
+def test_a_system_that_forbids_it(pool, monkeypatch):
+    run_tasks(lambda _: time.sleep(0.002), range(12), True)
+
+    def refuse(identity, processors):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setaffinity", refuse)
+    monkeypatch.setattr(pool, "_current_processor", lambda: 1)
+    assert run_tasks(abs, [-1, 2], True) == [1, 2]
+    assert pool._current_processor is None
