@@ -15,7 +15,7 @@ COPY_BYTES = 256 << 20
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--batch", type=int, default=32, help="batch of the ResNet-50 list (the issue's: 32 and 256)")
+    parser.add_argument("--batch", type=_batches, default=[32], help="of the ResNet-50 list; several by commas: 32,256")
     parser.add_argument("--dtype", default="float32", choices=["float64", "float32", "float16", "bfloat16"])
     parser.add_argument("--only", default="", help="measure rows whose name or regime contains one of these, by commas")
     parser.add_argument("--peers", default="all", help="names by commas, 'all' or 'none'")
@@ -29,6 +29,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="folder to write to; default: benchmarks/results/<machine>")
     parser.add_argument("--list", action="store_true", help="name the rows and stop")
     return parser
+
+
+def _batches(text: str) -> list[int]:
+    """Split positive numbers by commas. Raises ArgumentTypeError for anything else."""
+    words = text.split(",")
+    if not all(word.isdigit() and int(word) for word in words):
+        raise argparse.ArgumentTypeError(f"expected positive numbers by commas; got {text!r}")
+    return [int(word) for word in words]
 
 
 def _peer_python(text: str) -> tuple[str, str]:
@@ -48,13 +56,31 @@ def _limit_threads(threads: int) -> None:
             os.environ[name] = str(threads)
 
 
-def _progress(total: int) -> Any:
-    """Return a progress bar on standard error, a plain counter without tqdm."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
-    return tqdm(total=total, unit="row", file=sys.stderr, disable=None)
+class _Progress:
+    """A progress bar on standard error; without tqdm a line for every row."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done, self._bar = total, 0, None
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            return
+        self._bar = tqdm(total=total, unit="row", file=sys.stderr, disable=None)
+
+    def begin(self, name: str) -> None:
+        self._done += 1
+        if self._bar is not None:
+            self._bar.set_postfix_str(name)
+        else:
+            print(f"{self._done}/{self._total} {name}", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
 
 def _measure_all(chosen: list[Any], peers: list[Any], on_gpu: bool, seconds: float, save: Any) -> tuple[list[Any], int]:
@@ -63,10 +89,9 @@ def _measure_all(chosen: list[Any], peers: list[Any], on_gpu: bool, seconds: flo
     from benchmarks.report import record
 
     records, failures, on_chip = [], 0, on_chip_bytes(on_gpu)
-    bar = _progress(len(chosen))
+    progress = _Progress(len(chosen))
     for case in chosen:
-        if bar is not None:
-            bar.set_postfix_str(case.name)
+        progress.begin(case.name)
         try:
             records.append(record(measure(case, peers, on_gpu, on_chip, seconds)))
         except (ValueError, MemoryError, RuntimeError) as error:  # a wrong row is named and fails the run at its end
@@ -74,10 +99,8 @@ def _measure_all(chosen: list[Any], peers: list[Any], on_gpu: bool, seconds: flo
             print(f"\nfailed: {case.name}: {error}", file=sys.stderr)
         else:
             save(records)
-        if bar is not None:
-            bar.update()
-    if bar is not None:
-        bar.close()
+        progress.end()
+    progress.close()
     return records, failures
 
 

@@ -39,7 +39,7 @@ def measure_case(benchmark):
         wanted = truth(case, host)
         with gl.device("gpu" if on_gpu else "cpu"), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
-            function = own.prepare(case, {name: xp.array(value) for name, value in host.items()}, xp)
+            function = own.prepare(case, data.place(case, host, xp), xp)
             error = error_of(function(), wanted, gl.asnumpy)
             assert error <= TOLERANCE[case.dtype], case.name
 

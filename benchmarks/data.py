@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.shapes import Case, axis_of
 
-__all__ = ["PARAMETERS", "make", "split_parameters"]
+__all__ = ["PARAMETERS", "make", "place", "split_parameters"]
 
 
 def _random(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any, scale: float = 1.0) -> np.ndarray:
@@ -78,6 +78,19 @@ def split_parameters(flat: np.ndarray) -> list[np.ndarray]:
     pieces = [piece for piece in np.split(flat, sizes) if piece.size]
     last = pieces.pop()
     return [*pieces, *np.array_split(last, 5)]
+
+
+def place(case: Case, host: dict[str, np.ndarray], xp: Any) -> dict[str, Any]:
+    """Return copies of a row's arrays as arrays of `xp`, where the row wants them in memory."""
+
+    def copied(value: np.ndarray) -> Any:
+        if case.regime != "unaligned":
+            return xp.array(value)
+        whole = xp.empty(value.size + 1, dtype=value.dtype)
+        whole[1:] = xp.asarray(value.ravel())
+        return whole[1:].reshape(value.shape)
+
+    return {name: copied(value) for name, value in host.items()}
 
 
 def make(case: Case) -> dict[str, Any]:

@@ -138,8 +138,7 @@ def _prepared_peers(case: Case, host: dict[str, Any], peers: list[Peer], on_gpu:
             found[peer.name] = peer.reason
             continue
         try:
-            given = {name: value.copy() for name, value in host.items()}
-            found[peer.name] = peer.module.prepare(case, given, on_gpu)
+            found[peer.name] = peer.module.prepare(case, case_data.place(case, host, np), on_gpu)
         except Exception as error:  # a peer that fails is a skipped entry with its reason, like one that is missing
             found[peer.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return found
@@ -164,7 +163,7 @@ def measure(case: Case, peers: list[Peer], on_gpu: bool, on_chip: int, seconds: 
     """Measure one row. Raises ValueError if our own result is wrong by more than TOLERANCE."""
     host = case_data.make(case)
     xp = _cupy.cupy() if on_gpu else np
-    own_data = {name: xp.array(value) for name, value in host.items()}
+    own_data = case_data.place(case, host, xp)
     functions: dict[str, Any] = {"gpulayers": own.prepare(case, own_data, xp)}
     prepared = _prepared_peers(case, host, peers, on_gpu)
     functions.update({name: function for name, function in prepared.items() if callable(function)})
@@ -205,7 +204,7 @@ def _timed(
     copies = timing_gpu.copies_needed(row_bytes, cupy.cuda.Device().attributes["L2CacheSize"])
     rotations = {"copy": [copy_function(minimum_bytes(case), True) for _ in range(copies)]}
     if case.op.startswith(("batch_norm", "residual_add")):  # CuPy captures no cuBLAS, and optimizers count on the host
-        sets = [{name: cupy.array(value) for name, value in host.items()} for _ in range(copies - 1)]
+        sets = [case_data.place(case, host, cupy) for _ in range(copies - 1)]
         rotations["gpulayers"] = [functions["gpulayers"], *(own.prepare(case, given, cupy) for given in sets)]
     launches = _launches(functions["gpulayers"], own_data["x"]) if "x" in own_data else None
     times, methods = timing_gpu.interleaved(functions, rotations, finish, seconds, least)

@@ -140,7 +140,7 @@ case $part in
             --peers torch,torch_other_layout
         ;;
     shapes)
-        report shapes 460 90 --dtype float16 --seconds 0.1 --only unet,tabular,speech,tiny,adversarial,fused,renorm,ghost,several
+        report shapes 460 90 --dtype float16 --seconds 0.1 --only unet,tabular,speech,tiny,adversarial,unaligned,fused,renorm,ghost,several
         ;;
     recurrent) report recurrent 460 60 --seconds 0.1 --only residual_add,cell,sequence,context,training,optimizer ;;
     tests) gpu_tests 460 tests ;;

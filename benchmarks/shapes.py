@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 __all__ = [
@@ -24,7 +26,7 @@ class Case(NamedTuple):
 
     Layouts: NC, NTC, NHWC, NDHWC (channels last), NCHW (channels first), TND for sequences (the shape is then time,
     batch, depth, units), ND for cells (batch, depth, units). `count` weighs the row in a total; `groups` is the number
-    of sub-batches of a ghost batch normalisation.
+    of sub-batches of a ghost batch normalisation. In the regime "unaligned" arrays begin one element into their memory.
     """
 
     op: str
@@ -72,16 +74,18 @@ def norm_cases(dtype: str = "float32") -> list[Case]:
         ("NC", (8192, 1024), "tabular"), ("NTC", (16, 1000, 512), "speech"), ("NC", (8, 16), "tiny"),
         ("NHWC", (32, 57, 57, 1), "adversarial"), ("NHWC", (32, 56, 56, 3), "adversarial"),
         ("NHWC", (31, 55, 57, 7), "adversarial"), ("NC", (2, 8192), "adversarial"),
+        ("NHWC", (31, 56, 56, 64), "unaligned"),
     ]  # fmt: skip
     found = [
         Case("batch_norm", mode, layout, shape, dtype, regime) for layout, shape, regime in plain for mode in TRAINING
     ]
+    for shape in ((32, 56, 56, 64), (32, 14, 14, 1024)):
+        found += [Case("batch_norm_relu_residual", mode, "NHWC", shape, dtype, "fused") for mode in TRAINING]
     for mode in ("forward", "backward"):
-        for op in ("batch_norm_relu_residual", "batch_norm_renorm"):
-            for shape in ((32, 56, 56, 64), (32, 14, 14, 1024)):
-                found.append(Case(op, mode, "NHWC", shape, dtype, "fused" if op.endswith("residual") else "renorm"))
-        found.append(Case("batch_norm_ghost", mode, "NC", (65536, 256), dtype, "ghost", groups=512))
-        found.append(Case("batch_norm_ghost", mode, "NC", (1024, 512), dtype, "ghost", groups=8))
+        for shape in ((32, 56, 56, 64), (32, 14, 14, 1024)):
+            found.append(Case("batch_norm_renorm", mode, "NHWC", shape, dtype, "renorm"))
+        for shape in ((1024, 512), (8192, 1024), (65536, 256)):  # virtual batches of 128
+            found.append(Case("batch_norm_ghost", mode, "NC", shape, dtype, "ghost", groups=shape[0] // 128))
         found.append(Case("batch_norm_axes", mode, "NHWC", (64, 32, 32, 32), dtype, "several axes"))
     return found
 
@@ -90,7 +94,7 @@ def cell_cases(dtype: str = "float32") -> list[Case]:
     """Return residual additions, residual LSTM and GRU cells, and whole sequences."""
     found = [Case("residual_add", "forward", "ND", shape, dtype, "residual") for shape in ((64, 256), (4096, 2048))]
     for op in ("lstm_cell", "gru_cell"):
-        for batch, units in ((32, 256), (256, 256), (64, 1024)):
+        for batch, units in ((32, 256), (256, 256), (64, 1024), (32, 2048), (256, 2048)):
             found.append(Case(op, "forward", "ND", (batch, units, units), dtype, "cell"))
     for op in ("lstm_sequence", "gru_sequence"):
         for mode in ("forward", "backward"):
@@ -110,10 +114,10 @@ def context_cases(dtype: str = "float32") -> list[Case]:
     ]
 
 
-def cases(batch: int, dtype: str = "float32") -> list[Case]:
-    """Return every row of the report on a CPU, for a batch of the ResNet-50 list."""
-    few = [case for case in resnet50(batch, "NCHW", dtype=dtype) if case.shape[1] in (64, 1024, 512)]
-    return [*resnet50(batch, dtype=dtype), *few, *norm_cases(dtype), *cell_cases(dtype), *context_cases(dtype)]
+def cases(batches: Sequence[int], dtype: str = "float32") -> list[Case]:
+    """Return every row of the report, with the ResNet-50 list for each of `batches`."""
+    lists = [resnet50(batch, layout, dtype=dtype) for batch in batches for layout in ("NHWC", "NCHW")]
+    return [*itertools.chain(*lists), *norm_cases(dtype), *cell_cases(dtype), *context_cases(dtype)]
 
 
 def small(case: Case) -> Case:

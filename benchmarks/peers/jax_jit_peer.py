@@ -137,19 +137,85 @@ def _sequence(case: Case, d: dict[str, Any]) -> Any:
     return lambda: dict(zip(("dx", "dkernel", "drecurrent_kernel"), back(pull, d["dy"]), strict=True))
 
 
+def _digits(d: dict[str, Any]) -> Any:
+    import jax
+    import jax.numpy as jnp
+
+    names = ("kernel_1", "gamma", "beta", "kernel_2", "bias_2")
+
+    def loss(p: dict[str, Any], x: Any, labels: Any) -> Any:
+        u = x @ p["kernel_1"]
+        mean = u.mean(0)
+        n = (u - mean) / jnp.sqrt(((u - mean) ** 2).mean(0) + EPSILON)
+        logits = jax.nn.relu(n * p["gamma"] + p["beta"]) @ p["kernel_2"] + p["bias_2"]
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)
+        return -chosen.mean()
+
+    def update(p: dict[str, Any], slots: dict[str, Any], x: Any, labels: Any) -> Any:
+        gradients = jax.grad(loss)(p, x, labels)
+        slots = {name: 0.9 * slots[name] + gradients[name] for name in names}
+        return {name: p[name] - 0.1 * slots[name] for name in names}, slots
+
+    call = jax.jit(update, donate_argnums=(0, 1))
+    state = [{name: d[name].copy() for name in names}, {name: jnp.zeros_like(d[name]) for name in names}]
+
+    def step() -> dict[str, Any]:
+        state[:] = call(*state, d["x"], d["labels"])
+        return state[0]
+
+    return step
+
+
+def _optimizer(case: Case, data: dict[str, Any]) -> Any:
+    """Return the update of all parameters as one compiled function that may write into its inputs."""
+    import jax
+    import jax.numpy as jnp
+
+    from benchmarks.data import split_parameters
+
+    parameters, gradients = ([jnp.array(p) for p in split_parameters(data[n])] for n in ("parameters", "gradients"))
+    zeros = lambda: [jnp.zeros_like(p) for p in parameters]
+
+    def momentum(w: Any, b: Any, count: Any, gradients: Any) -> Any:
+        b = [0.9 * one + g for one, g in zip(b, gradients, strict=True)]
+        return [p - 0.01 * one for p, one in zip(w, b, strict=True)], b, count + 1
+
+    def adam(w: Any, slots: Any, count: Any, gradients: Any) -> Any:
+        rate = 0.01 * jnp.sqrt(1 - 0.999**count) / (1 - 0.9**count)
+        m = [0.9 * one + 0.1 * g for one, g in zip(slots[0], gradients, strict=True)]
+        v = [0.999 * one + 0.001 * g * g for one, g in zip(slots[1], gradients, strict=True)]
+        w = [p - rate * a / (jnp.sqrt(b) + 1e-7) for p, a, b in zip(w, m, v, strict=True)]
+        return w, (m, v), count + 1
+
+    call = jax.jit(adam if case.op == "adam" else momentum, donate_argnums=(0, 1))
+    state = [parameters, (zeros(), zeros()) if case.op == "adam" else zeros(), jnp.float32(1)]
+
+    def step() -> dict[str, Any]:
+        state[:] = call(*state, gradients)
+        return {"parameters": state[0]}
+
+    return step
+
+
 def prepare(case: Case, data: dict[str, Any], on_gpu: bool) -> Any:
     import jax
     import jax.numpy as jnp
 
-    if case.op in ("digits", "adam", "momentum", "conv2d"):
-        return "not written for JAX"
+    if case.op in ("adam", "momentum"):
+        return _optimizer(case, data)
     d = {name: jnp.asarray(value) for name, value in data.items()}
     if case.op.startswith("batch_norm"):
         return _norm(case, d)
     if case.op.endswith(("_cell", "_sequence")):
         return _sequence(case, d)
+    if case.op == "digits":
+        return _digits(d)
     if case.op == "residual_add":
         add = jax.jit(jnp.add)
         return lambda: {"y": add(d["x"], d["residual"])}
+    if case.op == "conv2d":
+        dimensions = ("NHWC", "HWIO", "NHWC")
+        slide = jax.jit(lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=dimensions))
+        return lambda: {"y": slide(d["x"], d["kernel"])}
     dense = jax.jit(lambda x, w, b: x @ w + b)
     return lambda: {"y": dense(d["x"], d["kernel"], d["bias"])}

@@ -88,14 +88,20 @@ def test_the_resnet50_list_is_the_network(layout):
 
 
 def test_row_names_are_unique():
-    names = [case.name for case in shapes.cases(32)]
+    names = [case.name for case in shapes.cases([32, 256])]
     assert len(set(names)) == len(names)
     assert {"resnet50 N=256"} == {case.regime for case in shapes.resnet50(256)}
 
 
+def test_virtual_batches_are_of_128_rows():
+    ghosts = [case for case in shapes.norm_cases() if case.groups > 1]
+    assert {case.shape for case in ghosts} == {(1024, 512), (8192, 1024), (65536, 256)}
+    assert all(case.shape[0] == 128 * case.groups for case in ghosts)
+
+
 def test_suites_cover_every_operation_and_are_small_when_quick():
     quick, full = suite_cases(True), suite_cases(False)
-    assert {case.op for case in quick} == {case.op for case in full} == {case.op for case in shapes.cases(8)}
+    assert {case.op for case in quick} == {case.op for case in full} == {case.op for case in shapes.cases([8])}
     assert {(c.op, c.mode, c.layout) for c in quick} == {(c.op, c.mode, c.layout) for c in full}
     assert max(np.prod(case.shape) for case in quick) < 10_000
 
@@ -428,6 +434,40 @@ def test_the_command_line(tmp_path, capsys):
     assert main(["--device", "cpu", "--only", "no such row"]) == 1
     assert main(["--list"]) == 0
     assert "batch_norm forward NHWC 32x112x112x64 float32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", "32,", "0", "a"])
+def test_a_batch_is_a_positive_number(text, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--batch", text])
+    assert "expected positive numbers by commas" in capsys.readouterr().err
+
+
+def test_several_batches_are_lists_of_their_own(capsys):
+    assert main(["--list", "--batch", "32,256", "--only", "resnet50"]) == 0
+    names = capsys.readouterr().out.split()
+    assert [sum(name.startswith(batch) for name in names) for batch in ("32x", "256x")] == [2 * 27, 2 * 27]
+
+
+def test_progress_without_tqdm(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    arguments = ["--device", "cpu", "--only", "forward NC 8x16", "--peers", "none", "--seconds", "0.01"]
+    assert main([*arguments, "--out", str(tmp_path)]) == 0
+    assert "1/1 batch_norm forward NC 8x16 float32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["inference", "forward", "backward"])
+def test_unaligned_arrays_begin_inside_their_memory(name):
+    (case,) = (case for case in shapes.norm_cases() if (case.regime, case.mode) == ("unaligned", name))
+    case = small(case)
+    host = data.make(case)
+    placed = data.place(case, host, np)
+    assert case.regime == "unaligned" and placed.keys() == host.keys()
+    for key, value in placed.items():
+        assert np.array_equal(value, host[key]) and value.ctypes.data % 16 == 4 and value.flags.c_contiguous
+    assert all(value.ctypes.data % 16 == 0 for value in data.place(case._replace(regime=""), host, np).values())
+    row = measure.measure(case, peers.find(["torch", "plain"]), False, 1 << 20, 0.001)
+    assert row.variants["plain"].times is not None
 
 
 @pytest.mark.skipif(not _cupy.unusable_reason(), reason="a GPU answers here")
