@@ -248,8 +248,10 @@ def is_aligned(*arrays: Any) -> bool:
     """Say whether the arrays start at multiples of 16 bytes, as 16-byte loads need."""
     if not arrays:
         return True
-    pointer = launcher_of(arrays[0]).pointer
-    return all([pointer(array) % 16 == 0 for array in arrays])
+    pointer, bits = launcher_of(arrays[0]).pointer, 0
+    for array in arrays:
+        bits |= pointer(array)
+    return bits % 16 == 0
 
 
 def vector_width(arrays: Sequence[Any], *lengths: int) -> int:

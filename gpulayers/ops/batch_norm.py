@@ -37,7 +37,7 @@ class MovingVariables(NamedTuple):
 
     def arrays(self) -> moving_arrays.MovingStatistics:
         """Return the arrays to write into."""
-        return moving_arrays.MovingStatistics._make(v.writable() if hasattr(v, "writable") else v for v in self)
+        return moving_arrays.MovingStatistics._make([v.writable() if hasattr(v, "writable") else v for v in self])
 
 
 def sub_batches(batch: int | None, virtual_batch_size: int | None) -> int:

@@ -16,6 +16,7 @@ Deterministic: same bits on every run.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -287,6 +288,8 @@ class Prepared:
     def __init__(self, x: Any, axis: tuple[int, ...]) -> None:
         self._xp, self._layout, self._dtype = _prepare(x, axis, 1)
         self._implementation = _body(self._xp)
+        only_y = {} if self._xp is np else {"only_y": True}  # on a device every further result is an allocation
+        self._forward = functools.partial(self._implementation.forward, **only_y)
 
     def inference(self, x: Any, gamma: Any, beta: Any, mean: Any, variance: Any, epsilon: float, relu: bool) -> Any:
         """As the function `inference`, without residual and without checks."""
@@ -297,10 +300,11 @@ class Prepared:
     def forward(self, x: Any, gamma: Any, beta: Any, epsilon: float, relu: bool, moving: Any) -> Any:
         """As the function `forward`, without residual and without checks; returns y only."""
         layout, x_c = self._layout, _collapsed(self._xp, x, self._layout)
-        result = self._implementation.forward(x_c, layout, gamma, beta, epsilon, None, None, relu, moving, self._dtype)
+        result = self._forward(x_c, layout, gamma, beta, epsilon, None, None, relu, moving, self._dtype)
         return _expanded(self._xp, result[0], x, layout)
 
 
+@functools.cache
 def _body(xp: Any) -> Any:
     """Return the module with the body for arrays of module `xp`."""
     if xp is np:

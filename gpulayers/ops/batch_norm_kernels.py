@@ -93,16 +93,25 @@ class _Launch:
         self._blocks = plan.slabs * plan.splits
         self._groups = layout.groups
         self._counters = plan.slabs * (layout.groups + 1)
-        self._pieces = (np.dtype(np.float64), 2 * layout.slots), (dtype, 2 * plan.splits * layout.slots)
-        self._tables = (dtype, 3 * layout.slots)
+        pieces = {
+            "moments": (np.dtype(np.float64), 2 * layout.slots),
+            "parts": (dtype, 2 * plan.splits * layout.slots),
+        }
+        per_channel = (dtype, layout.channels)
+        results = {"saved": (dtype, 3 * layout.slots), "mean": per_channel, "variance": per_channel}
+        more = {"": {}, "tables": {"tables": (dtype, 3 * layout.slots)}, "results": results}
+        self._scratch = {
+            name: (("counters", *pieces, *added), (*pieces.values(), *added.values())) for name, added in more.items()
+        }
         self._prepared: dict[Any, Prepared] = {}
 
-    def scratch(self, tables: bool = False) -> dict[str, Any]:
-        """Return the workspace as arguments: partial sums, moments in double, counters, and tables if wanted."""
-        pieces = (*self._pieces, self._tables) if tables else self._pieces
-        names = ("counters", "moments", "parts", "tables")
-        found = workspace_pieces(self._place, self._counters, pieces)
-        return dict(zip(names, found, strict=False))
+    def scratch(self, more: str = "") -> dict[str, Any]:
+        """Return the workspace as arguments: partial sums, moments in double, counters.
+
+        `more`: ``"tables"`` for those of two backward sweeps, or ``"results"`` for what of a forward step nobody keeps.
+        """
+        names, pieces = self._scratch[more]
+        return dict(zip(names, workspace_pieces(self._place, self._counters, pieces), strict=True))
 
     def run(self, kernel: Kernel, values: dict[str, Any]) -> None:
         """Launch with one block per slab, group and split, or per slab (and split) where one launch does it all.
@@ -142,13 +151,14 @@ def _launch(layout: Layout, dtype: Any, arrays: Sequence[Any], kept: int = 1, on
     return found
 
 
-def _parameter(values: Any, dtype: Any) -> Any:
+def _parameters(dtype: Any, *values: Any) -> Sequence[Any]:
     """Return per-channel values in the parameter dtype, contiguous; None stays None."""
-    if values is None:
-        return None
-    if values.dtype != dtype:
-        return values.astype(dtype).reshape(-1)
-    return contiguous(values)[0]
+    given = [array for array in values if array is not None]
+    if given:
+        is_contiguous = place_of(given[0]).launcher.is_contiguous
+        if not all([array.dtype == dtype and is_contiguous(array) for array in given]):
+            return [None if v is None else contiguous(v.astype(dtype, copy=False).reshape(-1))[0] for v in values]
+    return values
 
 
 def _renorm(renorm: Renorm, dtype: Any) -> dict[str, Any]:
@@ -158,12 +168,13 @@ def _renorm(renorm: Renorm, dtype: Any) -> dict[str, Any]:
         if clip is None:
             continue
         if array_module(clip).__name__ != "numpy":
-            arrays[index] = _parameter(clip, dtype)
+            (arrays[index],) = _parameters(dtype, clip)
         else:
             numbers[index] = float(clip)
+    old_mean, old_stddev = _parameters(dtype, renorm.mean, renorm.stddev)
     return {
-        "old_mean": _parameter(renorm.mean, dtype),
-        "old_stddev": _parameter(renorm.stddev, dtype),
+        "old_mean": old_mean,
+        "old_stddev": old_stddev,
         "limits": numbers,
         "limit_arrays": arrays,
     }
@@ -185,23 +196,13 @@ def _moving(moving: MovingStatistics, count: int) -> dict[str, Any]:
     return values
 
 
-def _statistics_values(
-    x: Any, layout: Layout, epsilon: float, renorm: Renorm | None, moving: MovingStatistics | None, dtype: Any
-) -> dict[str, Any]:
-    """Return the statistics' arguments, with new arrays for what a training step returns."""
-    new = array_module(x).ndarray
-    values = {
-        "x": x,
-        "saved": new((3 if renorm is None else 5, layout.groups, layout.channels), dtype),
-        "mean": new(layout.channels, dtype),
-        "variance": new(layout.channels, dtype),
-        "epsilon": float(epsilon),
+def _results(xp: Any, layout: Layout, renorm: Renorm | None, dtype: Any) -> dict[str, Any]:
+    """Return new arrays for what a training step leaves besides y."""
+    return {
+        "saved": xp.ndarray((3 if renorm is None else 5, layout.groups, layout.channels), dtype),
+        "mean": xp.ndarray(layout.channels, dtype),
+        "variance": xp.ndarray(layout.channels, dtype),
     }
-    if renorm is not None:
-        values.update(_renorm(renorm, dtype))
-    if moving is not None:
-        values.update(_moving(moving, layout.samples))
-    return values
 
 
 def forward(
@@ -215,9 +216,11 @@ def forward(
     relu: bool,
     moving: MovingStatistics | None,
     dtype: Any,
+    only_y: bool = False,
 ) -> tuple[Any, Any, Any, Any, Any]:
     """Return (y, mean, variance, saved, mask) of a training step, and update `moving` in place.
 
+    With `only_y` (not for renorm) the other results are scratch, which the next call overwrites, and mask is None.
     `mask` is what `backward` needs of a ReLU: without residual the bytes of each channel's factor and shift, from
     which it gets the same output again, to the bit. None where it needs y itself, or nothing.
     """
@@ -227,23 +230,29 @@ def forward(
         zeros = xp.zeros(layout.channels, dtype), xp.zeros(layout.channels, dtype)
         return (y, *zeros, xp.zeros((3 if renorm is None else 5, layout.groups, layout.channels), dtype), None)
     launch = _launch(layout, dtype, (x, y, residual))
-    values = _statistics_values(x, layout, epsilon, renorm, moving, dtype)
+    values = launch.scratch("results") if only_y else {**launch.scratch(), **_results(xp, layout, renorm, dtype)}
+    values.update(x=x, epsilon=float(epsilon))
+    if renorm is not None:
+        values.update(_renorm(renorm, dtype))
+    if moving is not None:
+        values.update(_moving(moving, layout.samples))
+    gamma, beta = _parameters(dtype, gamma, beta)
     given = {
-        "gamma": _parameter(gamma, dtype),
-        "beta": _parameter(beta, dtype),
+        "gamma": gamma,
+        "beta": beta,
         "renormed": int(renorm is not None),
         "residual": residual,
         "y": y,
         "relu": int(relu),
     }
-    affine = xp.ndarray((2 * layout.slots,), dtype) if relu and residual is None else None
+    affine = xp.ndarray((2 * layout.slots,), dtype) if relu and residual is None and not only_y else None
     if affine is not None:
         given["affine"] = affine
     if launch.plan.regime == "sweeps":
-        launch.run(_statistics, {**launch.scratch(), **values})
+        launch.run(_statistics, values)
         launch.run(_normalise, {"x": x, "saved": values["saved"], "epsilon": float(epsilon), **given})
     else:
-        launch.run(_forward, {**launch.scratch(), **values, **given})
+        launch.run(_forward, {**values, **given})
     mask = None if affine is None else affine.view("uint8")
     return y, values["mean"], values["variance"], values["saved"], mask
 
@@ -254,10 +263,10 @@ def statistics(x: Any, layout: Layout, dtype: Any) -> tuple[Any, Any]:
     if x.size == 0:
         return xp.zeros(layout[1:4:2], dtype), xp.zeros(layout[1:4:2], dtype)
     launch = _launch(layout, dtype, (x,), one_launch=False)
-    values = _statistics_values(x, layout, 0.0, None, None, dtype)
-    values["group_mean"], values["group_variance"] = (xp.empty(layout[1:4:2], dtype) for _ in range(2))
-    launch.run(_statistics, {**launch.scratch(), **values})
-    return values["group_mean"], values["group_variance"]
+    mean, variance = (xp.ndarray(layout[1:4:2], dtype) for _ in range(2))
+    values = {"x": x, "epsilon": 0.0, "group_mean": mean, "group_variance": variance}
+    launch.run(_statistics, {**launch.scratch("results"), **values})
+    return mean, variance
 
 
 def inference(
@@ -283,13 +292,10 @@ def inference(
 
 def _given(gamma: Any, beta: Any, mean: Any, variance: Any, epsilon: float, dtype: Any) -> dict[str, Any]:
     """Return the arguments of a step with given statistics."""
-    return {
-        "gamma": _parameter(gamma, dtype),
-        "beta": _parameter(beta, dtype),
-        "given_mean": _parameter(mean, dtype),
-        "given_variance": _parameter(variance, dtype),
-        "epsilon": float(epsilon),
-    }
+    names = ("gamma", "beta", "given_mean", "given_variance")
+    values = dict(zip(names, _parameters(dtype, gamma, beta, mean, variance), strict=True))
+    values["epsilon"] = float(epsilon)
+    return values
 
 
 def _gradient_outputs(x: Any, layout: Layout, own_residual: bool, dtype: Any) -> dict[str, Any]:
@@ -318,9 +324,10 @@ def backward(
     own_residual = residual and relu  # without a ReLU the residual's gradient is dy itself
     outputs = _gradient_outputs(x, layout, own_residual, dtype)
     launch = _launch(layout, dtype, (x, dy, y, outputs["dx"], outputs["dresidual"]), kept=2)
-    scratch = launch.scratch(tables=True)
-    given = {"gamma": _parameter(gamma, dtype), "renormed": int(saved.shape[0] == 5)}
-    inputs = {"x": x, "saved": _parameter(saved, dtype), "dy": dy, "y": y}
+    scratch = launch.scratch("tables")
+    gamma, kept = _parameters(dtype, gamma, saved)
+    given = {"gamma": gamma, "renormed": int(saved.shape[0] == 5)}
+    inputs = {"x": x, "saved": kept, "dy": dy, "y": y}
     if mask is not None:
         inputs.update(affine=mask.view(dtype), recompute=1)
     if launch.plan.regime == "sweeps":
