@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
+import re
+from pathlib import Path
 
 import pytest
 
 try:
     from hypothesis import settings
-except ImportError:  # a borrowed GPU machine may have no more than pytest: what needs hypothesis then fails by itself
+except ImportError:  # a borrowed GPU machine may have no more than NumPy, CuPy and pytest
     settings = None
+
+# What whole files of tests are written with.
+PACKAGES = ("hypothesis", "ml_dtypes", "scipy")
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # generate.py records from TensorFlow, which has an environment of its own.
 collect_ignore = ["reference/generate.py"]
@@ -20,6 +29,50 @@ if settings is not None:
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+@functools.cache
+def _is_missing(package: str) -> bool:
+    return importlib.util.find_spec(package) is None
+
+
+@functools.cache
+def _missing_package(path: Path) -> str:
+    """Return a missing package that a file of tests imports at its top, by itself or through another one."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+    for name in PACKAGES:
+        if re.search(rf"^(?:import|from) {name}\b", text, re.MULTILINE) and _is_missing(name):
+            return name
+    others = re.findall(r"^from (tests\.[\w.]+) import", text, re.MULTILINE)
+    return next(filter(None, (_missing_package(ROOT / (other.replace(".", "/") + ".py")) for other in others)), "")
+
+
+_left_out: dict[str, str] = {}
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out files that need a package which is not installed; `pytest_terminal_summary` names them."""
+    missing = _missing_package(collection_path) if collection_path.suffix == ".py" else ""
+    if missing:
+        _left_out[str(collection_path.relative_to(ROOT))] = missing
+    return True if missing else None
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say which files were left out, and why."""
+    for name in sorted(set(_left_out.values())):
+        files = ", ".join(file for file, missing in sorted(_left_out.items()) if missing == name)
+        terminalreporter.write_line(f"LEFT OUT, {name} is not installed (gpulayers[test]): {files}")
+
+
+@functools.cache
+def _has_compiler() -> bool:
+    from tests.kernels.emulation.build import compiler
+
+    return compiler() is not None
+
+
 def _gpu_count() -> int:
     from gpulayers import _cupy
 
@@ -28,8 +81,12 @@ def _gpu_count() -> int:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip GPU tests with the reason that a user of the library would read."""
+    if "bfloat16" in item.name and _is_missing("ml_dtypes"):
+        pytest.skip("bfloat16 needs ml_dtypes")
     needs = 2 if item.get_closest_marker("multi_gpu") else 1 if item.get_closest_marker("gpu") else 0
     if not needs:
+        if item.get_closest_marker("emulated") and not _has_compiler():
+            pytest.skip("needs g++")
         return
     from gpulayers import _cupy
 

@@ -13,13 +13,12 @@ from gpulayers.launch import source as launch_source
 from gpulayers.ops import batch_norm_arrays as bn
 from gpulayers.ops import batch_norm_kernels
 from gpulayers.ops.batch_norm_plan import choose, collapse, plan_table
+from tests.kernels.bfloat16 import BFLOAT16
 from tests.kernels.emulation import H200_LIKE, SMALL, EmulatedLauncher, EmulationError
-from tests.kernels.emulation.build import compiler
 from tests.kernels.strict_array import launcher, xp
 from tests.ops import batch_norm_truth as truth
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++")
-ml_dtypes = pytest.importorskip("ml_dtypes")
+pytestmark = pytest.mark.emulated
 
 EPSILON = 1e-3
 TOLERANCE = {"float64": 1e-11, "float32": 1e-5, "float16": 6e-3, "bfloat16": 5e-2}
@@ -63,7 +62,7 @@ def make(shape, axis, dtype, seed=0):
     for name in ("gamma", "beta", "mean"):
         values[name] = rng.normal(size=channels)
     values["variance"] = rng.uniform(0.5, 2, channels)
-    storage = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    storage = np.dtype(BFLOAT16 if dtype == "bfloat16" else dtype)
     parameter = np.dtype("float64" if dtype == "float64" else "float32")
     cast = {name: v.astype(storage if name in PEOPLE else parameter) for name, v in values.items()}
     return cast, {name: v.astype(np.float64) for name, v in cast.items()}

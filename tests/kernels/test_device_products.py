@@ -11,7 +11,6 @@ from gpulayers.ops.device_products import product_into
 from tests.kernels.fake_cublas import HANDLE, fake_cublas
 from tests.kernels.strict_array import xp
 
-ml_dtypes = pytest.importorskip("ml_dtypes")
 DTYPES = {"float64": 1e-14, "float32": 1e-6, "float16": 2e-3, "bfloat16": 2e-2}
 SIZES = [(3, 4, 5), (1, 4, 5), (3, 1, 5), (3, 4, 1), (1, 1, 1), (17, 33, 9)]
 

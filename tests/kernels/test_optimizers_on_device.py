@@ -10,10 +10,9 @@ from gpulayers import ops, optimizers
 from gpulayers.device import asarray, asnumpy
 from gpulayers.trace import GradientTape, Graph, Session
 from gpulayers.variables import Variable, global_variables_initializer
-from tests.kernels.emulation.build import compiler
 from tests.kernels.strict_array import launcher
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++")
+pytestmark = pytest.mark.emulated
 
 MAKERS = {
     "sgd": lambda: optimizers.SGD(0.1),

@@ -11,13 +11,11 @@ from gpulayers.launch import Kernel
 from gpulayers.launch import source as kernel_source
 from gpulayers.ops import recurrent_device, recurrent_kernels
 from tests.kernels.emulation import EmulationError
-from tests.kernels.emulation.build import compiler
 from tests.kernels.fake_cublas import fake_cublas
 from tests.kernels.strict_array import StrictArray, launcher, xp
 from tests.ops.test_recurrent_arrays import CELLS, Case, variants
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++")
-ml_dtypes = pytest.importorskip("ml_dtypes")
+pytestmark = pytest.mark.emulated
 DTYPES = {"float64": 1e-12, "float32": 5e-6, "float16": 1e-2, "bfloat16": 8e-2}
 
 

@@ -8,13 +8,12 @@ import pytest
 from gpulayers.errors import DTypeError, ShapeError
 from gpulayers.launch import is_aligned, register_launcher
 from gpulayers.ops.residual_kernels import LEAVES, residual_add
+from tests.kernels.bfloat16 import BFLOAT16
 from tests.kernels.emulation import EmulatedLauncher
-from tests.kernels.emulation.build import compiler
 from tests.kernels.strict_array import launcher, xp
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++")
-ml_dtypes = pytest.importorskip("ml_dtypes")
-DTYPES = ["float16", ml_dtypes.bfloat16, "float32", "float64"]
+pytestmark = pytest.mark.emulated
+DTYPES = ["float16", BFLOAT16, "float32", "float64"]
 SHAPES = [(1,), (3, 5), (7,), (0, 4), (64, 129), (), (2, 3, 1000)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -62,3 +63,28 @@ def test_slow_tests_run_when_asked(tmp_path):
     (tmp_path / "b").mkdir()
     assert "1 passed, 1 deselected" in run(tmp_path / "a", text)[1]
     assert "1 passed, 1 deselected" in run(tmp_path / "b", text, "-m", "slow")[1]
+
+
+def test_files_that_need_a_missing_package_are_left_out_with_the_reason(tmp_path):
+    """With a package that nobody has in the place of those that a bare GPU machine lacks."""
+    (tmp_path / "tests").mkdir()
+    text = (ROOT / "tests" / "conftest.py").read_text()
+    assert "hypothesis" in text and "scipy" in text
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    changed = re.sub(r"^PACKAGES = .*$", 'PACKAGES = ("no_such_package",)', text, flags=re.MULTILINE)
+    (tmp_path / "tests" / "conftest.py").write_text(changed.replace('_is_missing("ml_dtypes")', "True"))
+    (tmp_path / "tests" / "shared.py").write_text("from no_such_package import something\n")
+    (tmp_path / "tests" / "test_with.py").write_text("from tests.shared import something\n")
+    (tmp_path / "tests" / "test_without.py").write_text(
+        "import pytest\n@pytest.mark.parametrize('d', ['float32', 'bfloat16'])\ndef test_one(d): assert d != 'bfloat16'\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "1 passed, 1 skipped" in done.stdout, done.stdout
+    assert "LEFT OUT, no_such_package is not installed" in done.stdout and "bfloat16 needs ml_dtypes" in done.stdout
+    assert "tests/shared.py, tests/test_with.py" in done.stdout
