@@ -1,12 +1,14 @@
 """What a GPU and its driver cost per launch, per barrier and per graph node: ``python -m benchmarks.gpu_probe``.
 
-The open questions of the kernel designs in a minute: each is measured by itself, and one that fails is reported and
-does not stop the others. ``--sanitizer-subset`` runs one small call of every kernel family, for compute-sanitizer.
+Each is measured by itself, and one that fails is reported and does not stop the others. ``--design`` asks the open
+questions of the kernel designs instead (`benchmarks.gpu_design`), with an answer in one line each.
+``--sanitizer-subset`` runs one small call of every kernel family, for compute-sanitizer.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 
 import gpulayers as gl
+from benchmarks import gpu_design
 from benchmarks.timing_gpu import host_seconds
 from gpulayers import _cupy
 from gpulayers.launch import Kernel, device_properties, workspace
@@ -164,6 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure everything and print it; return 1 without a GPU or if a measurement failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_probe", description=__doc__)
     parser.add_argument("--out", type=Path, help="write the figures there as JSON")
+    parser.add_argument("--design", action="store_true", help="the open questions of the kernel designs")
     parser.add_argument("--sanitizer-subset", action="store_true", help="one small call of every kernel family")
     options = parser.parse_args(arguments)
     if not gl.gpu_available():
@@ -173,13 +177,19 @@ def main(arguments: list[str] | None = None) -> int:
         sanitizer_subset()
         return 0
     found: dict[str, Any] = {}
-    for measure in (host_costs, graph_costs, barrier_costs, cooperative_capture, copy_bandwidth):
+    measures: list[tuple[str, Callable[[], dict[str, Any]]]] = [
+        (measure.__name__, functools.partial(measure, _elapsed)) for measure in gpu_design.MEASURES
+    ]
+    if not options.design:
+        costs = (host_costs, graph_costs, barrier_costs, cooperative_capture, copy_bandwidth)
+        measures = [(measure.__name__, measure) for measure in costs]
+    for name, measure in measures:
         start = time.perf_counter()
         try:
             found.update(measure())
         except Exception as error:  # the next question is asked all the same
-            found[f"{measure.__name__} failed"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        print(f"# {measure.__name__}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
+            found[f"{name} failed"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        print(f"# {name}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
         if options.out is not None:
             options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for name, value in found.items():

@@ -14,6 +14,7 @@ import numpy as np
 
 from gpulayers.device import array_module
 from gpulayers.launch import Kernel, Place, Prepared, contiguous, is_aligned, place_of, remember, workspace_pieces
+from gpulayers.ops import batch_norm_plan
 from gpulayers.ops.batch_norm_moving import MovingStatistics, Renorm
 from gpulayers.ops.batch_norm_plan import CLUSTER, Layout, Plan, choose
 
@@ -143,7 +144,7 @@ def _launch(layout: Layout, dtype: Any, arrays: Sequence[Any], kept: int = 1, on
     x = arrays[0]
     place = place_of(x)
     device, aligned = place.launcher.properties(x), is_aligned(*[array for array in arrays if array is not None])
-    key = place, device, layout, x.dtype, aligned, kept, one_launch
+    key = place, device, layout, x.dtype, aligned, kept, one_launch, batch_norm_plan.forced
     found = _launches.get(key)
     if found is None:
         plan = choose(layout, x.dtype.itemsize, aligned, device, kept, one_launch)

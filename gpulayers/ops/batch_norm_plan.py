@@ -13,8 +13,10 @@ Statistics have shape ``(groups, channels)`` and are taken over ``rows * spread 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from gpulayers.errors import ShapeError, message
@@ -155,7 +157,25 @@ def choose(layout: Layout, itemsize: int, aligned: bool, device: Any, kept: int 
     sweeps 4 64 2 198
     cluster 1 256 64 8
     """
-    return _choose(layout, itemsize, aligned, device, kept, one_launch)
+    plan = _choose(layout, itemsize, aligned, device, kept, one_launch)
+    return plan if forced is None else forced(plan)
+
+
+forced: Callable[[Plan], Plan] | None = None  # see `forcing`
+
+
+@contextlib.contextmanager
+def forcing(change: Callable[[Plan], Plan]) -> Iterator[None]:
+    """Let ``change(plan)`` replace every plan that is chosen inside the block: for benchmarks, and for nothing else.
+
+    What it returns must compute the same; nothing checks that. It holds in all threads.
+    """
+    global forced
+    outer, forced = forced, change
+    try:
+        yield
+    finally:
+        forced = outer
 
 
 @functools.lru_cache(maxsize=4096)

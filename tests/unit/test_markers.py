@@ -76,7 +76,7 @@ def test_files_that_need_a_missing_package_are_left_out_with_the_reason(tmp_path
     (tmp_path / "tests" / "shared.py").write_text("from no_such_package import something\n")
     (tmp_path / "tests" / "test_with.py").write_text("from tests.shared import something\n")
     (tmp_path / "tests" / "test_without.py").write_text(
-        "import pytest\n@pytest.mark.parametrize('d', ['float32', 'bfloat16'])\ndef test_one(d): assert d != 'bfloat16'\n"
+        "import pytest\n@pytest.mark.parametrize('d', ['float32', 'bfloat16'])\ndef test_one(d): pass\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests"],
