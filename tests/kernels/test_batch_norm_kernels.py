@@ -13,7 +13,7 @@ from gpulayers.launch import source as launch_source
 from gpulayers.ops import batch_norm_arrays as bn
 from gpulayers.ops import batch_norm_kernels
 from gpulayers.ops.batch_norm_plan import choose, collapse, plan_table
-from tests.kernels.bfloat16 import BFLOAT16
+from tests.kernels.bfloat16 import BFLOAT16, finfo
 from tests.kernels.emulation import H200_LIKE, SMALL, EmulatedLauncher, EmulationError
 from tests.kernels.strict_array import launcher, xp
 from tests.ops import batch_norm_truth as truth
@@ -297,7 +297,7 @@ def test_the_sign_of_the_output_is_found_again(dtype):
 
 def awkward(dtype):
     """Numbers where rounding, underflow, overflow, infinities, NaN and the sign of zero matter."""
-    about = ml_dtypes.finfo(dtype)
+    about = finfo(dtype)
     some = [0, 1, 1 + float(about.eps), 3, float(about.smallest_subnormal), float(about.tiny), float(about.max), np.inf]
     return np.array([*some, *[-v for v in some], np.nan], np.float64)
 
@@ -305,10 +305,10 @@ def awkward(dtype):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_the_sign_is_found_again_for_awkward_numbers(dtype):
     """Every pair of an awkward input and awkward factors: the gradient is the same to the bit as by reading y."""
-    storage = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    storage = np.dtype(BFLOAT16 if dtype == "bfloat16" else dtype)
     parameter = np.dtype("float64" if dtype == "float64" else "float32")
     x = awkward(storage)
-    near = float(ml_dtypes.finfo(storage).smallest_subnormal)
+    near = float(finfo(storage).smallest_subnormal)
     halves = [near / 2, np.nextafter(parameter.type(near / 2), parameter.type(1)), 1.5 * near]
     factors = np.array([*x, *halves, *[-h for h in halves]])
     gamma, beta = (v.ravel().astype(parameter) for v in np.meshgrid(factors, factors))
@@ -463,7 +463,7 @@ def backward_of(shape):
 
 def signs_of(dtype):
     """Check that backward finds every sign that training stored, where many outputs are at the edge of underflow."""
-    storage = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    storage = np.dtype(BFLOAT16 if dtype == "bfloat16" else dtype)
     parameter = "float64" if dtype == "float64" else "float32"
     step = float(np.finfo(storage).smallest_subnormal) if storage.kind == "f" else 2.0**-133
     rng = np.random.default_rng(8)
