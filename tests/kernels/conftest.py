@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+import tests.kernels.bfloat16  # noqa: F401 - gives NumPy the name of the dtype, where ml_dtypes is installed
+
 
 @pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
 def arrays(request: pytest.FixtureRequest) -> Any:
