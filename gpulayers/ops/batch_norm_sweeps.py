@@ -8,8 +8,9 @@ pivot stays in the normalise step, ``y = (x - pivot) * a + b``.
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,57 +81,71 @@ class _Scratch:
         return self.buffers[key]
 
 
-def _row_sums(view: View, pair: Any, blocks: Iterable[Block], totals: Any, dtype: Any) -> None:
-    """Add the sums of every block's rows to the totals of its slots, channels first."""
-    ones = np.ones(view.inner, dtype)
-    for block in blocks:
-        left, right = pair(block)
-        for total, sums in zip(totals, _short_sums(left, right, ones), strict=True):
-            total[block.segment % view.tables, block.left : block.right] += sums
-
-
-def _short_sums(left: Any, right: Any, ones: Any) -> Any:
-    """Return the sums of u and of ``u * v`` over the first and the last axis, float64.
+def _row_sums(view: View, pairs: Callable[[], Any], dtype: Any, itemsize: int) -> Any:
+    """Channels first: one sum for every row of a slot, all folded at the end.
 
     Long rows are summed in pieces: a running float32 sum of thousands of squares loses the digits that the variance
     needs.
     """
-    rows, slots, inner = left.shape
-    if inner < LONG_ROW:
-        sums = np.vecdot(left, ones[:inner]), np.vecdot(left, right)
-        return [np.add.reduce(each, axis=0, dtype=np.float64) for each in sums]
-    even = inner - inner % PIECE if inner >= 2 * PIECE else 0
-    total: Any = 0.0
-    if even:
-        u, v = (each[..., :even].reshape(rows, slots, -1, PIECE) for each in (left, right))
-        sums = np.einsum("rcki->rck", u), np.einsum("rcki,rcki->rck", u, v)
-        total = np.array([np.add.reduce(each, axis=(0, 2), dtype=np.float64) for each in sums])
-    if even < inner:
-        u, v = left[..., even:], right[..., even:]
-        sums = np.einsum("rci->rc", u), np.einsum("rci,rci->rc", u, v)
-        total = total + np.array([np.add.reduce(each, axis=0, dtype=np.float64) for each in sums])
-    return total
+    pieces = -(-view.inner // PIECE) if view.inner >= 2 * PIECE else 1
+    sums = np.empty((2, view.segments, view.length, view.slots, pieces), dtype)
+    ones = np.ones(view.inner, dtype)
 
-
-def _column_sums(view: View, pair: Any, blocks: Iterable[Block], totals: Any, dtype: Any) -> None:
-    """Add the sums of every block's columns to the totals of its slots, channels last.
-
-    The sums of blocks of the same columns wait side by side and are folded in one call: short calls are what threads
-    get into each other's way with.
-    """
-    for (table, rest, left, right), same in itertools.groupby(
-        blocks, lambda block: (block.segment % view.tables, block.rest, block.left, block.right)
-    ):
-        group, width = list(same), (right - left) * view.inner
-        sums = np.empty((2, len(group), width * (1 if rest else view.tile)), dtype)
-        for index, block in enumerate(group):
+    def work(blocks: tuple[Block, ...]) -> None:
+        pair = pairs()
+        for block in blocks:
+            segment, _, first, last, left, right, begin, end = block
             u, v = pair(block)
-            np.add.reduce(u, axis=0, out=sums[0, index])
-            np.einsum("rc,rc->c", u, v, out=sums[1, index])
-        folded = np.add.reduce(sums.reshape(2, -1, width), axis=1, dtype=np.float64)
-        if view.inner > 1:
-            folded = np.add.reduce(folded.reshape(2, -1, view.inner), axis=2)
-        totals[:, table, left:right] += folded
+            into = sums[:, segment, first:last, left:right]
+            if pieces == 1:
+                _sum_and_dot(u, v, ones, into[..., 0])
+                continue
+            piece, whole = begin // PIECE, (end - begin) // PIECE
+            if whole:
+                cut = [each[..., : whole * PIECE].reshape(*each.shape[:2], whole, PIECE) for each in (u, v)]
+                _sum_and_dot(*cut, ones, into[..., piece : piece + whole])
+            if whole * PIECE < end - begin:
+                _sum_and_dot(u[..., whole * PIECE :], v[..., whole * PIECE :], ones, into[..., piece + whole])
+
+    run_blocks(work, view, itemsize)
+    folded = np.add.reduce(sums, axis=(2, 4), dtype=np.float64)
+    return np.add.reduce(folded.reshape(2, -1, view.tables, view.slots), axis=1)
+
+
+def _sum_and_dot(u: Any, v: Any, ones: Any, into: Any) -> None:
+    """Write the sums of u and of ``u * v`` over the last axis."""
+    if u.shape[-1] < LONG_ROW:
+        np.vecdot(u, ones[: u.shape[-1]], out=into[0])
+        np.vecdot(u, v, out=into[1])
+    else:
+        np.einsum("...i->...", u, out=into[0])
+        np.einsum("...i,...i->...", u, v, out=into[1])
+
+
+def _column_sums(view: View, pairs: Callable[[], Any], dtype: Any, itemsize: int) -> Any:
+    """Channels last: one sum for every column of a block, folded once per task and run of blocks of the same columns.
+
+    Short calls are what threads get into each other's way with.
+    """
+
+    def work(blocks: tuple[Block, ...]) -> Any:
+        totals, pair = np.zeros((2, view.tables, view.slots)), pairs()
+        for (table, rest, left, right), same in itertools.groupby(
+            blocks, lambda block: (block.segment % view.tables, block.rest, block.left, block.right)
+        ):
+            group, width = list(same), (right - left) * view.inner
+            sums = np.empty((2, len(group), width * (1 if rest else view.tile)), dtype)
+            for index, block in enumerate(group):
+                u, v = pair(block)
+                np.add.reduce(u, axis=0, out=sums[0, index])
+                np.einsum("rc,rc->c", u, v, out=sums[1, index])
+            folded = np.add.reduce(sums.reshape(2, -1, width), axis=1, dtype=np.float64)
+            if view.inner > 1:
+                folded = np.add.reduce(folded.reshape(2, -1, view.inner), axis=2)
+            totals[:, table, left:right] += folded
+        return totals
+
+    return functools.reduce(np.add, run_blocks(work, view, itemsize))
 
 
 def _two_sums(view: View, pairs: Callable[[], Any], dtype: Any, itemsize: int) -> Any:
@@ -138,20 +153,7 @@ def _two_sums(view: View, pairs: Callable[[], Any], dtype: Any, itemsize: int) -
 
     `pairs()` makes one task's function from a block to its (u, v), both in `dtype`.
     """
-
-    def work(blocks: tuple[Block, ...]) -> Any:
-        totals = np.zeros((2, view.tables, view.slots))
-        if view.columns:
-            _column_sums(view, pairs(), blocks, totals, dtype)
-        else:
-            _row_sums(view, pairs(), blocks, totals, dtype)
-        return totals
-
-    parts = run_blocks(work, view, itemsize)
-    result = parts[0]
-    for part in parts[1:]:
-        result += part
-    return result
+    return (_column_sums if view.columns else _row_sums)(view, pairs, dtype, itemsize)
 
 
 def _shifted(x: Operand, block: Block, table: _Tables | None, scratch: _Scratch, dtype: Any) -> Any:
