@@ -1,6 +1,6 @@
-"""Cutting an array into blocks that stay in a core's cache, and running them on a small thread pool.
+"""Cutting an array into blocks that stay in a core's cache.
 
-A block is half a megabyte, and two where it is only read: large enough that the calls on it last some 50 us and two
+A block is a megabyte, and four where it is only read: large enough that the calls on it last some 50 us and two
 threads seldom meet at the interpreter lock (``host_threads``), small enough that a chain of NumPy calls on it costs one
 trip to memory. Which blocks there are, and which of them are summed together, depends on the shape alone, never on the
 number of threads: results are the same bits on any machine with the same NumPy.
@@ -12,13 +12,13 @@ threaded BLAS.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from gpulayers.ops.batch_norm_plan import Layout
-from gpulayers.ops.host_threads import run_tasks
 
-__all__ = ["LONG_ROW", "Block", "Operand", "View", "run_blocks", "tasks_of", "view_of"]
+__all__ = ["LONG_ROW", "Block", "Operand", "View", "blocks_of", "runs_of", "threaded", "view_of"]
 
 ELEMENTS = 1024 * 1024 // 4  # of a block: the results of one call are in the cache for the next
 ELEMENTS_READ = 4 * ELEMENTS  # of a block that is only read
@@ -28,9 +28,7 @@ WIDE = 8192  # elements of a wide row: enough that a ufunc's inner loop hides it
 NARROW_INNER = 64  # below this, channels-first rows are too short for a loop of their own
 LONG_ROW = 1024  # from here on a row's constants can be single numbers, and its sums taken by einsum
 THREADED_BYTES = 1 << 20  # below this, waking a thread costs more than it saves
-TASKS = 16  # enough that threads finish together when one is held up
-
-Result = TypeVar("Result")
+RUNS = 16  # enough that threads finish together when one is held up
 
 
 class Block(NamedTuple):
@@ -130,11 +128,19 @@ def _slots_at_once(slots: int, inner: int, contiguous: bool, elements: int) -> i
 
 
 @functools.lru_cache(maxsize=256)
-def tasks_of(view: View) -> tuple[tuple[Block, ...], ...]:
-    """Return the blocks, dealt in order to at most `TASKS` tasks."""
-    blocks = tuple(_blocks(view))
-    count = min(TASKS, len(blocks))
-    return tuple(blocks[len(blocks) * i // count : len(blocks) * (i + 1) // count] for i in range(count))
+def blocks_of(view: View) -> tuple[Block, ...]:
+    """Return the blocks in order."""
+    return tuple(_blocks(view))
+
+
+@functools.lru_cache(maxsize=256)
+def runs_of(view: View) -> tuple[tuple[Block, ...], ...]:
+    """Return the blocks in runs that cover the same statistics, cut to about `RUNS` or more."""
+    blocks = blocks_of(view)
+    most = -(-len(blocks) // RUNS)
+    same = itertools.groupby(blocks, lambda block: (block.segment % view.tables, *block[1:2], *block[4:]))
+    groups = (tuple(group) for _, group in same)
+    return tuple(group[start : start + most] for group in groups for start in range(0, len(group), most))
 
 
 def _blocks(view: View) -> Iterator[Block]:
@@ -151,15 +157,6 @@ def _pieces(length: int, step: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + step, length)) for start in range(0, length, step))
 
 
-def run_blocks(
-    work: Callable[[tuple[Block, ...]], Result], view: View, itemsize: int, backwards: bool = False
-) -> list[Result]:
-    """Call `work` on every task's blocks and return the results in order; on threads where the array is large.
-
-    `backwards`: from the last block to the first.
-    """
-    tasks = tasks_of(view)
-    if backwards:
-        tasks = tuple(task[::-1] for task in tasks)
-    size = view.segments * view.length * view.slots * view.inner * itemsize
-    return run_tasks(work, tasks, threaded=size >= THREADED_BYTES, backwards=backwards)
+def threaded(view: View, itemsize: int) -> bool:
+    """Say whether the array is large enough for threads."""
+    return view.segments * view.length * view.slots * view.inner * itemsize >= THREADED_BYTES

@@ -8,16 +8,16 @@ pivot stays in the normalise step, ``y = (x - pivot) * a + b``.
 
 from __future__ import annotations
 
-import functools
-import itertools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpulayers.ops.batch_norm_blocks import LONG_ROW, Block, Operand, View, run_blocks, view_of
+from gpulayers.ops.batch_norm_blocks import LONG_ROW, Block, Operand, View, blocks_of, runs_of, threaded, view_of
 from gpulayers.ops.batch_norm_plan import Layout
 from gpulayers.ops.host_buffers import aligned
+from gpulayers.ops.host_threads import run_tasks
 
 __all__ = ["Affine", "backward_apply", "backward_sums", "moments", "near_zero", "normalise"]
 
@@ -50,7 +50,8 @@ class _Tables:
             repeat = view.inner if view.inner < LONG_ROW and shaped.size * view.inner <= REPEATED else 1
             self.main = _filled((view.tables, view.slots, repeat), shaped[:, 0])
 
-    def row(self, block: Block) -> Any:
+    def cut(self, block: Block) -> Any:
+        """Return the block's part."""
         view, table = self.view, self.main[block.segment % self.view.tables]
         if not view.columns:
             rows = table[block.left : block.right]
@@ -67,8 +68,8 @@ def _filled(shape: tuple[int, ...], values: Any) -> Any:
     return array
 
 
-class _Scratch:
-    """Working copies of blocks, one per use and shape, kept for a whole task."""
+class _Scratch(threading.local):
+    """Each thread's working copies of blocks, one per use and shape."""
 
     def __init__(self, dtype: Any) -> None:
         self.dtype = dtype
@@ -81,7 +82,16 @@ class _Scratch:
         return self.buffers[key]
 
 
-def _row_sums(view: View, pairs: Callable[[], Any], dtype: Any, itemsize: int) -> Any:
+def _parts(blocks: Iterable[Block], operands: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Cut every operand (None stays None) into the blocks.
+
+    Done before any thread begins: a thread that cuts holds the interpreter lock, and another that finishes a call then
+    goes to sleep.
+    """
+    return [tuple([None if each is None else each.cut(block) for each in operands]) for block in blocks]
+
+
+def _row_sums(view: View, operands: Sequence[Any], pair: Callable[..., Any], dtype: Any, itemsize: int) -> Any:
     """Channels first: one sum for every row of a slot, all folded at the end.
 
     Long rows are summed in pieces: a running float32 sum of thousands of squares loses the digits that the variance
@@ -91,23 +101,23 @@ def _row_sums(view: View, pairs: Callable[[], Any], dtype: Any, itemsize: int) -
     sums = np.empty((2, view.segments, view.length, view.slots, pieces), dtype)
     ones = np.ones(view.inner, dtype)
 
-    def work(blocks: tuple[Block, ...]) -> None:
-        pair = pairs()
-        for block in blocks:
-            segment, _, first, last, left, right, begin, end = block
-            u, v = pair(block)
-            into = sums[:, segment, first:last, left:right]
-            if pieces == 1:
-                _sum_and_dot(u, v, ones, into[..., 0])
-                continue
-            piece, whole = begin // PIECE, (end - begin) // PIECE
-            if whole:
-                cut = [each[..., : whole * PIECE].reshape(*each.shape[:2], whole, PIECE) for each in (u, v)]
-                _sum_and_dot(*cut, ones, into[..., piece : piece + whole])
-            if whole * PIECE < end - begin:
-                _sum_and_dot(u[..., whole * PIECE :], v[..., whole * PIECE :], ones, into[..., piece + whole])
+    def work(task: tuple[Any, Block, tuple[Any, ...]]) -> None:
+        into, block, parts = task
+        u, v = pair(*parts)
+        if pieces == 1:
+            _sum_and_dot(u, v, ones, into[..., 0])
+            return
+        piece, whole = block.begin // PIECE, u.shape[-1] // PIECE
+        if whole:
+            long, other = (each[..., : whole * PIECE].reshape(*each.shape[:2], whole, PIECE) for each in (u, v))
+            _sum_and_dot(long, other, ones, into[..., piece : piece + whole])
+        if whole * PIECE < u.shape[-1]:
+            _sum_and_dot(u[..., whole * PIECE :], v[..., whole * PIECE :], ones, into[..., piece + whole])
 
-    run_blocks(work, view, itemsize)
+    blocks = blocks_of(view)
+    into = [sums[:, block.segment, block.first : block.last, block.left : block.right] for block in blocks]
+    tasks = list(zip(into, blocks, _parts(blocks, operands), strict=True))
+    run_tasks(work, tasks, threaded(view, itemsize))
     folded = np.add.reduce(sums, axis=(2, 4), dtype=np.float64)
     return np.add.reduce(folded.reshape(2, -1, view.tables, view.slots), axis=1)
 
@@ -122,50 +132,48 @@ def _sum_and_dot(u: Any, v: Any, ones: Any, into: Any) -> None:
         np.einsum("...i,...i->...", u, v, out=into[1])
 
 
-def _column_sums(view: View, pairs: Callable[[], Any], dtype: Any, itemsize: int) -> Any:
-    """Channels last: one sum for every column of a block, folded once per task and run of blocks of the same columns.
+def _column_sums(view: View, operands: Sequence[Any], pair: Callable[..., Any], dtype: Any, itemsize: int) -> Any:
+    """Channels last: one sum for every column of a block, folded once per run of blocks."""
 
-    Short calls are what threads get into each other's way with.
-    """
+    def work(run: list[tuple[Any, ...]]) -> Any:
+        sums = None
+        for index, parts in enumerate(run):
+            u, v = pair(*parts)
+            if sums is None:
+                sums = np.empty((2, len(run), u.shape[1]), dtype)
+            np.add.reduce(u, axis=0, out=sums[0, index])
+            np.einsum("rc,rc->c", u, v, out=sums[1, index])
+        return sums
 
-    def work(blocks: tuple[Block, ...]) -> Any:
-        totals, pair = np.zeros((2, view.tables, view.slots)), pairs()
-        for (table, rest, left, right), same in itertools.groupby(
-            blocks, lambda block: (block.segment % view.tables, block.rest, block.left, block.right)
-        ):
-            group, width = list(same), (right - left) * view.inner
-            sums = np.empty((2, len(group), width * (1 if rest else view.tile)), dtype)
-            for index, block in enumerate(group):
-                u, v = pair(block)
-                np.add.reduce(u, axis=0, out=sums[0, index])
-                np.einsum("rc,rc->c", u, v, out=sums[1, index])
-            folded = np.add.reduce(sums.reshape(2, -1, width), axis=1, dtype=np.float64)
-            if view.inner > 1:
-                folded = np.add.reduce(folded.reshape(2, -1, view.inner), axis=2)
-            totals[:, table, left:right] += folded
-        return totals
-
-    return functools.reduce(np.add, run_blocks(work, view, itemsize))
+    runs = runs_of(view)
+    totals = np.zeros((2, view.tables, view.slots))
+    results = run_tasks(work, [_parts(run, operands) for run in runs], threaded(view, itemsize))
+    for (block, *_), sums in zip(runs, results, strict=True):
+        width = (block.right - block.left) * view.inner
+        folded = np.add.reduce(sums.reshape(2, -1, width), axis=1, dtype=np.float64)
+        if view.inner > 1:
+            folded = np.add.reduce(folded.reshape(2, -1, view.inner), axis=2)
+        totals[:, block.segment % view.tables, block.left : block.right] += folded
+    return totals
 
 
-def _two_sums(view: View, pairs: Callable[[], Any], dtype: Any, itemsize: int) -> Any:
+def _two_sums(view: View, operands: Sequence[Any], pair: Callable[..., Any], dtype: Any, itemsize: int) -> Any:
     """Return the sums of u and of ``u * v`` over all blocks, shape (2, tables, slots), float64.
 
-    `pairs()` makes one task's function from a block to its (u, v), both in `dtype`.
+    `pair` makes u and v, both in `dtype`, from a block's parts of the operands.
     """
-    return (_column_sums if view.columns else _row_sums)(view, pairs, dtype, itemsize)
+    return (_column_sums if view.columns else _row_sums)(view, operands, pair, dtype, itemsize)
 
 
-def _shifted(x: Operand, block: Block, table: _Tables | None, scratch: _Scratch, dtype: Any) -> Any:
-    """Return the block of ``x - pivot`` in the working dtype; a view of x where that is x itself."""
-    part = x.cut(block)
-    if table is None and part.dtype == dtype:
+def _shifted(part: Any, pivot: Any, scratch: _Scratch) -> Any:
+    """Return a block of ``x - pivot`` in the working dtype; the block of x where that is x itself."""
+    if pivot is None and part.dtype == scratch.dtype:
         return part
     shifted = scratch.like(part, "x")
-    if table is None:
+    if pivot is None:
         np.copyto(shifted, part)
     else:
-        np.subtract(part, table.row(block), out=shifted, dtype=dtype)
+        np.subtract(part, pivot, out=shifted, dtype=scratch.dtype)
     return shifted
 
 
@@ -175,19 +183,13 @@ def _pivot_table(view: View, pivot: Any, dtype: Any) -> _Tables | None:
 
 def _power_sums(x: Any, layout: Layout, pivot: Any, dtype: Any) -> Any:
     view = view_of(layout, read=x.dtype == dtype and not pivot.any())
-    table = _pivot_table(view, pivot, dtype)
-    itemsize, x = x.itemsize, Operand(view, x)
+    scratch = _Scratch(dtype)
 
-    def pairs() -> Callable[[Block], Any]:
-        scratch = _Scratch(dtype)
+    def pair(part: Any, shift: Any) -> Any:
+        shifted = _shifted(part, shift, scratch)
+        return shifted, shifted
 
-        def pair(block: Block) -> Any:
-            shifted = _shifted(x, block, table, scratch, dtype)
-            return shifted, shifted
-
-        return pair
-
-    return _two_sums(view, pairs, dtype, itemsize)
+    return _two_sums(view, (Operand(view, x), _pivot_table(view, pivot, dtype)), pair, dtype, x.itemsize)
 
 
 def _first_pivot(x: Any, layout: Layout, dtype: Any) -> Any:
@@ -242,30 +244,27 @@ def normalise(x: Any, y: Any, layout: Layout, factors: Affine, residual: Any, re
     Backwards, because the end of x is what the statistics sweep left in the cache.
     """
     view = view_of(layout)
-    shift = _pivot_table(view, factors.pivot, dtype)
+    scratch, direct = _Scratch(dtype), y.dtype == dtype
+
+    def work(parts: tuple[Any, ...]) -> None:
+        source, target, shift, scale, bias, added = parts
+        result = target if direct else scratch.like(target, "x")
+        if shift is not None:
+            source = np.subtract(source, shift, out=result, dtype=dtype)
+        np.multiply(source, scale, out=result, dtype=dtype)
+        np.add(result, bias, out=result)
+        if added is not None:
+            np.add(result, added, out=result, dtype=dtype)
+        if relu:
+            np.maximum(result, 0, out=result)
+        if not direct:
+            np.copyto(target, result, casting="unsafe")
+
     scale, bias = (_Tables(view, table, dtype) for table in (factors.a, factors.b))
-    direct, itemsize = y.dtype == dtype, x.itemsize
-    x, y = Operand(view, x), Operand(view, y)
-    residual = None if residual is None else Operand(view, residual)
-
-    def work(blocks: tuple[Block, ...]) -> None:
-        scratch = _Scratch(dtype)
-        for block in blocks:
-            target = y.cut(block)
-            result = target if direct else scratch.like(target, "x")
-            source = x.cut(block)
-            if shift is not None:
-                source = np.subtract(source, shift.row(block), out=result, dtype=dtype)
-            np.multiply(source, scale.row(block), out=result, dtype=dtype)
-            np.add(result, bias.row(block), out=result)
-            if residual is not None:
-                np.add(result, residual.cut(block), out=result, dtype=dtype)
-            if relu:
-                np.maximum(result, 0, out=result)
-            if not direct:
-                np.copyto(target, result, casting="unsafe")
-
-    run_blocks(work, view, itemsize, backwards=True)
+    arrays = Operand(view, x), Operand(view, y)
+    added = None if residual is None else Operand(view, residual)
+    operands = *arrays, _pivot_table(view, factors.pivot, dtype), scale, bias, added
+    run_tasks(work, _parts(blocks_of(view), operands), threaded(view, x.itemsize), backwards=True)
 
 
 def backward_sums(dy: Any, x: Any, layout: Layout, pivot: Any, y: Any, dtype: Any) -> tuple[Any, Any]:
@@ -274,18 +273,14 @@ def backward_sums(dy: Any, x: Any, layout: Layout, pivot: Any, y: Any, dtype: An
     `y` None means that there was no ReLU: g is dy.
     """
     view = view_of(layout, read=x.dtype == dtype and y is None and not pivot.any())
-    table = _pivot_table(view, pivot, dtype)
-    itemsize, x, dy = x.itemsize, Operand(view, x), Operand(view, dy)
-    y = None if y is None else Operand(view, y)
+    scratch = _Scratch(dtype)
 
-    def pairs() -> Callable[[Block], Any]:
-        scratch = _Scratch(dtype)
-        return lambda block: (
-            _gradient(dy, y, block, scratch, dtype),
-            _shifted(x, block, table, scratch, dtype),
-        )
+    def pair(dy_part: Any, y_part: Any, x_part: Any, shift: Any) -> Any:
+        return _gradient(dy_part, y_part, scratch), _shifted(x_part, shift, scratch)
 
-    sums = _two_sums(view, pairs, dtype, itemsize)
+    outputs = None if y is None else Operand(view, y)
+    operands = Operand(view, dy), outputs, Operand(view, x), _pivot_table(view, pivot, dtype)
+    sums = _two_sums(view, operands, pair, dtype, x.itemsize)
     first, second = sums.reshape(2, layout.groups, layout.channels)
     return first, second
 
@@ -300,15 +295,14 @@ def _clear(g: Any, keep: Any) -> None:
     g.view(bits)[...] &= np.subtract(0, keep.view(np.int8), dtype=bits)
 
 
-def _gradient(dy: Operand, y: Operand | None, block: Block, scratch: _Scratch, dtype: Any) -> Any:
-    """Return the block of dy in the working dtype, masked by the ReLU; a view of dy where nothing changes."""
-    part = dy.cut(block)
-    if y is None and part.dtype == dtype:
-        return part
-    g = scratch.like(part, "g")
-    np.copyto(g, part)
+def _gradient(dy: Any, y: Any, scratch: _Scratch) -> Any:
+    """Return a block of dy in the working dtype, masked by the ReLU; the block itself where nothing changes."""
+    if y is None and dy.dtype == scratch.dtype:
+        return dy
+    g = scratch.like(dy, "g")
+    np.copyto(g, dy)
     if y is not None:
-        _clear(g, y.cut(block) > 0)
+        _clear(g, y > 0)
     return g
 
 
@@ -320,33 +314,27 @@ def backward_apply(
     `slope` None stands for ``dx = g * a`` (inference).
     """
     view = view_of(layout)
-    shift = _pivot_table(view, factors.pivot, dtype)
-    scale, bias = (_Tables(view, table, dtype) for table in (factors.a, factors.b))
-    slopes = None if slope is None else _Tables(view, slope, dtype)
-    direct, itemsize = dx.dtype == dtype, x.itemsize
-    x, dy, dx = (Operand(view, array) for array in (x, dy, dx))
-    y = None if y is None else Operand(view, y)
-    dresidual = None if dresidual is None else Operand(view, dresidual)
+    scratch, direct = _Scratch(dtype), dx.dtype == dtype
 
-    def work(blocks: tuple[Block, ...]) -> None:
-        scratch = _Scratch(dtype)
-        for block in blocks:
-            g = _gradient(dy, y, block, scratch, dtype)
-            target = dx.cut(block)
-            result = target if direct else scratch.like(target, "result")
-            if dresidual is not None:
-                np.copyto(dresidual.cut(block), g, casting="unsafe")
-            if slopes is None:
-                np.multiply(g, scale.row(block), out=result)
-            else:
-                source = x.cut(block)
-                if shift is not None:
-                    source = np.subtract(source, shift.row(block), out=result, dtype=dtype)
-                np.multiply(source, slopes.row(block), out=result, dtype=dtype)
-                np.add(result, bias.row(block), out=result)
-                np.add(result, g, out=result)
-                np.multiply(result, scale.row(block), out=result)
-            if not direct:
-                np.copyto(target, result, casting="unsafe")
+    def work(parts: tuple[Any, ...]) -> None:
+        dy, y, source, target, dresidual, shift, slope, bias, scale = parts
+        g = _gradient(dy, y, scratch)
+        result = target if direct else scratch.like(target, "result")
+        if dresidual is not None:
+            np.copyto(dresidual, g, casting="unsafe")
+        if slope is None:
+            np.multiply(g, scale, out=result)
+        else:
+            if shift is not None:
+                source = np.subtract(source, shift, out=result, dtype=dtype)
+            np.multiply(source, slope, out=result, dtype=dtype)
+            np.add(result, bias, out=result)
+            np.add(result, g, out=result)
+            np.multiply(result, scale, out=result)
+        if not direct:
+            np.copyto(target, result, casting="unsafe")
 
-    run_blocks(work, view, itemsize, backwards=True)
+    arrays = (None if each is None else Operand(view, each) for each in (dy, y, x, dx, dresidual))
+    tables = (None if each is None else _Tables(view, each, dtype) for each in (slope, factors.b, factors.a))
+    operands = *arrays, _pivot_table(view, factors.pivot, dtype), *tables
+    run_tasks(work, _parts(blocks_of(view), operands), threaded(view, x.itemsize), backwards=True)

@@ -2,8 +2,9 @@
 
 Two things decide whether a second thread helps at all:
 
-* The length of a call. A thread that finds the interpreter lock taken sleeps, and waking it takes some 50 us. Where the
-  other thread's calls are shorter than that, it has the lock again each time, and the two take turns.
+* The length of a call, and what is done between calls. A thread that finds the interpreter lock taken sleeps, and
+  waking it takes some 50 us. So calls should last longer than that, and everything that can be prepared (cutting
+  arrays, above all) should be, before any thread begins.
 * The processor. Linux likes to wake a thread where it ran last, or on the processor of the thread that woke it; with
   few processors it may leave both on one for seconds while the other idles. Libraries whose threads spin while they
   wait never meet this. A Python thread cannot spin without the lock, so the pool's threads are told to keep off the
