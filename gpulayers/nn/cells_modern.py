@@ -11,7 +11,7 @@ from gpulayers.layers.modern import Layer
 from gpulayers.nn import registry
 from gpulayers.nn.dropout_masks import Masks, draw_masks, held_masks
 from gpulayers.nn.fused import FusedCell, Sequence, gate_name, is_tanh
-from gpulayers.nn.states import cell_output_shape, check_states, initial_state
+from gpulayers.nn.states import cell_output_shape, check_states, initial_state, require_floating
 from gpulayers.ops import activations
 from gpulayers.ops.recurrent import recurrent_sequence, recurrent_step
 from gpulayers.ops.recurrent_composed import composed_step
@@ -139,6 +139,7 @@ class _ModernCell(FusedCell, Layer):
         return self.advance(inputs, states, training, residual=False)
 
     def advance(self, inputs: Any, state: Any, training: Any, residual: bool) -> tuple[Any, Any]:  # noqa: D102
+        require_floating(self._name, inputs)
         nested = nest.is_nested(state)
         flat = list(state) if isinstance(state, list | tuple) else nest.flatten(state)
         states = check_states(self._name, flat, self.state_size)
@@ -180,6 +181,7 @@ class _ModernCell(FusedCell, Layer):
         return draw_masks(x, states[0], training, self.dropout, self.recurrent_dropout)
 
     def run_sequence(self, x: Any, states: list[Any], how: Sequence) -> tuple[Any, list[Any]]:  # noqa: D102
+        require_floating(self._name, x)
         return recurrent_sequence(
             self._kind, x, states, self.kernel, self.recurrent_kernel, self.bias, **how.settings(), **self._settings
         )

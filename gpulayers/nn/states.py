@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from gpulayers import nest, ops
 from gpulayers.device import asarray, is_array
-from gpulayers.dtypes import TensorShape, as_dtype
-from gpulayers.errors import LayerError, ShapeError, StructureError, message
+from gpulayers.dtypes import TensorShape, as_dtype, is_floating
+from gpulayers.errors import DTypeError, LayerError, ShapeError, StructureError, message
 from gpulayers.layers.config_part import as_shape_structure
 from gpulayers.ops.operation import Recordable
 
@@ -17,6 +17,7 @@ __all__ = [
     "check_states",
     "initial_state",
     "require_cell",
+    "require_floating",
     "size_of",
     "zeros_for",
 ]
@@ -50,6 +51,14 @@ def size_of(size: Any) -> tuple[int, ...]:
     if not shape.is_fully_defined():
         raise ShapeError(message("state_size", "is not fully known", got=shape))
     return tuple(shape)  # type: ignore[arg-type]
+
+
+def require_floating(name: str, inputs: Any) -> None:
+    """Raise DTypeError unless `inputs` are floating: results of a cell have the dtype of its inputs."""
+    dtype = getattr(inputs, "dtype", None)
+    if dtype is not None and not is_floating(dtype):
+        wrong = "the inputs are not floating"
+        raise DTypeError(message(name, wrong, "a floating dtype", dtype, 'Cast them: gl.cast(x, "float32").'))
 
 
 def _map_sizes(function: Any, sizes: Any) -> Any:

@@ -143,6 +143,20 @@ def test_cell_errors():
         cell(RNG.standard_normal((2, 5)), [H, C])
 
 
+@pytest.mark.parametrize("make", [layers.SimpleRNNCell, layers.GRUCell, layers.LSTMCell])
+@pytest.mark.parametrize("implementation", [1, 2])
+def test_integers_are_refused_not_rounded(make, implementation):
+    cell = make(3, implementation=implementation)
+    steps, states = np.ones((2, 3), "int32"), cell.get_initial_state(batch_size=2, dtype="float32")
+    for call in (
+        lambda: cell(steps, states),
+        lambda: gl.nn.RNNCellResidualWrapper(cell)(steps, states),
+        lambda: layers.RNN(make(3, implementation=implementation))(np.ones((2, 4, 3), "int64")),
+    ):
+        with pytest.raises(TypeError, match="not floating.*Cast them"):
+            call()
+
+
 # --- stacked cells ----------------------------------------------------------------------------------------------------
 
 
