@@ -17,7 +17,7 @@ from gpulayers.layers.spec import InputSpec
 from gpulayers.nn import registry
 from gpulayers.nn.building import build_cell
 from gpulayers.nn.stacked import StackedRNNCells
-from gpulayers.nn.states import as_tensor, batch_of, initial_state, require_cell, size_of
+from gpulayers.nn.states import as_tensor, batch_of, initial_state, on_the_device, require_cell, size_of
 from gpulayers.nn.unroll import Run, is_symbolic, run_cell
 from gpulayers.trace import as_value
 from gpulayers.variables import Variable
@@ -163,7 +163,7 @@ class RNN(Layer):
             self.zero_output_for_mask,
             self.go_backwards,
             self.unroll,
-            {} if constants is None else {"constants": constants},
+            {} if constants is None else {"constants": on_the_device(constants)},
             listed=not isinstance(self.cell, LegacyLayer),
         )
         x = inputs if self.time_major else nest.map_structure(_swapped, inputs)
@@ -211,7 +211,7 @@ class RNN(Layer):
 
     def _checked(self, states: list[Any], batch: Any) -> list[Any]:
         sizes = nest.flatten(self.cell.state_size)
-        states = [as_tensor(s) for s in states]
+        states = [as_tensor(s) for s in on_the_device(states)]
         wanted = [(batch if isinstance(batch, int) else None, *size_of(size)) for size in sizes]
         shapes = [tuple(TensorShape(s.shape)) if TensorShape(s.shape).rank is not None else None for s in states]
         fits = len(states) == len(wanted) and all(

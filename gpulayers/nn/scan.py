@@ -13,7 +13,7 @@ from typing import Any
 from gpulayers import ops
 from gpulayers.dtypes import is_floating
 from gpulayers.errors import GradientError, ShapeError, StructureError, message
-from gpulayers.ops.operation import GradientContext, Spec
+from gpulayers.ops.operation import GradientContext, Spec, pullback
 from gpulayers.ops.recurrent import Keep, Saved, SavingOperation
 from gpulayers.trace import (
     GradientTape,
@@ -49,6 +49,7 @@ class _Body:
         self.inputs = [*slices, *carried]
         self.captured = list(self.graph.captures)
         effects = [n for n in self.graph.nodes if n.operation.stateful and n.operation is not read_stored]
+        self.draws = bool(effects)
         self.inner = [self.graph.captures[outer_tensor] for outer_tensor in self.captured]
         self.plan = Plan([*self.outputs, *self.states, *effects], [*self.inputs, *self.inner])
 
@@ -151,14 +152,34 @@ def _backward_spec(*specs: Spec, arrived: tuple[int, ...], wanted: tuple[int, ..
     return tuple(operands[index] for index in wanted)
 
 
-def _no_second_gradient(*_: Any) -> Any:
-    raise GradientError(
-        message("scan", "a loop in a graph has no gradient of its gradient", do="Use unroll=True, or compute eagerly.")
-    )
+def _second_gradient(c: GradientContext, *gs: Any) -> tuple[Any, ...]:
+    """Differentiate the gradients: those of the steps one by one, by operations that have gradients in turn."""
+    body, arrived, wanted = c["body"], c["arrived"], c["wanted"]
+    first = len(arrived) + 1  # behind the cotangents and what was saved
+    operands = [c.inputs[first + index] for index in range(len(c.needs) - first)]
+    if body.draws or any(tuple(x.shape)[0] is None for x in operands[: c["sequences"]]):
+        wrong = "a loop in a graph that draws random numbers, or of unknown length, has no gradient of its gradient"
+        raise GradientError(message("scan", wrong, do="Use unroll=True, or compute eagerly."))
+    count = len(arrived)
+    free = [index for index in range(len(c.needs)) if c.needs[index] or index < count or index - first in wanted]
+
+    def first_gradients(*values: Any) -> list[Any]:
+        named = dict(zip(free, values, strict=True))
+
+        def forward(*replaced: Any) -> list[Any]:
+            own = {**named, **{first + index: value for index, value in zip(wanted, replaced, strict=True)}}
+            given = [own.get(first + index, value) for index, value in enumerate(operands)]
+            results = _loop(body, given, c["sequences"], c["reverse"])
+            return [results[index] for index in arrived]
+
+        return pullback(forward, [named[first + index] for index in wanted], values[:count])
+
+    found = dict(zip(free, pullback(first_gradients, [c.inputs[index] for index in free], gs), strict=True))
+    return tuple(found.get(index) for index in range(len(c.needs)))
 
 
 _scan_gradient = SavingOperation(
-    "scan_gradient", _backward, spec=_backward_spec, gradient=_no_second_gradient, doc="Gradients of `scan`."
+    "scan_gradient", _backward, spec=_backward_spec, gradient=_second_gradient, doc="Gradients of `scan`."
 )
 _scan = SavingOperation(
     "scan",

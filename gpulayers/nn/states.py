@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from gpulayers import nest, ops
-from gpulayers.device import asarray, is_array
+from gpulayers.device import asarray, current_device, is_array
 from gpulayers.dtypes import TensorShape, as_dtype, is_floating
 from gpulayers.errors import DTypeError, LayerError, ShapeError, StructureError, message
 from gpulayers.layers.config_part import as_shape_structure
@@ -16,6 +18,7 @@ __all__ = [
     "cell_output_shape",
     "check_states",
     "initial_state",
+    "on_the_device",
     "require_cell",
     "require_floating",
     "size_of",
@@ -99,6 +102,16 @@ def as_tensor(value: Any) -> Any:
     return value if isinstance(value, Recordable) or is_array(value) else asarray(value)
 
 
+def on_the_device(values: Any) -> Any:
+    """Return a structure with its host arrays copied to the current device, as a layer's inputs are.
+
+    On the host it is returned as it is: nothing is looked at.
+    """
+    if current_device().kind == "cpu":
+        return values
+    return nest.map_structure(lambda v: asarray(v) if isinstance(v, np.ndarray | np.generic) else v, values)
+
+
 def cell_output_shape(name: str, input_shape: Any, output_size: Any) -> TensorShape:
     """Return the shape (N, output_size) of a cell's output for inputs of a shape (N, D).
 
@@ -118,6 +131,7 @@ def check_states(name: str, states: list[Any], sizes: Any, batch: Any = None) ->
     Raises StructureError for another number of states, ShapeError for a state of another shape or batch size.
     """
     wanted = sizes if type(sizes) is list else nest.flatten(sizes)
+    states = on_the_device(states)
     if len(states) == len(wanted) and batch is None and all(map(_plainly_fits, states, wanted)):
         return states
     if len(states) != len(wanted):

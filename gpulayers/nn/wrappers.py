@@ -20,7 +20,7 @@ from gpulayers.nn.building import build_inside
 from gpulayers.nn.dropout_maths import DropoutSettings, default_filter
 from gpulayers.nn.fused import FusedCell
 from gpulayers.nn.residual import apply_residual, check_depths
-from gpulayers.nn.states import cell_output_shape, initial_state
+from gpulayers.nn.states import cell_output_shape, initial_state, on_the_device
 from gpulayers.trace import FunctionGraph
 from gpulayers.trace.graph import new_placeholder
 
@@ -79,7 +79,7 @@ class _CellWrapper(Layer):
     def _run_cell(self, inputs: Any, state: Any, training: Any, keywords: dict[str, Any]) -> tuple[Any, Any]:
         if training is not None and self._forwards_training:
             keywords = {**keywords, "training": training}
-        return self.cell.call(inputs, state, **keywords)
+        return self.cell.call(inputs, on_the_device(state), **keywords)
 
     def get_config(self) -> dict[str, Any]:  # noqa: D102
         return {**super().get_config(), "cell": registry.cell_config(self.cell)}

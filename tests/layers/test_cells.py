@@ -12,6 +12,7 @@ from gpulayers.keras import layers
 from gpulayers.nn import RNNCellDeviceWrapper, RNNCellDropoutWrapper, RNNCellResidualWrapper, rnn_cell
 from gpulayers.trace import GradientTape, Graph, placeholder
 from gpulayers.variables import PartitionedVariable
+from tests.kernels.strict_array import StrictArray
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -409,3 +410,41 @@ def test_wrappers_keep_the_cells_variables():
     wrapper(X, H)
     assert [w.name for w in wrapper.weights][0].endswith("/kernel:0") and len(wrapper.weights) == 3
     assert gl.nn.RNNCellResidualWrapper is RNNCellResidualWrapper
+
+
+HOST_STATES = {
+    "composed": lambda: (layers.GRUCell(3, implementation=1), [H]),
+    "fused": lambda: (layers.LSTMCell(3), [H, C]),
+    "wrapped": lambda: (RNNCellResidualWrapper(layers.LSTMCell(3, activation="relu")), [H, C]),
+    "legacy": lambda: (rnn_cell.GRUCell(3), H),
+    "peepholes": lambda: (rnn_cell.LSTMCell(3, use_peepholes=True), (C, H)),
+    "stacked": lambda: (rnn_cell.MultiRNNCell([rnn_cell.GRUCell(3)]), (H,)),
+    "dropped": lambda: (rnn_cell.DropoutWrapper(rnn_cell.GRUCell(3), state_keep_prob=0.5), H),
+    "a user's": lambda: (RNNCellResidualWrapper(_Keeping()), H),
+}
+
+
+class _Keeping(layers.Layer):
+    """A user's cell, which computes with what it is given."""
+
+    state_size = output_size = 3
+
+    def call(self, inputs, state, constants=()):
+        for one in constants:
+            inputs = inputs + one
+        return inputs + nest.flatten(state)[0], state
+
+
+@pytest.mark.parametrize("name", HOST_STATES)
+def test_host_states_are_copied_to_the_cells_device(name):
+    with gl.device("emulated"):
+        cell, states = HOST_STATES[name]()
+        output, new = cell(X.astype("float32"), nest.map_structure(lambda s: s.astype("float32"), states))
+        assert all(isinstance(value, StrictArray) for value in nest.flatten([output, new]))
+
+
+def test_host_constants_are_copied_to_the_layers_device():
+    x, constant = np.ones((2, 4, 3), "float32"), np.full((2, 3), 5, "float32")
+    with gl.device("emulated"):
+        y = layers.RNN(_Keeping())(x, constants=[constant], initial_state=[constant])
+    assert (y.get() == 11).all()

@@ -478,3 +478,67 @@ def test_on_the_emulated_device():
 @pytest.mark.gpu
 def test_on_a_gpu():
     on_a_device("gpu")
+
+
+@pytest.mark.parametrize("form", ["function", "graph"])
+def test_second_gradients_of_a_loop_in_a_graph(form):
+    """A gradient penalty on the weights through a recorded loop is the one of the steps computed eagerly."""
+    layer = layers.RNN(RNNCellResidualWrapper(_Stepwise(3, dtype="float64"), dtype="float64"), dtype="float64")
+    x = np.random.default_rng(0).normal(size=(2, 4, 3))
+    layer(x)
+
+    def penalties(call):
+        with gl.GradientTape() as outer:
+            tensor = outer.watch(x)
+            with gl.GradientTape() as inner:
+                inner.watch(tensor)
+                y = call(tensor)
+            slope = inner.gradient(y, tensor)
+            total = gl.reduce_sum(slope * slope)
+        return outer.gradient(total, [x, *layer.trainable_weights])
+
+    def loss(value):
+        return gl.reduce_sum(gl.sin(layer(value)))
+
+    expected = penalties(loss)
+    if form == "function":
+        found = penalties(gl.function(loss))
+    else:
+        weights, graph = layer.get_weights(), gl.Graph()
+        with graph.as_default():
+            cell = _Stepwise(3, dtype="float64")
+            copy = layers.RNN(RNNCellResidualWrapper(cell, dtype="float64"), dtype="float64")
+            feed = gl.placeholder("float64", (2, 4, 3))
+            (slope,) = gl.gradients(gl.reduce_sum(gl.sin(copy(feed))), [feed])
+            again = gl.gradients(gl.reduce_sum(slope * slope), [feed, *copy.trainable_weights])
+            start = gl.global_variables_initializer()
+            changes = [v.assign(w) for v, w in zip(copy.weights, weights, strict=True)]
+        with gl.Session(graph=graph) as session:
+            session.run(start)
+            session.run(changes)
+            found = session.run(again, {feed: x})
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-12)
+
+
+class _Stepwise(layers.GRUCell):
+    """A user's cell: it has no fused form."""
+
+    def call(self, inputs, states, training=None):
+        return super().call(inputs, states, training=training)
+
+
+def test_second_gradients_of_a_loop_that_draws_are_refused():
+    cell = gl.nn.RNNCellDropoutWrapper(layers.GRUCell(3, dtype="float64"), output_keep_prob=0.5, dtype="float64")
+    layer = layers.RNN(cell, dtype="float64")
+    x = np.random.default_rng(0).normal(size=(2, 4, 3))
+    call = gl.function(lambda value: gl.reduce_sum(layer(value) ** 2))
+    with gl.GradientTape() as outer:
+        tensor = outer.watch(x)
+        with gl.GradientTape() as inner:
+            inner.watch(tensor)
+            y = call(tensor)
+        slope = inner.gradient(y, tensor)
+        total = gl.reduce_sum(slope * slope)
+    with pytest.raises(gl.errors.GradientError, match="draws random numbers.*unroll=True"):
+        outer.gradient(total, tensor)
