@@ -12,6 +12,9 @@
 //   gl_bn_forward, gl_bn_backward        everything in one launch: one block per slab for small arrays (x is re-read from
 //                                        L1 and L2), or CLUSTER blocks per slab that keep their part of x (and dy) in
 //                                        shared memory: 2 E s forward, 3 E s backward
+//   gl_bn_forward_grid, gl_bn_backward_grid
+//                                        everything in one cooperative launch that keeps what it can on chip: down to
+//                                        2 E s forward, 3 E s backward (batch_norm_grid.cuh)
 // Moving statistics and renorm's r and d are finished by the last block of a slab, in the same launch.
 // Grid: groups * slabs * splits (one-launch kernels: slabs * CLUSTER). Block: (lanes, depth), at most 256 threads.
 // Shared memory: at most 20 KB static; the keeping kernels add 16 bytes per unit held.
@@ -19,6 +22,7 @@
 //   one wave. At most 128 in the one-launch kernels.
 // Deterministic; no floating-point atomics.
 #include "batch_norm.cuh"
+#include "batch_norm_grid.cuh"
 
 #if defined(GL_ENTRY_gl_bn_statistics)
 GL_KERNEL(gl_bn_statistics, 256, 3) {
@@ -117,4 +121,12 @@ GL_KERNEL(gl_bn_backward, 256, 2) {
     for (p.group = 0; p.group < p.groups; ++p.group) apply_split(arguments, p, keeper);
 #endif
 }
+#endif
+
+#if defined(GL_ENTRY_gl_bn_forward_grid)
+GL_KERNEL(gl_bn_forward_grid, 256, 2) { forward_in_grid(arguments); }
+#endif
+
+#if defined(GL_ENTRY_gl_bn_backward_grid)
+GL_KERNEL(gl_bn_backward_grid, 256, 2) { backward_in_grid(arguments); }
 #endif

@@ -200,49 +200,55 @@ template <typename Where> __device__ __forceinline__ Packet take_first(const Whe
     return take<Where::keeps ? cache::streaming : cache::keep>(address);
 }
 
-// Goes through a range, `ahead` units at a time: fetch(slot, offset, place) is called for all units of a batch first, so
-// that their loads are in flight together, then body(slot, offset, place) for each. place_at(slot, number) gives the place.
+// The next `ahead` units of a walk, the first of them its unit `number`: fetch(slot, offset, place) is called for all of
+// them first, so that their loads are in flight together, then body(slot, offset, place) for each. place_at(number) gives
+// a unit's place.
+template <int32 ahead, typename PlaceAt, typename Fetch, typename Body>
+__device__ __forceinline__ void for_batch(
+    const Place& p, Walk& walk, int32 number, PlaceAt place_at, Fetch& fetch, Body& body) {
+    int64 offsets[ahead];
+    bool real[ahead];
+#pragma unroll
+    for (int32 slot = 0; slot < ahead; ++slot) {
+        real[slot] = walk.left > 0;
+        offsets[slot] = real[slot] ? walk.next(p) : 0;
+        if (real[slot]) fetch(slot, offsets[slot], place_at(number + slot));
+    }
+#pragma unroll
+    for (int32 slot = 0; slot < ahead; ++slot) {
+        if (real[slot]) body(slot, offsets[slot], place_at(number + slot));
+    }
+}
+
+// Goes through a range, `ahead` units at a time.
 template <int32 ahead, typename PlaceAt, typename Fetch, typename Body>
 __device__ __forceinline__ void for_units(
     const Place& p, const Range& range, bool backwards, PlaceAt place_at, Fetch& fetch, Body& body) {
     Walk walk(p, range, backwards);
-    int32 number = 0;
-    while (walk.left > 0) {
-        int64 offsets[ahead];
-        bool real[ahead];
-#pragma unroll
-        for (int32 slot = 0; slot < ahead; ++slot) {
-            real[slot] = walk.left > 0;
-            offsets[slot] = real[slot] ? walk.next(p) : 0;
-            if (real[slot]) fetch(slot, offsets[slot], place_at(slot, number + slot));
-        }
-#pragma unroll
-        for (int32 slot = 0; slot < ahead; ++slot) {
-            if (real[slot]) body(slot, offsets[slot], place_at(slot, number + slot));
-        }
-        number += ahead;
-    }
+    for (int32 number = 0; walk.left > 0; number += ahead) for_batch<ahead>(p, walk, number, place_at, fetch, body);
 }
 
 // Keepers say how the two passes go through a block's split. `packets` is what they keep of a unit; `first_ahead` and
-// `second_ahead` are the most units in flight in a pass.
+// `second_ahead` are the most units in flight in a pass; `one_launch` says that the same launch does both passes.
 
 // The second pass reads everything again, backwards: what was read last may still be in the L2 cache.
 template <int32 packets> struct KeepNothing {
+    static constexpr bool one_launch = false;
     static constexpr int32 first_ahead = 4 / packets, second_ahead = 2;
 
     template <typename Fetch, typename Body>
     __device__ __forceinline__ void first_pass(const Place& p, Fetch fetch, Body body) {
-        for_units<first_ahead>(p, range_of_split(p), false, [](int32, int32) { return Nowhere{}; }, fetch, body);
+        for_units<first_ahead>(p, range_of_split(p), false, [](int32) { return Nowhere{}; }, fetch, body);
     }
     template <typename Fetch, typename Body>
     __device__ __forceinline__ void second_pass(const Place& p, Fetch fetch, Body body) {
-        for_units<second_ahead>(p, range_of_split(p), true, [](int32, int32) { return Nowhere{}; }, fetch, body);
+        for_units<second_ahead>(p, range_of_split(p), true, [](int32) { return Nowhere{}; }, fetch, body);
     }
 };
 
 // The whole split stays in dynamic shared memory. Such blocks fill a multiprocessor alone, so more loads are in flight.
 template <int32 packets> struct KeepShared {
+    static constexpr bool one_launch = true;
     static constexpr int32 first_ahead = 8 / packets, second_ahead = 2;
     unsigned char* memory;
 
@@ -250,13 +256,13 @@ template <int32 packets> struct KeepShared {
     __device__ __forceinline__ void first_pass(const Place& p, Fetch fetch, Body body) {
         unsigned char* const copies = memory;
         for_units<first_ahead>(
-            p, range_of_split(p), false, [=](int32, int32 number) { return InShared<packets>{copies, number}; }, fetch, body);
+            p, range_of_split(p), false, [=](int32 number) { return InShared<packets>{copies, number}; }, fetch, body);
     }
     template <typename Fetch, typename Body>
     __device__ __forceinline__ void second_pass(const Place& p, Fetch fetch, Body body) {
         unsigned char* const copies = memory;
         for_units<second_ahead>(
-            p, range_of_split(p), false, [=](int32, int32 number) { return InShared<packets>{copies, number}; }, fetch, body);
+            p, range_of_split(p), false, [=](int32 number) { return InShared<packets>{copies, number}; }, fetch, body);
     }
 };
 
@@ -689,7 +695,7 @@ __device__ __forceinline__ void sums_of_split(const Arguments& arguments, const 
                 sum[c] += gradient;
                 product[c] += gradient * (widen(x[slot].values[i]) - pivot[c]);
             }
-            if (arguments.tables) return;
+            if (Keeper::one_launch || arguments.tables) return;
             A scaled[width];
             factors.for_each(
                 pivot, [&](int32 i, const Affine& affine) { scaled[i] = widen(g[slot].values[i]) * affine.a; });

@@ -156,3 +156,23 @@ __device__ __forceinline__ void grid_barrier(uint32* counter, uint32 blocks, boo
     }
     __syncthreads();
 }
+
+// A gate for blocks that are all resident at once: shut until one of them opens it, and shut again when `blocks` have
+// left. The word is zero before and after, so nothing clears it, and a launch does not depend on the one before: the top
+// bit says open, the rest counts those that have left. All threads of a block call each of the three.
+
+// What the block wrote before is visible to those who have passed the gate.
+__device__ __forceinline__ void open_gate(uint32* gate) {
+    __syncthreads();
+    if (thread_number() == 0) atomic_add_acquire_release(gate, 0x80000000u);
+}
+__device__ __forceinline__ void pass_gate(const uint32* gate) {
+    __syncthreads();
+    if (thread_number() == 0)
+        while ((load_acquire(gate) & 0x80000000u) == 0u) pause_thread(20);
+    __syncthreads();
+}
+// Once by each block that has passed, the one that opened it too.
+__device__ __forceinline__ void leave_gate(uint32* gate, uint32 blocks) {
+    if (thread_number() == 0 && atomic_add_acquire_release(gate, 1u) == 0x80000000u + blocks - 1u) store_release(gate, 0u);
+}

@@ -51,6 +51,7 @@ class DeviceProperties(NamedTuple):
     threads_per_multiprocessor: int
     threads_per_block: int
     l2_bytes: int
+    cooperative_launch: bool = True  # whether the blocks of a launch may wait for each other
 
     @property
     def has_clusters(self) -> bool:
@@ -200,6 +201,7 @@ class CupyLauncher:
                 threads_per_multiprocessor=found["maxThreadsPerMultiProcessor"],
                 threads_per_block=found["maxThreadsPerBlock"],
                 l2_bytes=found["l2CacheSize"],
+                cooperative_launch=bool(found.get("cooperativeLaunch", 0)),
             )
         return self._properties[device]
 

@@ -48,6 +48,7 @@ _GRADIENTS = [
     ("dx", "STORAGE*"),
     ("tables", "PARAMETER*"),
 ]
+_KEPT = [("kept_units", "int32")]
 _SUMS = [("dresidual", "STORAGE*"), ("dgamma", "PARAMETER*"), ("dbeta", "PARAMETER*")]
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -73,9 +74,11 @@ def _kernel(name: str, *fields: list[tuple[str, str]], one_launch: bool = False)
 _statistics = _kernel("gl_bn_statistics", _SCRATCH, _STATISTICS)
 _normalise = _kernel("gl_bn_normalise", _INPUTS, _GIVEN, _OUTPUT)
 _forward = _kernel("gl_bn_forward", _SCRATCH, _STATISTICS, _GIVEN, _OUTPUT, one_launch=True)
+_forward_grid = _kernel("gl_bn_forward_grid", _SCRATCH, _STATISTICS, _GIVEN, _OUTPUT, _KEPT)
 _sums = _kernel("gl_bn_sums", _SCRATCH, _INPUTS, _GIVEN, _GRADIENTS, _SUMS)
 _apply = _kernel("gl_bn_apply", _INPUTS, _GRADIENTS)
 _backward = _kernel("gl_bn_backward", _SCRATCH, _INPUTS, _GIVEN, _GRADIENTS, _SUMS, one_launch=True)
+_backward_grid = _kernel("gl_bn_backward_grid", _SCRATCH, _INPUTS, _GIVEN, _GRADIENTS, _SUMS, _KEPT)
 
 
 class _Launch:
@@ -85,15 +88,10 @@ class _Launch:
         self._place, self.plan = place, plan
         geometry = dict(zip(("rows", "groups", "spread", "channels", "inner"), layout, strict=False))
         self._fixed: dict[str, Any] = {**geometry, "splits": plan.splits}
-        self._defines: dict[str, Any] = {
-            "STORAGE": storage,
-            "PARAMETER": dtype,
-            "VECTOR": plan.vector,
-            "CHANNELS_LAST": plan.channels_last,
-        }
+        self._defines = _defines(plan, storage, dtype)
         self._blocks = plan.slabs * plan.splits
         self._groups = layout.groups
-        self._counters = plan.slabs * (layout.groups + 1)
+        self._counters = plan.slabs * (layout.groups + 2)
         pieces = {
             "moments": (np.dtype(np.float64), 2 * layout.slots),
             "parts": (dtype, 2 * plan.splits * layout.slots),
@@ -115,7 +113,7 @@ class _Launch:
         return dict(zip(names, workspace_pieces(self._place, self._counters, pieces), strict=True))
 
     def run(self, kernel: Kernel, values: dict[str, Any]) -> None:
-        """Launch with one block per slab, group and split, or per slab (and split) where one launch does it all.
+        """Launch with one block per slab, group and split, or per slab (and split) where blocks take all the groups.
 
         Fields that `values` does not name are null pointers and zeros.
         """
@@ -127,27 +125,59 @@ class _Launch:
 
     def _prepare(self, kernel: Kernel, names: Iterable[str]) -> Prepared:
         plan, defines, blocks, shared = self.plan, self._defines, self._blocks * self._groups, 0
-        if "CLUSTER" in kernel.defines:
+        fixed = {**kernel.nothing(names), **self._fixed}
+        if plan.regime == "grid":
+            shared, fixed["kept_units"] = plan.shared, plan.kept_units
+        elif "CLUSTER" in kernel.defines:
             blocks, shared = self._blocks, plan.shared
             defines = {**defines, "CLUSTER": CLUSTER if plan.regime == "cluster" else 1}
-        fixed = {**kernel.nothing(names), **self._fixed}
         return kernel.prepare(
-            self._place, fixed, grid=(blocks,), block=(plan.lanes, plan.depth), defines=defines, shared=shared
+            self._place,
+            fixed,
+            grid=(blocks,),
+            block=(plan.lanes, plan.depth),
+            defines=defines,
+            shared=shared,
+            cooperative=plan.regime == "grid",
         )
+
+
+def _defines(plan: Plan, storage: Any, dtype: Any) -> dict[str, Any]:
+    return {"STORAGE": storage, "PARAMETER": dtype, "VECTOR": plan.vector, "CHANNELS_LAST": plan.channels_last}
+
+
+def _plan(layout: Layout, dtype: Any, x: Any, aligned: bool, device: Any, kept: int, grid: Kernel | None) -> Plan:
+    """Return the plan; a grid that waits for itself only where the device holds all its blocks at a time.
+
+    The plan counts on the launch bounds, the occupancy of the specialisation has the last word: blocks that wait must
+    not keep others from starting.
+    """
+    question = layout, x.dtype.itemsize, aligned, device, kept, grid is not None
+    plan = choose(*question)
+    if plan.regime != "grid" or grid is None:
+        return plan
+    specialisation = grid.specialise(_defines(plan, x.dtype, dtype))
+    held = specialisation.resident_blocks(x, plan.lanes * plan.depth, plan.shared) * device.multiprocessors
+    return plan if plan.slabs * plan.splits * layout.groups <= held else choose(*question, grid=False)
 
 
 _launches: dict[Any, _Launch] = {}
 
 
-def _launch(layout: Layout, dtype: Any, arrays: Sequence[Any], kept: int = 1, one_launch: bool = True) -> _Launch:
-    """Return what calls with arrays like these share; the first of `arrays` is x, those that are None do not count."""
+def _launch(
+    layout: Layout, dtype: Any, arrays: Sequence[Any], kept: int = 1, grid: Kernel | None = None
+) -> _Launch:
+    """Return what calls with arrays like these share; the first of `arrays` is x, those that are None do not count.
+
+    `kept` arrays would stay on chip between two sweeps, in one launch of `grid`; it is None for operations of one.
+    """
     x = arrays[0]
     place = place_of(x)
     device, aligned = place.launcher.properties(x), is_aligned(*[array for array in arrays if array is not None])
-    key = place, device, layout, x.dtype, aligned, kept, one_launch, batch_norm_plan.forced
+    key = place, device, layout, x.dtype, aligned, kept, grid, batch_norm_plan.forced
     found = _launches.get(key)
     if found is None:
-        plan = choose(layout, x.dtype.itemsize, aligned, device, kept, one_launch)
+        plan = _plan(layout, dtype, x, aligned, device, kept, grid)
         found = remember(_launches, key, _Launch(place, layout, x.dtype, dtype, plan))
     return found
 
@@ -230,7 +260,7 @@ def forward(
     if x.size == 0:
         zeros = xp.zeros(layout.channels, dtype), xp.zeros(layout.channels, dtype)
         return (y, *zeros, xp.zeros((3 if renorm is None else 5, layout.groups, layout.channels), dtype), None)
-    launch = _launch(layout, dtype, (x, y, residual))
+    launch = _launch(layout, dtype, (x, y, residual), grid=_forward_grid)
     values = launch.scratch("results") if only_y else {**launch.scratch(), **_results(xp, layout, renorm, dtype)}
     values.update(x=x, epsilon=float(epsilon))
     if renorm is not None:
@@ -253,7 +283,8 @@ def forward(
         launch.run(_statistics, values)
         launch.run(_normalise, {"x": x, "saved": values["saved"], "epsilon": float(epsilon), **given})
     else:
-        launch.run(_forward, {**values, **given})
+        kernel = _forward_grid if launch.plan.regime == "grid" else _forward
+        launch.run(kernel, {**values, **given})
     mask = None if affine is None else affine.view("uint8")
     return y, values["mean"], values["variance"], values["saved"], mask
 
@@ -263,7 +294,7 @@ def statistics(x: Any, layout: Layout, dtype: Any) -> tuple[Any, Any]:
     xp = array_module(x)
     if x.size == 0:
         return xp.zeros(layout[1:4:2], dtype), xp.zeros(layout[1:4:2], dtype)
-    launch = _launch(layout, dtype, (x,), one_launch=False)
+    launch = _launch(layout, dtype, (x,))
     mean, variance = (xp.ndarray(layout[1:4:2], dtype) for _ in range(2))
     values = {"x": x, "epsilon": 0.0, "group_mean": mean, "group_variance": variance}
     launch.run(_statistics, {**launch.scratch("results"), **values})
@@ -285,7 +316,7 @@ def inference(
     """Return ``(x - mean) * gamma / sqrt(variance + epsilon) + beta`` (+ residual, then ReLU)."""
     y = array_module(x).ndarray(x.shape, x.dtype)
     if x.size:
-        launch = _launch(layout, dtype, (x, y, residual), one_launch=False)
+        launch = _launch(layout, dtype, (x, y, residual))
         values = {"x": x, "residual": residual, "y": y, "relu": int(relu)}
         launch.run(_normalise, {**values, **_given(gamma, beta, mean, variance, epsilon, dtype)})
     return y
@@ -324,7 +355,7 @@ def backward(
     relu = y is not None or mask is not None
     own_residual = residual and relu  # without a ReLU the residual's gradient is dy itself
     outputs = _gradient_outputs(x, layout, own_residual, dtype)
-    launch = _launch(layout, dtype, (x, dy, y, outputs["dx"], outputs["dresidual"]), kept=2)
+    launch = _launch(layout, dtype, (x, dy, y, outputs["dx"], outputs["dresidual"]), 2, _backward_grid)
     scratch = launch.scratch("tables")
     gamma, kept = _parameters(dtype, gamma, saved)
     given = {"gamma": gamma, "renormed": int(saved.shape[0] == 5)}
@@ -338,7 +369,8 @@ def backward(
             second.update(dy=outputs["dresidual"], y=None, recompute=0)
         launch.run(_apply, second)
     else:
-        launch.run(_backward, {**scratch, **given, **inputs, **outputs})
+        kernel = _backward_grid if launch.plan.regime == "grid" else _backward
+        launch.run(kernel, {**scratch, **given, **inputs, **outputs})
     dresidual = outputs["dresidual"] if own_residual else dy
     return outputs["dx"], outputs["dgamma"], outputs["dbeta"], dresidual if residual else None
 
@@ -371,7 +403,7 @@ def inference_backward(
         return _empty_gradients(dy, x, layout, residual, dtype)
     own_residual = residual and y is not None
     outputs = _gradient_outputs(x, layout, own_residual, dtype)
-    launch = _launch(layout, dtype, (x, dy, y, outputs["dx"], outputs["dresidual"]), one_launch=False)
+    launch = _launch(layout, dtype, (x, dy, y, outputs["dx"], outputs["dresidual"]))
     values = {**launch.scratch(), **outputs, "x": x, "dy": dy, "y": y, "recompute": int(recompute)}
     launch.run(_sums, {**values, **_given(gamma, beta, mean, variance, epsilon, dtype)})
     dresidual = outputs["dresidual"] if own_residual else dy

@@ -119,15 +119,23 @@ LANES_WIDE, LANES_NARROW = 16, 4  # 256 and 64 bytes of a row with 16-byte acces
 AHEAD = 4  # accesses in flight per thread, as in batch_norm.cuh
 BUSY, BUSY_SMALL = 0.5, 0.45  # share of the multiprocessors that clusters keep busy; small parts save a launch
 RESIDENT = 3  # blocks that a multiprocessor holds at least in the sweeps: the launch bounds in batch_norm.cu
+GRID_RESIDENT = 2  # the same of the grid that waits for itself
+GRID_REGISTERS = {1: 8, 2: 1}  # units that its threads keep in registers, by `kept`: as in batch_norm_grid.cuh
+GRID_BUSY = 0.6  # share of those blocks that it keeps busy
+GRID_SHARE = 0.25  # share of the input that it keeps on chip: with less, full multiprocessors count for more
+GRID_L2 = 32  # an input of a smaller part of the L2 cache is read from there a second time
+BLOCK_SHARED = 1024  # what CUDA takes for itself from the shared memory of each block
 
 
 class Plan(NamedTuple):
     """How kernels work on a layout.
 
     `regime`: ``"small"`` (one launch, one block per slab), ``"cluster"`` (one launch, a cluster per slab, the input
-    kept in shared memory) or ``"sweeps"`` (two launches). `vector`: 16-byte accesses. `channels_last`: threads hold
-    neighbouring channels. `lanes`, `depth`: the block. `splits`: blocks per slab and group. `slabs`: slabs of
-    channels. `shared`: dynamic shared memory in bytes.
+    kept in shared memory), ``"grid"`` (one cooperative launch of resident blocks that keep what they can of the input)
+    or ``"sweeps"`` (two launches). `vector`: 16-byte accesses. `channels_last`: threads hold neighbouring channels.
+    `lanes`, `depth`: the block. `splits`: blocks per slab and group. `slabs`: slabs of channels. `shared`: dynamic
+    shared memory in bytes. `kept_units`: accesses per thread that a grid keeps there. `on_chip`: the share of the input
+    that the second pass finds on chip; a small slab is read again, from the caches.
     """
 
     regime: str
@@ -138,14 +146,25 @@ class Plan(NamedTuple):
     slabs: int
     splits: int
     shared: int
+    kept_units: int = 0
+    on_chip: float = 0.0
 
 
-def choose(layout: Layout, itemsize: int, aligned: bool, device: Any, kept: int = 1, one_launch: bool = True) -> Plan:
+def choose(
+    layout: Layout,
+    itemsize: int,
+    aligned: bool,
+    device: Any,
+    kept: int = 1,
+    one_launch: bool = True,
+    grid: bool = True,
+) -> Plan:
     """Choose the regime, the block and the grid: a function of shape, dtype size, alignment and device alone.
 
     Parameters: `aligned`, whether all addresses are multiples of 16; `device`, a `gpulayers.launch.DeviceProperties`;
-    `kept`, arrays that a cluster would keep (1 forward, 2 backward); `one_launch`, whether the operation has two
-    sweeps at all (inference has one, and then nothing is gained by doing them in one launch).
+    `kept`, arrays that a cluster or grid would keep (1 forward, 2 backward); `one_launch`, whether the operation has
+    two sweeps at all (inference has one, and then nothing is gained by doing them in one launch); `grid`, whether all
+    blocks of a grid can be resident, which the compiled kernel decides.
 
     >>> from gpulayers.launch import DeviceProperties
     >>> h200 = DeviceProperties("H200", 90, 132, 232448, 233472, 65536, 2048, 1024, 50 * 2**20)
@@ -154,10 +173,10 @@ def choose(layout: Layout, itemsize: int, aligned: bool, device: Any, kept: int 
     ...     print(p.regime, p.lanes, p.depth, p.slabs, p.splits)
     small 4 64 2 1
     cluster 8 32 16 8
-    sweeps 4 64 2 198
+    grid 4 64 2 132
     cluster 1 256 64 8
     """
-    plan = _choose(layout, itemsize, aligned, device, kept, one_launch)
+    plan = _choose(layout, itemsize, aligned, device, kept, one_launch, grid)
     return plan if forced is None else forced(plan)
 
 
@@ -179,7 +198,7 @@ def forcing(change: Callable[[Plan], Plan]) -> Iterator[None]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(layout: Layout, itemsize: int, aligned: bool, device: Any, kept: int, one_launch: bool) -> Plan:
+def _choose(layout: Layout, itemsize: int, aligned: bool, device: Any, kept: int, one_launch: bool, grid: bool) -> Plan:
     channels_last = layout.inner == 1
     along = layout.channels if channels_last else layout.inner
     vector = aligned and along % (16 // itemsize) == 0
@@ -197,14 +216,39 @@ def _choose(layout: Layout, itemsize: int, aligned: bool, device: Any, kept: int
         fits = shared <= device.shared_per_block - STATIC_SHARED and slabs * CLUSTER >= busy * device.multiprocessors
         wide_enough = not channels_last or lanes_limit > LANES_NARROW
         if one_launch and device.has_clusters and layout.groups == 1 and wide_enough and fits:
-            return Plan("cluster", vector, channels_last, lanes, depth, slabs, CLUSTER, shared)
+            return Plan("cluster", vector, channels_last, lanes, depth, slabs, CLUSTER, shared, 0, 1.0)
     # After all others have ended, one block merges what the splits of a slab leave. A narrow slab has fewer channels
     # and (as there are more slabs) fewer splits; where rows are short it still reads whole neighbourhoods of memory.
     short = layout.channels <= LANES_WIDE * width
     lanes_limit = (LANES_NARROW if short else LANES_WIDE // 2) if vector else LANES_WIDE
     lanes, depth, slabs, units = _block(layout, vector, width, lanes_limit)
+    if one_launch and grid and device.cooperative_launch:
+        splits, kept_units, shared, on_chip = _grid(layout, slabs, units, depth, lanes * width * itemsize, device, kept)
+        if on_chip >= GRID_SHARE and layout.size * itemsize * GRID_L2 >= device.l2_bytes:
+            return Plan("grid", vector, channels_last, lanes, depth, slabs, splits, shared, kept_units, on_chip)
     splits = min(_splits(slabs * layout.groups, RESIDENT * device.multiprocessors), -(-units // (depth * AHEAD)))
     return Plan("sweeps", vector, channels_last, lanes, depth, slabs, splits, 0)
+
+
+def _grid(
+    layout: Layout, slabs: int, units: int, depth: int, row_bytes: int, device: Any, kept: int
+) -> tuple[int, int, int, float]:
+    """Return splits, units per thread in shared memory, its bytes, and the share of the input that stays on chip.
+
+    `units` are a slab's, `row_bytes` those that the block's lanes move at once. The share is 0 where the slabs and
+    groups do not leave enough of the resident blocks busy.
+    """
+    resident, count = GRID_RESIDENT * device.multiprocessors, slabs * layout.groups
+    splits = min(resident // count, -(-units // depth))
+    if count * splits < GRID_BUSY * resident:
+        return 0, 0, 0, 0.0
+    step = depth * row_bytes * kept
+    per_block = device.shared_per_multiprocessor // GRID_RESIDENT - BLOCK_SHARED
+    room = (min(per_block, device.shared_per_block) - STATIC_SHARED) // step
+    longest = -(-units // splits)
+    per_thread, registers = -(-longest // depth), GRID_REGISTERS[kept]
+    kept_units = max(0, min(room, per_thread - registers))
+    return splits, kept_units, kept_units * step, min(1.0, (registers + kept_units) * depth * splits / units)
 
 
 def _splits(count: int, resident: int) -> int:
@@ -240,12 +284,16 @@ def _power_of_two(value: int) -> int:
     return 1 << max(0, value - 1).bit_length()
 
 
+def _share(plan: Plan) -> str:
+    return f", {plan.on_chip:.0%} on chip" if plan.on_chip else ""
+
+
 def plan_table(cases: list[tuple[tuple[int, ...], tuple[int, ...], int]], itemsize: int, device: Any) -> str:
     """Return the plans of (shape, axis, groups) cases as a table, forward and backward: for reports and for tests."""
     lines = ["shape, axis, groups | forward | backward"]
     for shape, axis, groups in cases:
         layout = collapse(shape, axis, groups)
         plans = [choose(layout, itemsize, True, device, kept) for kept in (1, 2)]
-        texts = [f"{p.regime} {p.slabs}x{p.splits} blocks of {p.lanes}x{p.depth}" for p in plans]
+        texts = [f"{p.regime} {p.slabs}x{p.splits} blocks of {p.lanes}x{p.depth}{_share(p)}" for p in plans]
         lines.append(" | ".join([f"{shape}, {axis}, {groups}", *texts]))
     return "\n".join(lines)

@@ -392,7 +392,7 @@ def test_the_plan_as_a_table():
     regimes = [
         [choose(collapse(*case), 2, True, device).regime for case in shapes] for device in (H200_LIKE, A100_LIKE)
     ]
-    assert regimes == [["small", "cluster", "sweeps", "cluster", "cluster"], ["small", *["sweeps"] * 4]]
+    assert regimes == [["small", "cluster", "grid", "cluster", "cluster"], ["small", *["grid"] * 4]]
 
 
 @pytest.mark.parametrize("device", [H200_LIKE, A100_LIKE, SMALL], ids=lambda d: d.name)
@@ -604,8 +604,8 @@ def test_mutants_are_caught(monkeypatch, mutant):
         run(*arguments)
 
 
-def with_mutant(monkeypatch, read, build):
-    """Make the kernels read their text through `read`, with nothing remembered from before."""
+def with_mutant(monkeypatch, read, build, device=H200_LIKE):
+    """Make the kernels read their text through `read` and run on `device`, with nothing remembered from before."""
     import gpulayers.launch.kernel as kernel_module
 
     monkeypatch.setattr(kernel_module._source, "read_source", read)
@@ -613,7 +613,7 @@ def with_mutant(monkeypatch, read, build):
         if type(value).__name__ == "Kernel":
             monkeypatch.setattr(value, "_specialisations", {})
     runs = ((0, 0xFF, 1),) if build == "address" else EmulatedLauncher().runs
-    register_launcher("emulated", EmulatedLauncher(build=build, runs=runs))
+    register_launcher("emulated", EmulatedLauncher(device, build=build, runs=runs))
 
 
 # ---- sanitizers ----------------------------------------------------------------------------------------------------

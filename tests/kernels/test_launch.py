@@ -317,7 +317,7 @@ class FakeCupy:
         properties = {
             "name": b"Fake GPU", "major": 9, "minor": 0, "multiProcessorCount": 3, "sharedMemPerBlockOptin": 232448,
             "sharedMemPerMultiprocessor": 233472, "regsPerMultiprocessor": 65536, "maxThreadsPerMultiProcessor": 2048,
-            "maxThreadsPerBlock": 1024, "l2CacheSize": 1 << 20,
+            "maxThreadsPerBlock": 1024, "l2CacheSize": 1 << 20, "cooperativeLaunch": 1,
         }  # fmt: skip
         self.cuda = types.SimpleNamespace(
             runtime=types.SimpleNamespace(
