@@ -40,7 +40,8 @@
 #define GL_KERNEL(name, ...)                                                   \
     extern "C" __global__ void GL_CLUSTER_ATTRIBUTE __launch_bounds__(__VA_ARGS__) \
         name(const __grid_constant__ name##_arguments arguments)
-#define GL_SHARED(type, name, dimensions) __shared__ type name dimensions
+// 16 bytes for 16-byte accesses: the compiler itself gives a variable no more than its element needs.
+#define GL_SHARED(type, name, dimensions) __shared__ __align__(16) type name dimensions
 #define GL_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #endif
 

@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from tests.kernels.cache import cache_folder
@@ -63,6 +64,17 @@ def compile_for(text: str, name: str, architecture: int) -> Resources:
 
 
 def _compile(text: str, name: str, options: tuple[str, ...]) -> Resources:
+    return parse(_compiled(text, name, options, _nvrtc().getProgramLog), name)
+
+
+def ptx_for(text: str, name: str, architecture: int) -> str:
+    """Return what the compiler makes of the text before ptxas; AssertionError with the log."""
+    ptx = _compiled(text, name, ("-std=c++17", f"-arch=sm_{architecture}", "-ftz=true"), _nvrtc().getPTX)
+    return ptx.decode() if isinstance(ptx, bytes) else str(ptx)
+
+
+def _compiled(text: str, name: str, options: tuple[str, ...], wanted: Callable[[int], Any]) -> Any:
+    """Compile and return what `wanted` gets from the program."""
     nvrtc = _nvrtc()
     program = nvrtc.createProgram(text, f"{name}.cu", (), ())
     try:
@@ -70,7 +82,7 @@ def _compile(text: str, name: str, options: tuple[str, ...]) -> Resources:
             nvrtc.compileProgram(program, options)
         except nvrtc.NVRTCError:
             raise AssertionError(nvrtc.getProgramLog(program)) from None
-        return parse(nvrtc.getProgramLog(program), name)
+        return wanted(program)
     finally:
         nvrtc.destroyProgram(program)
 
