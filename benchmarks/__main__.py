@@ -14,7 +14,9 @@ COPY_BYTES = 256 << 20
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, epilog="benchmarks/README.md says how a report is taken."
+    )
     parser.add_argument("--batch", type=_batches, default=[32], help="of the ResNet-50 list; several by commas: 32,256")
     parser.add_argument("--dtype", default="float32", choices=["float64", "float32", "float16", "bfloat16"])
     parser.add_argument("--only", default="", help="measure rows whose name or regime contains one of these, by commas")
