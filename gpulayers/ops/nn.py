@@ -108,12 +108,40 @@ def _sparse_forward(xp: Any, labels: Any, logits: Any) -> Any:
     return _narrowed(xp.squeeze(xp.log(xp.sum(xp.exp(shifted), axis=-1, keepdims=True)) - chosen, axis=-1), narrow)
 
 
+def _sparse_gradient_forward(xp: Any, labels: Any, logits: Any, g: Any) -> Any:
+    """Return `g (softmax(x) - one_hot(label))`: one operation, because small steps are made of the cost of each."""
+    (x, g), narrow = widened([logits, g])
+    p = xp.exp(x - xp.max(x, axis=-1, keepdims=True))
+    p /= xp.sum(p, axis=-1, keepdims=True)
+    p -= xp.expand_dims(labels, -1) == xp.arange(x.shape[-1])
+    return _narrowed(p * xp.expand_dims(g, -1), narrow)
+
+
+def _sparse_second_logits(c: GradientContext, v: Any) -> Any:
+    _, x, g = c.inputs
+    p, u = softmax(x), v * expand_dims(g, -1)
+    return p * (u - sum(u * p, -1, keepdims=True))
+
+
+def _sparse_second_cotangent(c: GradientContext, v: Any) -> Any:
+    labels, x, _ = c.inputs
+    return sum(v * (softmax(x) - one_hot(labels, static_shape(x)[-1], dtype=x.dtype)), -1)
+
+
+_sparse_gradient = Operation(
+    "sparse_softmax_cross_entropy_gradient",
+    _sparse_gradient_forward,
+    spec=lambda labels, logits, g: logits,
+    gradient=(None, _sparse_second_logits, _sparse_second_cotangent),
+)
+
+
 def _sparse_rule(c: GradientContext, g: Any) -> Any:
     labels, x = c.inputs
     shape = static_shape(x)
     if shape is None or shape[-1] is None:
         raise ShapeError(message("sparse_softmax_cross_entropy_with_logits", "the number of classes is unknown"))
-    return expand_dims(g, -1) * (softmax(x) - one_hot(labels, shape[-1], dtype=x.dtype))
+    return _sparse_gradient(labels, x, g)
 
 
 _sparse_cross_entropy = Operation(
