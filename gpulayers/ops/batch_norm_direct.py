@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from gpulayers.ops.batch_norm_plan import Layout
+from gpulayers.ops.batch_norm_sweeps import _clear
 
 __all__ = ["backward_apply", "backward_sums", "moments", "normalise", "suits"]
 
@@ -76,10 +77,10 @@ def backward_sums(dy: Any, layout: Layout, shifted: Any, y: Any) -> tuple[Any, A
     """
     shape, axes, _ = _view(layout)
     g = dy.reshape(shape)
-    if g.dtype != shifted.dtype:
-        g = g.astype(shifted.dtype)
+    if g.dtype != shifted.dtype or y is not None:
+        g = g.astype(shifted.dtype, order="C")
     if y is not None:
-        g = np.where(y.reshape(shape) > 0, g, g.dtype.type(0))
+        _clear(g, y.reshape(shape) > 0)
     both = (layout.groups, layout.channels)
     return (
         g,

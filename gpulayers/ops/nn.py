@@ -108,6 +108,13 @@ def _sparse_forward(xp: Any, labels: Any, logits: Any) -> Any:
     return _narrowed(xp.squeeze(xp.log(xp.sum(xp.exp(shifted), axis=-1, keepdims=True)) - chosen, axis=-1), narrow)
 
 
+def _classes(x: Any) -> int:
+    shape = static_shape(x)
+    if shape is None or shape[-1] is None:
+        raise ShapeError(message("sparse_softmax_cross_entropy_with_logits", "the number of classes is unknown"))
+    return shape[-1]
+
+
 def _sparse_gradient_forward(xp: Any, labels: Any, logits: Any, g: Any) -> Any:
     """Return `g (softmax(x) - one_hot(label))`: one operation, because small steps are made of the cost of each."""
     (x, g), narrow = widened([logits, g])
@@ -125,7 +132,7 @@ def _sparse_second_logits(c: GradientContext, v: Any) -> Any:
 
 def _sparse_second_cotangent(c: GradientContext, v: Any) -> Any:
     labels, x, _ = c.inputs
-    return sum(v * (softmax(x) - one_hot(labels, static_shape(x)[-1], dtype=x.dtype)), -1)
+    return sum(v * (softmax(x) - one_hot(labels, _classes(x), dtype=x.dtype)), -1)
 
 
 _sparse_gradient = Operation(
@@ -138,9 +145,7 @@ _sparse_gradient = Operation(
 
 def _sparse_rule(c: GradientContext, g: Any) -> Any:
     labels, x = c.inputs
-    shape = static_shape(x)
-    if shape is None or shape[-1] is None:
-        raise ShapeError(message("sparse_softmax_cross_entropy_with_logits", "the number of classes is unknown"))
+    _classes(x)
     return _sparse_gradient(labels, x, g)
 
 
