@@ -39,6 +39,9 @@ BARRIERS = Kernel(
 )  # fmt: skip
 
 
+FAMILIES = ("batch_norm", "residual", "lstm", "gru", "momentum", "adam")  # whose kernels are ours
+
+
 def _elapsed(work: Callable[[], Any], repeats: int = 1) -> float:
     """Return microseconds on the device, the best of 7 after one for warming up."""
     cuda, best = _cupy.cupy().cuda, float("inf")
@@ -156,7 +159,7 @@ def sanitizer_subset() -> None:
 
     cupy, seen = _cupy.cupy(), set()
     for case in suite_cases(quick=True):
-        if (case.op, case.mode) not in seen and case.op.startswith(("batch_norm", "residual", "lstm", "gru")):
+        if (case.op, case.mode) not in seen and case.op.startswith(FAMILIES):
             seen.add((case.op, case.mode))
             own.prepare(case, {name: cupy.array(value) for name, value in data.make(case).items()}, cupy)()
     cupy.cuda.Device().synchronize()

@@ -4,7 +4,7 @@
 #
 #   benchmarks/on_gpu.sh --quick                 # at most 5 minutes
 #   benchmarks/on_gpu.sh --full PART             # one of these, at most 8 minutes each:
-#       norm32 compiled norm256 shapes recurrent tests sanitizer
+#       norm32 compiled norm256 shapes recurrent probes tests sanitizer
 #
 # Environment: PYTHON (python3), OUT (folder for everything that is written; gpulayers-run).
 # What there is when the run is cut off stays in OUT; the archive OUT.tar.gz and the summary are made in any case.
@@ -21,7 +21,7 @@ case "${1:-}" in
     --full)
         part=${2:-} limit=470
         case $part in
-            norm32 | compiled | norm256 | shapes | recurrent | tests | sanitizer) ;;
+            norm32 | compiled | norm256 | shapes | recurrent | probes | tests | sanitizer) ;;
             *) usage ;;
         esac
         ;;
@@ -78,7 +78,10 @@ step() {
         124 | 137) say "== $name: cut off after $seconds s (what it wrote is in $out/$name.txt)" && failed=$((failed + 1)) ;;
         *) say "== $name: FAILED with status $status, $((SECONDS - begin)) s" && failed=$((failed + 1)) ;;
     esac
-    tail -n "$lines" "$out/$name.txt" | cut -c 1-400 | tee -a "$summary"
+    local show=$out/$name.txt
+    # A report that was cut off has printed no table, but wrote one after every row.
+    [ "$status" -eq 0 ] || [ ! -s "$out/$name/report.txt" ] || show=$out/$name/report.txt
+    tail -n "$lines" "$show" | cut -c 1-400 | tee -a "$summary"
 }
 
 reason=$("$python" -c '
@@ -101,9 +104,15 @@ gpu_tests() { # SECONDS folders: files that need a package which is not here ski
 }
 
 sanitize() { # seconds for each tool
-    local tool
+    local tool why
     if ! command -v compute-sanitizer >/dev/null; then
         say "== sanitizer: compute-sanitizer is not installed here"
+        return
+    fi
+    # Containers and drivers may refuse it altogether: that says nothing about the kernels.
+    if ! why=$(timeout --kill-after=5 20 compute-sanitizer --tool memcheck --error-exitcode 9 \
+        "$python" -c 'import cupy; cupy.zeros(4).sum()' 2>&1); then
+        say "== sanitizer: compute-sanitizer does not run here: $(printf '%s' "$why" | tail -n 1 | cut -c 1-200)"
         return
     fi
     for tool in memcheck racecheck; do
@@ -119,12 +128,12 @@ report() { # NAME SECONDS LINES arguments of python -m benchmarks
 }
 
 case $part in
-    quick)
-        step report 20 4 "$python" -m gpulayers.report
-        step probe 60 24 "$python" -m benchmarks.gpu_probe --out "$out/probe.json"
-        report resnet50 150 34 --batch 32 --dtype float16 --only "resnet50" --peers torch --seconds 0.1
-        gpu_tests 60 tests/kernels tests/unit/test_cuda_graph.py tests/unit/test_report.py
-        sanitize 30
+    quick) # the limits add up to the time there is, so that no step takes another's place
+        step report 15 4 "$python" -m gpulayers.report
+        step probe 40 24 "$python" -m benchmarks.gpu_probe --out "$out/probe.json"
+        gpu_tests 55 tests/kernels tests/unit/test_cuda_graph.py tests/unit/test_report.py
+        sanitize 25
+        report resnet50 110 34 --batch 32 --dtype float16 --only "resnet50" --peers torch --seconds 0.1
         ;;
     norm32)
         for dtype in float16 float32; do
@@ -143,6 +152,7 @@ case $part in
         report shapes 460 90 --dtype float16 --seconds 0.1 --only unet,tabular,speech,tiny,adversarial,unaligned,fused,renorm,ghost,several
         ;;
     recurrent) report recurrent 460 60 --seconds 0.1 --only residual_add,cell,sequence,context,training,optimizer ;;
+    probes) step design 300 60 "$python" -m benchmarks.gpu_probe --design --out "$out/design.json" ;;
     tests) gpu_tests 460 tests ;;
     sanitizer) sanitize 220 ;;
 esac

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -540,6 +541,63 @@ def test_the_gpu_script_keeps_what_it_has(tmp_path, stop):
     assert len(summary.splitlines()) <= 100 and (tmp_path / "out.tar.gz").is_file()
     if not stop:
         assert "== gpu_tests: FAILED with status 1" in summary and "3 failed" in summary
+
+
+def run_pretending(tmp_path, text, *arguments, **environment):
+    """Run the script with a Python that pretends; return (status, summary, folder)."""
+    python, out = tmp_path / "python", tmp_path / "out"
+    python.write_text(text)
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["bash", SCRIPT, *arguments],
+        env={**os.environ, "OUT": str(out), "PYTHON": str(python), **environment},
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, (out / "summary.txt").read_text(), out
+
+
+def test_the_gpu_script_asks_the_design_questions(tmp_path):
+    text = '#!/usr/bin/env bash\ncase "$*" in *unavailable*) echo ;; *) echo "asked: $*" ;; esac\n'
+    status, summary, out = run_pretending(tmp_path, text, "--full", "probes")
+    assert status == 0 and f"asked: -m benchmarks.gpu_probe --design --out {out}/design.json" in summary
+
+
+def test_a_report_that_failed_shows_the_rows_it_wrote(tmp_path):
+    text = """#!/usr/bin/env bash
+case "$*" in
+    *unavailable*) echo ;;
+    *) while [ $# -gt 0 ]; do [ "$1" = --out ] && mkdir -p "$2" && echo "the rows so far" >"$2/report.txt"; shift; done
+       echo progress >&2; exit 143 ;;
+esac
+"""
+    status, summary, _ = run_pretending(tmp_path, text, "--full", "recurrent")
+    assert status == 1 and "recurrent: FAILED with status 143" in summary and "the rows so far" in summary
+
+
+@pytest.mark.parametrize("runs", [False, True])
+def test_the_sanitizer_is_used_where_it_runs(tmp_path, runs):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    tool = tools / "compute-sanitizer"
+    tool.write_text("#!/usr/bin/env bash\n" + ("echo no errors\n" if runs else "echo no access; exit 1\n"))
+    tool.chmod(0o755)
+    path = f"{tools}:{os.environ['PATH']}"
+    text = "#!/usr/bin/env bash\necho\n"
+    status, summary, _ = run_pretending(tmp_path, text, "--full", "sanitizer", PATH=path)
+    assert status == 0
+    if runs:
+        assert "== memcheck: passed" in summary and "== racecheck: passed" in summary
+    else:
+        assert "compute-sanitizer does not run here: no access" in summary and "memcheck:" not in summary
+
+
+def test_the_steps_of_a_quick_run_fit_its_five_minutes():
+    """Every step's limit, the sanitizer's two tools and the question whether it runs among them."""
+    text = SCRIPT.read_text().split("    quick)")[1].split(";;")[0]
+    limits = [int(found) for found in re.findall(r"^ +(?:(?:step|report) \w+|gpu_tests) (\d+)", text, re.MULTILINE)]
+    assert len(limits) == 4
+    assert sum(limits) + 2 * int(re.search(r"sanitize (\d+)", text)[1]) + 20 <= 290
 
 
 def test_the_probes_kernels_do_what_they_say():
