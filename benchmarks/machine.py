@@ -95,7 +95,10 @@ def header(on_gpu: bool, copy_bytes_per_second: float) -> dict[str, str]:
         lines["driver"] = f"CUDA {runtime.driverGetVersion()}, runtime {runtime.runtimeGetVersion()}"
         lines["CuPy"] = _cupy.cupy().__version__
         lines["NVRTC"] = ".".join(map(str, _cupy.cupy().cuda.nvrtc.getVersion()))
-        lines["cold L2"] = "graph: rotating arrays in a captured graph; flushed: 256 MB written before a call"
+        lines["cold L2"] = (
+            "graph: rotating arrays in a captured graph, L2 warm where all of them fit it; "
+            "flushed: 256 MB written before a call"
+        )
     else:
         lines["threads"] = f"{thread_count()} may be used by each variant"
         lines["load"] = f"{os.getloadavg()[0]:.2f} on average in the last minute before the first row"

@@ -19,16 +19,25 @@ __all__ = ["capture", "copies_needed", "host_seconds", "interleaved", "make_flus
 
 FLUSH_BYTES = 256 << 20
 WARM_UP = 0.2  # seconds: clocks rise by then
-CALLS_PER_GRAPH = 50
+CALLS_PER_GRAPH = 64  # at least as many as sets of arrays, so that each has its turn
 
 
-def copies_needed(row_bytes: int, l2_bytes: int, most: int = 32) -> int:
-    """Return how many sets of arrays rotate so that a set has left the L2 when its turn comes again.
+def copies_needed(row_bytes: int, l2_bytes: int, most: int = CALLS_PER_GRAPH) -> int:
+    """Return how many sets of arrays rotate so that a set has left the L2 when its turn comes again; `most` at most.
 
-    >>> copies_needed(10 << 20, 50 << 20), copies_needed(400 << 20, 50 << 20)
-    (11, 2)
+    >>> copies_needed(10 << 20, 50 << 20), copies_needed(400 << 20, 50 << 20), copies_needed(1 << 10, 50 << 20)
+    (11, 2, 64)
     """
     return max(2, min(most, -(-2 * l2_bytes // max(row_bytes, 1)) + 1))
+
+
+def is_cold(row_bytes: int, l2_bytes: int, copies: int) -> bool:
+    """Say whether so many sets are larger than the L2: those of the smallest rows stay in it, and are reported so.
+
+    >>> is_cold(10 << 20, 50 << 20, 11), is_cold(1 << 10, 50 << 20, 64)
+    (True, False)
+    """
+    return (copies - 1) * row_bytes > l2_bytes
 
 
 def make_flush() -> Callable[[], None]:
@@ -135,6 +144,7 @@ def interleaved(
         for name in order:
             if methods[name] == "graph":
                 start, stop = cuda.Event(), cuda.Event()
+                flush()  # keeps the device busy while the host launches the graph, and makes its first call cold, too
                 start.record()
                 graphs[name]()
                 stop.record()

@@ -358,7 +358,9 @@ def test_quantiles():
 def test_rotation_leaves_the_cache():
     for row_bytes in (1 << 10, 10 << 20, 1 << 30):
         copies = timing_gpu.copies_needed(row_bytes, 50 << 20)
-        assert copies >= 2 and (copies == 32 or (copies - 1) * row_bytes >= 2 * (50 << 20))
+        assert 2 <= copies <= timing_gpu.CALLS_PER_GRAPH
+        assert (copies == 64 and row_bytes == 1 << 10) or (copies - 1) * row_bytes >= 2 * (50 << 20)
+        assert timing_gpu.is_cold(row_bytes, 50 << 20, copies) == (row_bytes > 1 << 10)
 
 
 def row(case, time, copy=50e-6, peers=None, launches=None):
@@ -681,3 +683,47 @@ def test_rotating_sets_are_captured_or_left(monkeypatch, refuse):
         assert calls == [0, 1, 2] + [number % 3 for number in range(timing_gpu.CALLS_PER_GRAPH)]
         replay()
         assert FakeStream.log[-1] == "launch"
+
+
+def test_samples_are_interleaved_and_cold(monkeypatch):
+    """The protocol, on a double: order of flushes, events and calls; events are in milliseconds."""
+    log, clock = [], [0.0]
+
+    class Event:
+        def record(self):
+            self.time = clock[0]
+            log.append("event")
+
+        def synchronize(self):
+            log.append("wait")
+
+    def call(name, milliseconds):
+        def function():
+            log.append(name)
+            clock[0] += milliseconds
+
+        return function
+
+    cuda = types.SimpleNamespace(
+        Event=Event,
+        Device=lambda: types.SimpleNamespace(synchronize=lambda: None),
+        get_elapsed_time=lambda start, end: end.time - start.time,
+    )
+    monkeypatch.setattr(_cupy, "cupy", lambda: types.SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(timing_gpu, "make_flush", lambda: call("flush", 100.0))
+    monkeypatch.setattr(timing_gpu, "capture", lambda sets: call("graph", 64 * 2.0) if len(sets) > 1 else None)
+    monkeypatch.setattr(timing_gpu, "WARM_UP", 0.01)
+    functions = {"ours": call("ours", 3.0), "theirs": call("theirs", 5.0), "elsewhere": call("elsewhere", 7.0)}
+    finished = []
+    times, methods = timing_gpu.interleaved(
+        functions, {"ours": [functions["ours"]] * 2, "theirs": [None]}, {"elsewhere": finished.append}, 0.0, least=4
+    )
+    assert methods == {"ours": "graph", "theirs": "flushed", "elsewhere": "clock"}
+    assert times["ours"].p50 == pytest.approx(2e-3) and times["theirs"].p50 == pytest.approx(5e-3)
+    assert [times[name].samples for name in functions] == [4, 20, 4] and len(finished) == 4
+    assert log.count("graph") == 4
+    assert all(log[i - 2 : i] == ["flush", "event"] for i, what in enumerate(log) if what == "graph")
+    measured = [i for i, what in enumerate(log) if what == "theirs" and log[i - 1] == "event"]
+    assert len(measured) == 20 and all(log[i - 2] == "flush" for i in measured)
+    first_rounds = [what for what in log if what in ("graph", "theirs", "elsewhere")]
+    assert first_rounds != sorted(first_rounds), "variants take turns"
