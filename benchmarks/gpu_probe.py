@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 import gpulayers as gl
-from benchmarks import gpu_design
+from benchmarks import gpu_design, host_cost
 from benchmarks.timing_gpu import host_seconds
 from gpulayers import _cupy
 from gpulayers.launch import Kernel, device_properties, workspace
@@ -75,6 +75,7 @@ def host_costs() -> dict[str, float]:
     layer = gl.layers.BatchNormalization()
     calls["layer call, inference"] = lambda: layer(images, training=False)
     calls["layer call, training"] = lambda: layer(images, training=True)
+    calls.update({f"small, {name}": call for name, call in host_cost.cases(cupy).items()})
     try:
         import torch
 

@@ -1,4 +1,4 @@
-"""What the host spends on a call: small calls on device arrays, so small that the host is all there is to wait for.
+"""What the host spends on a call of the sort of which a training has many, on device arrays of (8, 16).
 
 ``python -m benchmarks.host_cost`` prints microseconds and the number of function calls beside torch's module on the
 CPU, on the GPU if there is one, else on a stub of its driver (see `stub_gpu`).

@@ -469,6 +469,30 @@ def test_what_does_not_fit_a_prepared_launch_is_refused(fake_cupy):
     assert len(fake_cupy.calls) == 1
 
 
+def test_every_array_of_a_field_is_checked(fake_cupy):
+    # As long as the struct of gl_echo, which the fake reads.
+    kernel = Kernel("", "gl_many", [("table", "const float32*[11]")], body="GL_KERNEL(gl_many, 1) {}", listed=False)
+    for wrong, error, complaint in [
+        (FakeArray(dtype="float16"), DTypeError, "'table' has the wrong dtype. Expected float32; got float16"),
+        (FakeArray(contiguous=False), KernelError, "'table' is not C-contiguous"),
+        (FakeArray(device=1), DeviceError, "another GPU"),
+        (xp.ones(2, "f"), DeviceError, "Expected fake; got emulated"),
+    ]:
+        for position in (1, 7):
+            arrays = [FakeArray()] * 8
+            arrays[position] = wrong
+            with pytest.raises(error, match=complaint):
+                kernel.launch({"table": arrays}, grid=(1,), block=(1,))
+    assert not fake_cupy.calls
+    for arrays in (
+        [FakeArray(16 * i) for i in range(1, 8)],
+        [FakeArray(16), None, *map(FakeArray, range(48, 128, 16))],
+    ):
+        kernel.launch({"table": arrays}, grid=(1,), block=(1,))
+        addresses = [0 if array is None else array.data.ptr for array in arrays]
+        assert fake_cupy.calls[-1][4] == kernel.packer.pack(*addresses, *[0] * (11 - len(addresses)))
+
+
 def test_what_is_settled_is_checked_once(fake_cupy):
     with pytest.raises(DTypeError, match="'small' is not a host number"):
         prepare(FakeArray(), {**FIXED, "small": 0.5})
