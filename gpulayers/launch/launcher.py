@@ -265,14 +265,19 @@ class CupyLauncher:
 
     def _function(self, specialisation: Specialisation, shared: int) -> Any:
         device = self.current_device()
+        if device not in self._own.devices:
+            self._make_context(device)
         key = (device, specialisation)
         function = self._functions.get(key)
         if function is None:
             function = self._compile(device, specialisation)
         if shared > self._shared_limits[key]:
             driver = _cupy.cupy().cuda.driver
-            driver.funcSetAttribute(function.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
-            self._shared_limits[key] = shared
+            with self._lock:  # the limit is the function's: a thread that asks for less must not come last
+                if shared > self._shared_limits[key]:
+                    limit = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                    driver.funcSetAttribute(function.ptr, limit, shared)
+                    self._shared_limits[key] = shared
         return function
 
     def resident_blocks(self, specialisation: Specialisation, threads: int, shared: int) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import threading
+import time
 import types
 import weakref
 
@@ -539,6 +541,43 @@ def test_threads_share_a_prepared_launch(fake_cupy):
     addresses = sorted(int.from_bytes(call[4][place : place + 8], "little") for call in fake_cupy.calls)
     assert addresses == [100 * number + step for number in range(1, 5) for step in range(3)]
     assert all(seen) and len(fake_cupy.contexts) == 4
+
+
+def test_a_thread_has_a_context_before_it_asks_what_a_multiprocessor_holds(fake_cupy):
+    """Memory from the pool needs no context, so the question may be the first thing that a thread asks the driver."""
+    specialisation, seen = echo_kernel().specialise({"STORAGE": "float32"}), []
+    driver = fake_cupy.cuda.driver
+    for name in ("occupancyMaxActiveBlocksPerMultiprocessor", "funcSetAttribute"):
+        setattr(driver, name, lambda *a: seen.append(threading.get_ident() in fake_cupy.contexts) or 4)
+    thread = threading.Thread(target=lambda: specialisation.resident_blocks(FakeArray(), 32, 100000))
+    thread.start()
+    thread.join()
+    assert seen == [True, True]
+
+
+def test_shared_memory_that_one_thread_asks_for_is_not_taken_back_by_another(fake_cupy):
+    """The limit is one number of the function: it only grows, whoever comes last."""
+    inside, together = fake_cupy.cuda.driver.funcSetAttribute, threading.Barrier(2)
+
+    def slow(*arguments):
+        with contextlib.suppress(threading.BrokenBarrierError):  # both at a time, or one alone after a moment
+            together.wait(0.2)
+        if arguments[2] == 100000:
+            time.sleep(0.1)
+        inside(*arguments)
+
+    fake_cupy.cuda.driver.funcSetAttribute = slow
+    specialisation = echo_kernel().specialise({"STORAGE": "float32"})
+    specialisation.resident_blocks(FakeArray(), 32)  # compiled once
+    threads = [
+        threading.Thread(target=specialisation.resident_blocks, args=(FakeArray(), 32, shared))
+        for shared in (100000, 120000)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert fake_cupy.attributes[-1][2] == 120000
 
 
 def test_launches_of_one_shape_are_prepared_once(fake_cupy, monkeypatch):
