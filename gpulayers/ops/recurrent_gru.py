@@ -29,6 +29,7 @@ from gpulayers.ops.recurrent_common import (
     RECURRENT_ACTIVATIONS,
     check_choice,
     check_gate_weights,
+    cut_in_strips,
     finish_gates,
     gate_scale,
     gate_slope,
@@ -300,6 +301,7 @@ def _gru_loop(
     saved = ring == time + 1
     product, scratch = recycled((len(entered), batch, units), gates.dtype), recycled((batch, units), gates.dtype)
     dropped = recycled((batch, units), gates.dtype)
+    strips, into = cut_in_strips(entered, product, time)
     biased, inner_biased = bool(offset_gu.any()), bool(inner_offset_u.any())
     skipped, skips = skipped_rows(mask, time)
     block = steps_per_block(time, 3 * batch * units * gates.itemsize)
@@ -315,7 +317,7 @@ def _gru_loop(
             gate_gnu = part[:, t - start]
             z, r, n = gate_gnu
             entering = h if recurrent_mask is None else np.multiply(h, recurrent_mask, out=dropped)
-            np.matmul(entering, entered, out=product)
+            np.matmul(entering, strips, out=into)
             np.add(gate_gnu[:2], product[:2], out=gate_gnu[:2])
             if activation == "sigmoid":
                 np.tanh(gate_gnu[:2], out=gate_gnu[:2])
@@ -402,6 +404,7 @@ def _gru_loop_backward(
     d_input_tgnu, d_state_tgnu = (d.reshape(time, batch, 3, units).transpose(0, 2, 1, 3) for d in (d_input, d_state))
     transposed = gates_apart(recurrent, 3, dtype, transposed=True)
     d_gate, d_parts = recycled((4, batch, units), dtype), recycled((3, batch, units), dtype)
+    strips, into = cut_in_strips(transposed, d_parts, time if reset_after else 0)
     d_n, d_z, d_r, _ = d_gate  # in this order n, z, r and z, r, c each stand together
     carried, d_reset = recycled((batch, units), dtype), recycled((batch, units), dtype)
     skipped, _ = skipped_rows(mask, time)
@@ -423,7 +426,7 @@ def _gru_loop_backward(
             if reset_after:
                 np.multiply(d_h, part[:, t - start], out=d_gate)
                 np.copyto(d_state_tgnu[t], d_gate[1:])
-                np.matmul(d_gate[1:], transposed, out=d_parts)
+                np.matmul(d_gate[1:, None], strips, out=into)
                 np.add(d_parts[0], d_parts[2], out=d_h)
             else:
                 np.multiply(d_h, of_n, out=d_n)

@@ -23,6 +23,7 @@ from gpulayers.ops.recurrent_common import (
     RECURRENT_ACTIVATIONS,
     check_choice,
     check_gate_weights,
+    cut_in_strips,
     finish_gates,
     gate_scale,
     gate_slope,
@@ -271,6 +272,7 @@ def _lstm_loop(
     (time, batch, depth), units = x.shape, gates.shape[3]
     saved, ring = len(h_tnu) == time + 1, len(h_tnu)
     product, candidate = recycled((4, batch, units), gates.dtype), recycled((batch, units), gates.dtype)
+    strips, into = cut_in_strips(recurrent_guu, product, time)
     biased = bool(offset_gu.any())
     skipped, skips = skipped_rows(mask, time)
     block = steps_per_block(time, 4 * batch * units * gates.itemsize)
@@ -285,7 +287,7 @@ def _lstm_loop(
             gate_gnu, h, c = part[:, t - start], h_tnu[t % ring], c_tnu[t % ring]
             new_h, new_c = h_tnu[(t + 1) % ring], c_tnu[(t + 1) % ring]
             entering = h if recurrent_mask is None else np.multiply(h, recurrent_mask, out=candidate)
-            np.matmul(entering, recurrent_guu, out=product)
+            np.matmul(entering, strips, out=into)
             np.add(gate_gnu, product, out=gate_gnu)
             if activation == "sigmoid":
                 np.tanh(gate_gnu, out=gate_gnu)
@@ -371,6 +373,7 @@ def _lstm_loop_backward(
     d_gates_tgnu = d_gates.reshape(time, batch, 4, units).transpose(0, 2, 1, 3)
     transposed = gates_apart(recurrent, 4, dtype, transposed=True)
     d_gate, d_parts = recycled((4, batch, units), dtype), recycled((4, batch, units), dtype)
+    strips, into = cut_in_strips(transposed, d_parts, time)
     d_i, d_f, d_o, d_g = (d_gate[k] for k in order)
     scratch = recycled((batch, units), dtype)
     skipped = None if mask is None else ~mask[:, :, None]
@@ -395,7 +398,7 @@ def _lstm_loop_backward(
             np.multiply(d_c, kept[t - start], out=d_c)
             if skipped is not None:
                 np.multiply(d_h, skipped[t], out=scratch)
-            np.matmul(d_gate, transposed, out=d_parts)
+            np.matmul(d_gate[:, None], strips, out=into)
             np.add(d_parts[:2], d_parts[2:], out=d_parts[:2])
             np.add(d_parts[0], d_parts[1], out=d_h)
             if recurrent_mask is not None:
