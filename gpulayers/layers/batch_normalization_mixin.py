@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from gpulayers import constraints, initializers, nest, ops, regularizers
+from gpulayers import constraints, initializers, ops, regularizers
+from gpulayers.device import is_array
 from gpulayers.dtypes import TensorShape, as_dtype, is_floating, parameter_dtype
-from gpulayers.errors import ShapeError, message
+from gpulayers.errors import GraphError, ShapeError, message
 from gpulayers.layers.calling import state_updates_allowed
 from gpulayers.layers.config_part import as_shape_structure
 from gpulayers.layers.core import CoreLayer
@@ -24,7 +25,8 @@ from gpulayers.ops.batch_norm import (
     sub_batches,
     update_moving,
 )
-from gpulayers.trace import GraphTensor, active_graph, cond, control_dependencies, symbolic_graph
+from gpulayers.ops.operation import Recordable
+from gpulayers.trace import GraphTensor, StoredValue, active_graph, cond, control_dependencies, symbolic_graph
 from gpulayers.variables import PartitionedVariable
 
 __all__ = ["BatchNormalizationMixin"]
@@ -213,7 +215,11 @@ class BatchNormalizationMixin(CoreLayer):
             raise TypeError(message(self._name, "virtual_batch_size is not an integer", got=self.virtual_batch_size))
         if inputs.dtype != self.compute_dtype:
             inputs = ops.cast(inputs, self.compute_dtype)
+        if residual is not None and getattr(residual, "dtype", None) != self.compute_dtype:
+            residual = ops.cast(residual, self.compute_dtype)
         training = self._checked_training(training)
+        if training is not False:
+            self._refuse_branch()
         if self.fused and mask is not None:
             warnings.warn(
                 f"{self._name}: masking is not supported by the fused path, the mask is ignored", stacklevel=4
@@ -223,7 +229,7 @@ class BatchNormalizationMixin(CoreLayer):
             return self._inference(inputs, residual, self._adjustment(inputs, training))
         adjustment = self._adjustment(inputs, training)
         if training is True:
-            self._warn_about_single_values(inputs)
+            self._warn_about_single_values(tuple(inputs.shape), stacklevel=5)
             y, mean, variance = self._training(inputs, mask, residual, adjustment, in_place=active_graph() is None)
             self._record_updates(inputs, mean, variance, True)
             return y
@@ -239,14 +245,33 @@ class BatchNormalizationMixin(CoreLayer):
         """Return True, False, or a graph tensor."""
         if training is None:
             return False
+        if isinstance(training, StoredValue) and active_graph() is not None:
+            training = ops.identity(training)  # read when the graph runs
+        infers = self._trainable_false_means_inference and not self._trainable
         if isinstance(training, GraphTensor):
+            if infers:
+                return False
             return training if training.dtype == np.bool_ else ops.cast(training, np.bool_)
-        if isinstance(training, str | bytes) or nest.is_nested(training):
-            raise TypeError(
-                message(self._name, "training is not a bool", "True, False, 0, 1 or a scalar", repr(training))
+        return _flag(self._name, training) and not infers
+
+    def _refuse_branch(self) -> None:
+        """Raise GraphError in a branch of a graph's `cond`: updates recorded there could not be run with the step."""
+        graph = active_graph()
+        if (
+            graph is not None
+            and graph.owner is not graph
+            and graph.initializes_variables_in_session
+            and self._updates_statistics()
+        ):
+            raise GraphError(
+                message(
+                    self._name,
+                    "a training call inside a branch of `cond`, whose updates no session could run",
+                    "a call outside of the branches",
+                    do="Pass the condition instead: layer(x, training=tensor). Inside a branch, trainable=False or "
+                    "gl.no_state_updates() leave the updates out.",
+                )
             )
-        flag = bool(training)
-        return flag and (self._trainable or not self._trainable_false_means_inference)
 
     def _training(self, x: Any, mask: Any, residual: Any, adjustment: Any, in_place: bool) -> list[Any]:
         """Normalise by batch statistics; return the output, and mean and variance for the moving statistics."""
@@ -271,6 +296,7 @@ class BatchNormalizationMixin(CoreLayer):
             virtual_batch_size=self.virtual_batch_size,
             activation="relu" if relu else None,
             moving=self._moving() if in_place and self._updates_statistics() else None,
+            lonely=None if active_graph() is None else self._warn_about_single_values,
         )
         if adjustment is not None:
             y = self._adjusted(y, adjustment, x.dtype)
@@ -303,10 +329,10 @@ class BatchNormalizationMixin(CoreLayer):
         return self.activation is ops.activations.relu
 
     def _adjustment(self, x: Any, training: Any) -> Any:
-        """Ask for (scale, bias), unless the call is known not to train."""
+        """Ask for (scale, bias), unless the call is known not to train; host arrays are copied, as inputs are."""
         if self.adjustment is None or training is False:
             return None
-        return self.adjustment(ops.shape_of(x))
+        return [self._convert_one(v) if is_array(v) else v for v in self.adjustment(ops.shape_of(x))]
 
     def _adjusted(self, n: Any, adjustment: Any, dtype: Any) -> Any:
         """Return ``(n scale + bias) gamma + beta``, computed in the dtype of the parameters."""
@@ -318,8 +344,8 @@ class BatchNormalizationMixin(CoreLayer):
                 y = combine(y, ops.reshape(_whole(variable), shape))
         return ops.cast(y, dtype) if y.dtype != dtype else y
 
-    def _warn_about_single_values(self, x: Any) -> None:
-        shape = tuple(x.shape)
+    def _warn_about_single_values(self, shape: tuple[Any, ...], stacklevel: int = 2) -> None:
+        """Warn, once, where each channel has one value; a graph asks when it runs, for sizes it does not know."""
         if self._warned_single or None in shape or 0 in shape or self.virtual_batch_size == 0:
             return
         groups = sub_batches(shape[0], self.virtual_batch_size)
@@ -328,7 +354,7 @@ class BatchNormalizationMixin(CoreLayer):
             warnings.warn(
                 f"{self._name}: training with one value per channel (input shape {shape}): the variance is 0 and the "
                 "output is beta. The usual cause is a last batch of one row; drop it, or use larger batches.",
-                stacklevel=5,
+                stacklevel=stacklevel,
             )
 
     def _shortcut(self, inputs: Any, training: Any) -> Callable[[Any], Any] | None:
@@ -402,7 +428,7 @@ class BatchNormalizationMixin(CoreLayer):
         if self.adjustment is not None:
             warnings.warn(f"{self._name}: `adjustment` is a function and is not part of the config", stacklevel=2)
         config: dict[str, Any] = {
-            "axis": self.axis,
+            "axis": self._axis_of_inputs(),
             "momentum": self.momentum,
             "epsilon": self.epsilon,
             "center": self.center,
@@ -415,7 +441,7 @@ class BatchNormalizationMixin(CoreLayer):
         for name in ("beta", "gamma"):
             config[f"{name}_constraint"] = constraints.serialize(getattr(self, f"{name}_constraint"))
         if self.renorm:
-            config.update(renorm=True, renorm_clipping=self.renorm_clipping, renorm_momentum=self.renorm_momentum)
+            config.update(renorm=True, renorm_clipping=dict(self.renorm_clipping), renorm_momentum=self.renorm_momentum)
         if self.virtual_batch_size is not None:
             config["virtual_batch_size"] = self.virtual_batch_size
         if self.activation is not ops.activations.linear:
@@ -423,6 +449,13 @@ class BatchNormalizationMixin(CoreLayer):
         if self.skip_nonfinite_updates:
             config["skip_nonfinite_updates"] = True
         return {**super().get_config(), **config}
+
+    def _axis_of_inputs(self) -> Any:
+        """Return `axis` as the constructor takes it: `build` counts the axis of sub-batches, inputs do not have it."""
+        if isinstance(self.axis, int):
+            return self.axis
+        shift = int(self.built and self.virtual_batch_size is not None)
+        return [axis - shift for axis in self.axis]
 
 
 class _SquareRoot:
@@ -442,6 +475,17 @@ def _checked_axis(name: str, axis: Any) -> Any:
     if type(axis) is int:
         return axis
     raise TypeError(message(name, "axis is of a wrong type", "an int, or a list or tuple of ints", repr(axis)))
+
+
+def _flag(name: str, training: Any) -> bool:
+    """Return `training` as a bool. Raises TypeError unless it is a bool, 0, 1, or an array without axes."""
+    if isinstance(training, int | float | np.generic):
+        scalar = bool(training in (0, 1))
+    else:
+        scalar = (is_array(training) or isinstance(training, Recordable)) and tuple(training.shape) == ()
+    if not scalar:
+        raise TypeError(message(name, "training is not a bool", "True, False, 0, 1 or a scalar", repr(training)))
+    return bool(training)
 
 
 def _mask_weights(mask: Any, x: Any) -> Any:

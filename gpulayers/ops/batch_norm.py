@@ -6,6 +6,7 @@ it has.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,21 +80,25 @@ def _training(
     virtual_batch_size: int | None = None,
     activation: str | None = None,
     moving: MovingVariables | None = None,
+    lonely: Callable[[tuple[int, ...]], None] | None = None,
 ) -> Any:
     named = _operands(values, given)
+    groups = sub_batches(x.shape[0], virtual_batch_size)
     found = arrays.forward(
         x,
         named.get("gamma"),
         named.get("beta"),
         axis=axis,
         epsilon=epsilon,
-        groups=sub_batches(x.shape[0], virtual_batch_size),
+        groups=groups,
         weights=named.get("weights"),
         renorm=_renorm(named),
         residual=named.get("residual"),
         activation=activation,
         moving=None if moving is None else moving.arrays(),
     )
+    if lonely is not None and x.size and x.size == groups * found.mean.size:
+        lonely(tuple(x.shape))
     return tuple(found) if activation else tuple(found)[:4]
 
 
@@ -206,7 +211,8 @@ batch_norm_training = Operation(
     Operands behind `x`, as `given` names them: gamma, beta, residual, weights, renorm_mean, renorm_stddev, rmin, rmax,
     dmax.
     Attributes: `axis`, the kept axes; `epsilon`; `virtual_batch_size`; `activation`; `moving`, variables to update in
-    place. See `gpulayers.ops.batch_norm_arrays.forward`. r and d of renorm carry no gradient.
+    place; `lonely`, called with the shape where every channel has one value.
+    See `gpulayers.ops.batch_norm_arrays.forward`. r and d of renorm carry no gradient.
     """,
 )
 

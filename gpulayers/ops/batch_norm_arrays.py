@@ -113,7 +113,7 @@ def forward(
     """
     xp, layout, dtype = _prepare(x, axis, groups)
     relu = _is_relu(activation)
-    _check(x, layout, residual, gamma, beta)
+    _check(x, layout, residual, gamma, beta, *_statistics_of(renorm, moving))
     x_c, residual_c = _collapsed(xp, x, layout), _collapsed(xp, residual, layout)
     if weights is not None and x.size:
         w = batch_norm_weighted.broadcast(xp, weights, x.shape, layout, dtype)
@@ -162,7 +162,8 @@ def backward(
     array([3.])
     """
     xp, layout, dtype = _prepare(x, axis, groups)
-    _check(x, layout, dy, gamma, None)
+    _check(x, layout, dy, gamma)
+    _check_saved(saved, layout)
     y, mask = _relu_signs(activation, x, layout, y, mask, xp is np or weights is not None or residual)
     x_c, dy_c, y_c = (_collapsed(xp, v, layout) for v in (x, dy, y))
     if weights is not None and x.size:
@@ -188,6 +189,7 @@ def passed(
            [1.]])
     """
     xp, layout, dtype = _prepare(x, axis, groups)
+    _check_saved(saved, layout)
     y, mask = _relu_signs("relu", x, layout, None, mask, xp is np or residual)
     if mask is None:
         return (y > 0).astype(x.dtype)
@@ -369,6 +371,20 @@ def _check(x: Any, layout: Layout, like_x: Any, *per_channel: Any) -> None:
             raise ShapeError(
                 message("batch_norm", "wrong number of values", f"{layout.channels} channels", values.shape)
             )
+
+
+def _statistics_of(renorm: Renorm | None, moving: MovingStatistics | None) -> list[Any]:
+    """Return the per-channel arrays of both, where there are any."""
+    found = [] if renorm is None else [renorm.mean, renorm.stddev]
+    if moving is not None:
+        found += [moving.mean, moving.variance, moving.stddev, moving.renorm_mean, moving.renorm_stddev]
+    return found
+
+
+def _check_saved(saved: Any, layout: Layout) -> None:
+    if saved.ndim != 3 or saved.shape[0] not in (3, 5) or saved.shape[1:] != layout[1:4:2]:
+        wanted = f"(3 or 5, {layout.groups} groups, {layout.channels} channels)"
+        raise ShapeError(message("batch_norm", "`saved` does not belong to this input", wanted, tuple(saved.shape)))
 
 
 def _collapsed(xp: Any, array: Any, layout: Layout) -> Any:

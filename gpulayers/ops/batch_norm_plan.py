@@ -54,7 +54,7 @@ class Layout(NamedTuple):
 def collapse(shape: tuple[int, ...], axis: tuple[int, ...], groups: int = 1) -> Layout:
     """Return the layout of an input of this `shape`, normalised on `axis`, in `groups` interleaved sub-batches.
 
-    Raises ShapeError for an axis out of range or given twice, and where the groups do not divide the batch.
+    Raises ShapeError for an axis out of range or given twice, and where the groups do not divide the batch or are none.
 
     >>> collapse((32, 56, 56, 64), (3,))
     Layout(rows=100352, groups=1, spread=1, channels=64, inner=1, order=None)
@@ -71,9 +71,9 @@ def collapse(shape: tuple[int, ...], axis: tuple[int, ...], groups: int = 1) -> 
     channel_axes = tuple(sorted(a % rank for a in axis))
     if len(set(channel_axes)) != len(axis):
         raise ShapeError(message("batch_norm", "an axis is given twice", "different axes", axis))
-    if groups > 1 and (0 in channel_axes or shape[0] % groups):
+    if groups < 1 or groups > 1 and (0 in channel_axes or shape[0] % groups):
         raise ShapeError(
-            message("batch_norm", "sub-batches do not fit", f"axis 0 reduced and divisible by {groups}", shape)
+            message("batch_norm", "sub-batches do not fit", "1 or more that divide axis 0", f"{groups} of {shape}")
         )
     order = _order(shape, channel_axes)
     if order is not None:

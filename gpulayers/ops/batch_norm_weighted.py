@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from gpulayers.errors import ShapeError, message
 from gpulayers.ops import batch_norm_moving
 from gpulayers.ops.batch_norm_moving import MovingStatistics, Renorm
 from gpulayers.ops.batch_norm_numpy import channel_tables, gradient_tables
@@ -21,8 +22,22 @@ AXES = (0, 2, 4)
 
 
 def broadcast(xp: Any, weights: Any, shape: tuple[int, ...], layout: Layout, dtype: Any) -> Any:
-    """Return `weights`, broadcast to the input's shape, in the five sizes of the layout."""
-    full = xp.broadcast_to(weights.astype(dtype), shape)
+    """Return `weights`, broadcast to the input's shape, in the five sizes of the layout.
+
+    Raises ShapeError where they do not broadcast.
+    """
+    try:
+        full = xp.broadcast_to(weights.astype(dtype), shape)
+    except ValueError as error:
+        raise ShapeError(
+            message(
+                "batch_norm",
+                "mask or weights do not fit the input",
+                f"weights that broadcast to {shape}",
+                tuple(weights.shape),
+                "A layer's mask has the input's shape without its last axis; weights are it with a 1 behind.",
+            )
+        ) from error
     if layout.order is not None:
         full = full.transpose(layout.order)
     return full.reshape(layout[:5])

@@ -162,8 +162,13 @@ def test_names_and_callables_for_initializers_regularizers_and_constraints(famil
 def test_axis_and_shapes(family, keywords, input_shape, axis, shape):
     layer = family.BatchNormalization(renorm=True, **keywords)
     layer.build(gl.TensorShape(input_shape))
-    assert layer.axis == axis == layer.get_config()["axis"]
+    assert layer.axis == axis
     assert {v.shape for v in layer.variables} == {shape}
+    in_config = [a - ("virtual_batch_size" in keywords) for a in axis]  # numbered as the inputs of the copy are
+    assert layer.get_config()["axis"] == in_config
+    twin = family.BatchNormalization.from_config(layer.get_config())
+    twin.build(gl.TensorShape(input_shape))
+    assert twin.axis == axis and {v.shape for v in twin.variables} == {shape}
 
 
 @pytest.mark.parametrize("center", [True, False])
@@ -267,10 +272,62 @@ def test_training_on_a_device_scalar_and_without_saying_so():
     close(BN(epsilon=0.0)(X, training=None), X, rtol=1e-6)
 
 
-@pytest.mark.parametrize("training", ["a", b"a", [True], {"a": 1}])
-def test_training_of_another_kind(training):
-    with pytest.raises(TypeError, match="training"):
-        BN()(X, training=training)
+@BOTH
+@pytest.mark.parametrize("training", ["a", b"a", [True], {"a": 1}, 2, -1, 0.5, object(), np.array([True, False])])
+def test_training_of_another_kind(family, training):
+    with pytest.raises(TypeError, match="training is not a bool"):
+        family.BatchNormalization(trainable=False)(X, training=training)
+
+
+def test_a_variable_as_training_is_read_when_the_graph_runs():
+    with gl.Graph().as_default(), gl.Session() as session:
+        flag = gl.Variable(True, trainable=False, dtype="bool")
+        x = gl.placeholder(gl.float32, (None, 3))
+        layer = BN(epsilon=0.0)
+        y = layer(x, training=flag)
+        assert len(layer.updates) == 2
+        session.run(gl.global_variables_initializer())
+        close(session.run(y, {x: X}), plain(X, epsilon=0.0))
+        session.run(flag.assign(np.array(False)))
+        close(session.run(y, {x: X}), X)
+
+
+def test_a_modern_layer_that_is_not_trainable_infers_whatever_a_tensor_says():
+    with gl.Graph().as_default(), gl.Session() as session:
+        x, flag = gl.placeholder(gl.float32, (None, 3)), gl.placeholder(gl.bool, ())
+        layer = gl.keras.layers.BatchNormalization(trainable=False, epsilon=0.0)
+        y = layer(x, training=flag)
+        session.run(gl.global_variables_initializer())
+        close(session.run(y, {x: X, flag: True}), X)
+        assert layer.updates == []
+
+
+@BOTH
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_training_call_in_a_branch_of_a_graph_is_refused_with_what_to_write(family, tensor):
+    with gl.Graph().as_default(), gl.Session() as session:
+        x, flag = gl.placeholder(gl.float32, (None, 3)), gl.placeholder(gl.bool, ())
+        layer = family.BatchNormalization(name="here")
+        with pytest.raises(ValueError, match=r"here.*branch of `cond`.*layer\(x, training=tensor\)"):
+            gl.cond(flag, lambda: layer(x, training=flag if tensor else True), lambda: layer(x, training=False))
+        with gl.no_state_updates():
+            y = gl.cond(flag, lambda: layer(x, training=True), lambda: layer(x, training=False))
+        session.run(gl.global_variables_initializer())
+        close(session.run(y, {x: X, flag: True}), plain(X))
+        assert layer.updates == []
+
+
+def test_a_training_call_in_a_branch_of_a_function_updates_where_the_branch_is_taken():
+    layer = BN(momentum=0.0)
+
+    @gl.function
+    def step(x, flag):
+        return gl.cond(flag, lambda: layer(x, training=True), lambda: layer(x, training=False))
+
+    step(X, np.array(False))
+    np.testing.assert_array_equal(layer.moving_mean.numpy(), np.zeros(3))
+    close(step(X, np.array(True)), plain(X))
+    close(layer.moving_mean, X.mean(0, dtype="float64"))
 
 
 @pytest.mark.parametrize("keywords", [{}, {"renorm": True}, {"virtual_batch_size": 3}])
@@ -589,6 +646,8 @@ def test_config_round_trip(family):
         assert {"class_name", "config"} <= set(config[key])
     twin = family.BatchNormalization.from_config(config)
     assert twin.get_config() == config and twin.name == "again" and not twin.built
+    layer.get_config()["renorm_clipping"]["rmax"] = 1.0  # the caller's own dictionary
+    assert layer.get_config() == config
     x = RNG.normal(size=(4, 3, 2)).astype("float32")
     close(twin(x, training=True), asnumpy(layer(x, training=True)))
 
@@ -788,6 +847,26 @@ def test_one_value_per_channel_gives_beta_and_warns_once(family):
         layer(x, training=True)
 
 
+@pytest.mark.parametrize("training", [True, "tensor"])
+@pytest.mark.parametrize("rows", [1, None])
+@pytest.mark.parametrize("size", [None, 1])
+def test_one_value_per_channel_warns_once_in_a_graph_of_unknown_sizes_too(training, rows, size):
+    with gl.Graph().as_default(), gl.Session() as session, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        x, flag = gl.placeholder(gl.float32, (rows, 3)), gl.placeholder(gl.bool, ())
+        y = BN(virtual_batch_size=size)(x, training=flag if training == "tensor" else True)
+        session.run(gl.global_variables_initializer())
+        if training == "tensor":
+            session.run(y, {x: X[:1], flag: False})
+            assert not caught
+        elif rows is None and size is None:
+            session.run(y, {x: X})
+            assert not caught
+        for _ in range(2):
+            session.run(y, {x: X[:1], flag: True})
+    assert ["one value per channel" in str(w.message) for w in caught] == [True]
+
+
 def test_a_constant_far_from_zero_has_no_variance():
     x = np.full((8, 2), 1e4, "float32")
     layer = BN(momentum=0.0)
@@ -846,6 +925,47 @@ def test_the_emulated_device_agrees_with_numpy(name, training):
         np.testing.assert_allclose(
             device_value.astype("float64"), numpy_value.astype("float64"), rtol=tolerance, atol=tolerance
         )
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize("where", ["cpu", "emulated"])
+def test_host_arrays_from_an_adjustment_go_where_the_layer_is(where, mode):
+    scale, bias = np.array([1.5, 1.0, 0.5]), np.array([0.0, 1.0, 2.0], "float32")  # NumPy draws in float64
+    with gl.device(where):
+        layer = BN(adjustment=lambda shape: (scale, bias))
+        if mode == "eager":
+            y = layer(X, training=True)
+        else:
+            with gl.Graph().as_default(), gl.Session() as session:
+                x = gl.placeholder(gl.float32, (None, 3))
+                y = layer(x, training=True)
+                session.run(gl.global_variables_initializer())
+                y = session.run(y, {x: X})
+        assert y.dtype == np.float32
+        close(y, plain(X) * scale + bias)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("where", ["cpu", "emulated"])
+def test_a_residual_of_another_dtype_is_cast_and_its_gradient_has_its_own(where, training):
+    with gl.device(where):
+        layer, residual = BN(epsilon=0.0, dtype="float32"), gl.asarray(X.astype("float64"))
+        layer.build((6, 3))
+        with gl.GradientTape() as tape:
+            tape.watch(residual)
+            y = layer(X, training=training, residual=residual)
+        assert y.dtype == np.float32
+        close(y.value, (plain(X, epsilon=0.0) if training else X) + X, rtol=1e-5)
+        gradient = tape.gradient(y, residual)
+        assert gradient.dtype == np.float64
+        np.testing.assert_array_equal(asnumpy(gradient), np.ones((6, 3)))
+
+
+@pytest.mark.parametrize("where", ["cpu", "emulated"])
+@pytest.mark.parametrize("shape", [(5,), (6, 3), (6, 2)])
+def test_a_mask_that_does_not_fit_says_what_would(where, shape):
+    with gl.device(where), pytest.raises(ValueError, match="mask.*do not fit.*without its last axis"):
+        BN()(X, training=True, mask=gl.asarray(np.ones(shape)))
 
 
 def test_a_mask_and_a_residual_on_the_emulated_device():

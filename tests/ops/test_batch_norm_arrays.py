@@ -393,7 +393,7 @@ def test_blocks_cover_every_element_once():
         ({"axis": (2,)}, ShapeError, "axis out of range"),
         ({"axis": ()}, ShapeError, "axis out of range"),
         ({"axis": (1, -1)}, ShapeError, "twice"),
-        ({"axis": (1,), "groups": 3}, ShapeError, "divisible by 3"),
+        ({"axis": (1,), "groups": 3}, ShapeError, "that divide axis 0"),
         ({"axis": (0,), "groups": 2}, ShapeError, "sub-batches"),
         ({"axis": (1,), "activation": "tanh"}, DTypeError, "unknown activation"),
         ({"axis": (1,), "residual": np.zeros((4, 3))}, ShapeError, "another shape"),

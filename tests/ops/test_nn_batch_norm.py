@@ -59,3 +59,30 @@ def test_the_functions_on_plain_arrays_are_a_training_step():
     np.testing.assert_allclose([mean, variance], [x.mean(0), x.var(0)], rtol=1e-12)
     y = gl.nn.batch_norm.inference(x, gamma, beta, mean, variance, axis=(1,))
     np.testing.assert_allclose(y, step.y, rtol=1e-12, atol=1e-12)
+
+
+CHANNELS, WRONG = np.ones(3), np.ones(2)
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda bn, x: bn.forward(x, None, None, axis=(1,), groups=0), "sub-batches do not fit"),
+        (lambda bn, x: bn.forward(x, None, None, axis=(1,), groups=3), "sub-batches do not fit"),
+        (lambda bn, x: bn.forward(x, None, None, axis=(1,), weights=np.ones((5, 1))), "weights do not fit"),
+        (
+            lambda bn, x: bn.forward(x, None, None, axis=(1,), moving=bn.MovingStatistics(CHANNELS, WRONG, 0.1)),
+            "wrong number of values",
+        ),
+        (
+            lambda bn, x: bn.forward(x, None, None, axis=(1,), renorm=bn.Renorm(WRONG, CHANNELS)),
+            "wrong number of values",
+        ),
+        (lambda bn, x: bn.backward(x, x, None, np.ones((3, 1, 2)), axis=(1,)), "`saved` does not belong"),
+        (lambda bn, x: bn.backward(x, x, None, np.ones((3, 2, 3)), axis=(1,)), "`saved` does not belong"),
+        (lambda bn, x: bn.backward(x, x, None, np.ones((4, 1, 3)), axis=(1,)), "`saved` does not belong"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_before_anything_is_computed(call, text):
+    with pytest.raises(ValueError, match=text):
+        call(gl.nn.batch_norm, np.ones((8, 3)))
