@@ -25,7 +25,7 @@ class CudaGraph:
     """A function that is captured and replayed; made by `cuda_graph`.
 
     `reason` says why the last call was a plain one, and is empty where it was a replay. `captures` counts the graphs
-    made, one for each set of shapes, dtypes and other arguments.
+    made, one for each device and set of shapes, dtypes and other arguments.
     """
 
     def __init__(self, function: Callable[..., Any], plain_calls: int = _PLAIN_CALLS) -> None:
@@ -50,7 +50,8 @@ class CudaGraph:
         if self.reason:
             return self._function(*args, **kwargs)
         try:
-            key = (str(nest.map_structure(lambda leaf: 0, [args, kwargs])), *map(_description, leaves))
+            structure, device = str(nest.map_structure(lambda leaf: 0, [args, kwargs])), _device()
+            key = (device, structure, *map(_description, leaves))
             step = self._steps.get(key)
         except TypeError:
             self.reason = "an argument is neither an array nor hashable"
@@ -218,6 +219,11 @@ class _Observed:
         for value, previous in self._previous.values():
             if value.read() is not previous:
                 value.store(previous)
+
+
+def _device() -> int:
+    number: int = _cupy.cupy().cuda.runtime.getDevice()  # streams and memory belong to it
+    return number
 
 
 def _description(leaf: Any) -> Any:

@@ -87,6 +87,9 @@ class Launcher(Protocol):
     def current_device(self) -> int:
         """Return the number of the device that launches go to."""
 
+    def queue(self) -> tuple[int, ...]:
+        """Return what names the device and the stream that launches go to: what is done there is done in order."""
+
     def properties(self, like: Any) -> DeviceProperties:
         """Return the properties of the device of `like`."""
 
@@ -141,7 +144,7 @@ class _OfThread(threading.local):
     """What every thread has for itself: workspaces by device and stream."""
 
     def __init__(self) -> None:
-        self.workspaces: dict[tuple[int, int], _Workspace] = {}
+        self.workspaces: dict[tuple[int, ...], _Workspace] = {}
         self.devices: set[int] = set()  # those that have a context in this thread
 
 
@@ -212,7 +215,7 @@ class CupyLauncher:
         stream; and the per-thread default stream has one number in all threads.
         Growing inside a captured CUDA graph would record the clearing of the counters: call once before capturing.
         """
-        key = self._workspace_key()
+        key = self.queue()
         found = self._own.workspaces.get(key)
         if found is None or found.counters.size < counters or found.scratch.size < scratch:
             cupy, old = _cupy.cupy(), (0, 0) if found is None else (found.counters.size, found.scratch.size)
@@ -225,19 +228,20 @@ class CupyLauncher:
 
     def carved(self, array_type: type, counters: int, pieces: Pieces) -> tuple[Any, ...]:
         """Return the counters and views of the workspace, those of an earlier call where there was one like it."""
-        known = self._own.workspaces.get(self._workspace_key())
+        known = self._own.workspaces.get(self.queue())
         views = None if known is None else known.carved.get((counters, pieces))
         if views is None:
             size = sum(round_up(count * dtype.itemsize) for dtype, count in pieces)
             zeros, scratch = self.workspace(array_type, counters, size)
-            carved = self._own.workspaces[self._workspace_key()].carved
+            carved = self._own.workspaces[self.queue()].carved
             if len(carved) >= _MOST_CARVED:
                 carved.clear()
             views = carved[counters, pieces] = (zeros, *carve(scratch, pieces))
         return views
 
-    def _workspace_key(self) -> tuple[int, int]:
-        return self.current_device(), self._cuda.get_current_stream().ptr
+    def queue(self) -> tuple[int, ...]:
+        """Return CuPy's current device and stream, and the thread: the per-thread default stream has one number."""
+        return self.current_device(), self._cuda.get_current_stream().ptr, threading.get_ident()
 
     def _compile(self, device: int, specialisation: Specialisation) -> Any:
         with self._lock:

@@ -349,10 +349,12 @@ def global_norm(grads: Sequence[Any]) -> Any:
 
 
 def _norm_table(arrays: Sequence[Any]) -> tuple[Any, int]:
-    """Return the table of these lengths on the current device; addresses are not in it."""
+    """Return the table of these lengths on the current device; addresses are not in it.
+
+    Each stream has its own: it is copied there in order, and nothing else holds another stream back until it is.
+    """
     sizes = tuple([array.size for array in arrays])
-    device = arrays[0].device
-    key = (type(arrays[0]), str(device), sizes)
+    key = (type(arrays[0]), launcher_of(arrays[0]).queue(), sizes)
     found = _norm_tables.get(key)
     if found is None:
         while len(_norm_tables) >= TABLES:

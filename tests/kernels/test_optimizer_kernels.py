@@ -370,6 +370,17 @@ def test_global_norm_of_many_and_of_several_dtypes(arrays):
     assert again.get().tobytes() == found.get().tobytes()
 
 
+def test_each_stream_has_its_table_of_the_norm(monkeypatch):
+    """A table is copied on the stream that meets its sizes first: another stream would read it before it is there."""
+    asked, own = [], optimizer_kernels._words
+    monkeypatch.setattr(optimizer_kernels, "_words", lambda *a: asked.append(a) or own(*a))
+    grads = [xp.asarray(np.full(n, 2.0, np.float32)) for n in (3, 11, 4099)]
+    for stream in (71, 72, 71, 72):
+        monkeypatch.setattr(launcher, "queue", lambda stream=stream: (0, stream))
+        assert float(optimizer_kernels.global_norm(grads).get()) == pytest.approx(2 * np.sqrt(3 + 11 + 4099))
+    assert len(asked) == 2
+
+
 def test_global_norm_does_not_overflow_and_shows_what_is_not_finite(arrays):
     large = arrays.asarray(np.full(100, 1e30, "f"))
     np.testing.assert_allclose(optimizer_kernels.global_norm([large]).get(), 1e31, rtol=1e-6)

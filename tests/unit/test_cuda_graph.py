@@ -87,6 +87,16 @@ def test_each_shape_dtype_and_value_has_its_graph(machine):
         assert graph.captures == number
 
 
+def test_each_device_has_its_graph(machine, monkeypatch):
+    """Streams and memory belong to a device: the buffers of one are not where arrays of another are expected."""
+    graph, x = gl.cuda_graph(doubling(machine, {"host": 0, "device": 0})), machine.array([1.0])
+    results = []
+    for device in (0, 1, 0):
+        monkeypatch.setattr(_cupy.cupy().cuda.runtime, "getDevice", lambda device=device: device)
+        results.append([graph(x)["out"] for _ in range(4)][-1])
+    assert graph.captures == 2 and results[0] is results[2] and results[1] is not results[0]
+
+
 def test_host_arguments_are_copied_into_the_buffers(machine):
     counts = {"host": 0, "device": 0}
     double = doubling(machine, counts)

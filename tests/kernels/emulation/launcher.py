@@ -108,6 +108,10 @@ class EmulatedLauncher:
         """Return the number of the one device there is."""
         return 0
 
+    def queue(self) -> tuple[int, int]:
+        """Return the one device and its one stream."""
+        return 0, 0
+
     def pointer(self, array: Any) -> int:
         """Return the address of the memory behind a strict array."""
         return host_memory(array).ctypes.data
