@@ -607,7 +607,9 @@ def test_cupys_workspace_is_one_per_thread(monkeypatch):
     monkeypatch.setattr(_cupy, "cupy", lambda: fake)
     cupy_launcher = CupyLauncher()
     first = cupy_launcher.workspace(None, 1, 1)
-    thread = threading.Thread(target=lambda: found.extend([*cupy_launcher.workspace(None, 1, 1), cupy_launcher.queue()]))
+    thread = threading.Thread(
+        target=lambda: found.extend([*cupy_launcher.workspace(None, 1, 1), cupy_launcher.queue()])
+    )
     thread.start()
     thread.join()
     assert found[0] is not first[0] and found[1] is not first[1] and found[2] != cupy_launcher.queue()
