@@ -807,6 +807,12 @@ __device__ __forceinline__ void apply_split(const Arguments& arguments, const Pl
                 g[slot] = place.recall(1);
             } else {
                 x[slot] = take<cache::streaming>(arguments.x + offset);
+                if constexpr (Keeper::one_launch) {  // the first pass has left g there: one array instead of two
+                    if (arguments.dresidual) {
+                        g[slot] = take(arguments.dresidual + offset);
+                        return;
+                    }
+                }
                 g[slot] = take<cache::streaming>(arguments.dy + offset);
                 if (arguments.y) mask(g[slot], take<cache::streaming>(arguments.y + offset));
             }

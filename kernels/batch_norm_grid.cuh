@@ -2,8 +2,8 @@
 // in the first pass stays on chip for the second.
 //
 // Traffic, E elements of s bytes, a part p of them kept (the plan knows p; 1 where the input fits the chip):
-//   forward (3 - p) E s, backward (5 - 2 p) E s; each residual and mask as in the two sweeps. What is not kept is read a
-//   second time backwards, before anything else, so that what the L2 cache still holds of it is not read from memory.
+//   forward (3 - p) E s (residual: (4 - p) E s), backward (5 - 2 p) E s (ReLU and residual: (7 - 2 p) E s). What is not
+//   kept is read a second time backwards, before anything else: the L2 cache may still hold some of it.
 // Layout: as in batch_norm.cuh; a block has one split of one slab and group. Of its units a thread keeps the first
 //   `register_units` in registers, the units after them in shared memory (`kept_units` of them), no
 //   further ones. A unit is a packet of x forward, and one of x and one of the gradient backward.

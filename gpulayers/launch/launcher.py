@@ -294,7 +294,8 @@ class CupyLauncher:
         """Return the function that launches on CuPy's current stream; it compiles at its first call on a device.
 
         The driver is called without CuPy's function object around it: that one boxes the argument anew in every launch,
-        and asks for the occupancy and shrinks the grid of a cooperative one.
+        and asks for the occupancy and shrinks the grid of a cooperative one. While a graph is captured, a cooperative
+        launch becomes a node with that attribute.
         """
         sizes = (*geometry.grid, *geometry.block, geometry.shared)
         cooperative, own, handles = geometry.cooperative, self._own, dict[int, int]()

@@ -164,9 +164,7 @@ def _plan(layout: Layout, dtype: Any, x: Any, aligned: bool, device: Any, kept: 
 _launches: dict[Any, _Launch] = {}
 
 
-def _launch(
-    layout: Layout, dtype: Any, arrays: Sequence[Any], kept: int = 1, grid: Kernel | None = None
-) -> _Launch:
+def _launch(layout: Layout, dtype: Any, arrays: Sequence[Any], kept: int = 1, grid: Kernel | None = None) -> _Launch:
     """Return what calls with arrays like these share; the first of `arrays` is x, those that are None do not count.
 
     `kept` arrays would stay on chip between two sweeps, in one launch of `grid`; it is None for operations of one.

@@ -223,19 +223,32 @@ def _choose(layout: Layout, itemsize: int, aligned: bool, device: Any, kept: int
     lanes_limit = (LANES_NARROW if short else LANES_WIDE // 2) if vector else LANES_WIDE
     lanes, depth, slabs, units = _block(layout, vector, width, lanes_limit)
     if one_launch and grid and device.cooperative_launch:
-        splits, kept_units, shared, on_chip = _grid(layout, slabs, units, depth, lanes * width * itemsize, device, kept)
+        static = static_shared(itemsize, width if channels_last else 1)
+        row_bytes = lanes * width * itemsize
+        splits, kept_units, shared, on_chip = _grid(layout, slabs, units, depth, row_bytes, static, device, kept)
         if on_chip >= GRID_SHARE and layout.size * itemsize * GRID_L2 >= device.l2_bytes:
             return Plan("grid", vector, channels_last, lanes, depth, slabs, splits, shared, kept_units, on_chip)
     splits = min(_splits(slabs * layout.groups, RESIDENT * device.multiprocessors), -(-units // (depth * AHEAD)))
     return Plan("sweeps", vector, channels_last, lanes, depth, slabs, splits, 0)
 
 
+def static_shared(itemsize: int, held: int) -> int:
+    """Return an upper bound of what the kernels use beside their copies, with `held` channels per thread, in bytes.
+
+    >>> static_shared(2, 8), static_shared(4, 1)
+    (19712, 5376)
+    """
+    accumulated = 8 if itemsize == 8 else 4
+    return THREADS * (8 + accumulated * (1 + 2 * held)) + 256
+
+
 def _grid(
-    layout: Layout, slabs: int, units: int, depth: int, row_bytes: int, device: Any, kept: int
+    layout: Layout, slabs: int, units: int, depth: int, row_bytes: int, static: int, device: Any, kept: int
 ) -> tuple[int, int, int, float]:
     """Return splits, units per thread in shared memory, its bytes, and the share of the input that stays on chip.
 
-    `units` are a slab's, `row_bytes` those that the block's lanes move at once. The share is 0 where the slabs and
+    `units` are a slab's, `row_bytes` those that the block's lanes move at once, `static` the block's other shared
+    memory. The share is 0 where the slabs and
     groups do not leave enough of the resident blocks busy.
     """
     resident, count = GRID_RESIDENT * device.multiprocessors, slabs * layout.groups
@@ -244,7 +257,7 @@ def _grid(
         return 0, 0, 0, 0.0
     step = depth * row_bytes * kept
     per_block = device.shared_per_multiprocessor // GRID_RESIDENT - BLOCK_SHARED
-    room = (min(per_block, device.shared_per_block) - STATIC_SHARED) // step
+    room = (min(per_block, device.shared_per_block) - static) // step
     longest = -(-units // splits)
     per_thread, registers = -(-longest // depth), GRID_REGISTERS[kept]
     kept_units = max(0, min(room, per_thread - registers))

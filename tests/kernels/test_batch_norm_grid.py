@@ -10,10 +10,11 @@ import pytest
 from gpulayers.launch import DeviceProperties, register_launcher
 from gpulayers.launch import source as launch_source
 from gpulayers.ops import batch_norm_arrays as bn
-from gpulayers.ops.batch_norm_plan import GRID_REGISTERS, GRID_RESIDENT, choose, collapse, plan_table
+from gpulayers.ops import batch_norm_kernels
+from gpulayers.ops.batch_norm_plan import GRID_REGISTERS, GRID_RESIDENT, choose, collapse, plan_table, static_shared
 from tests.kernels.emulation import H200_LIKE, EmulatedLauncher, EmulationError
 from tests.kernels.emulation.build import compiler
-from tests.kernels.nvrtc import supported, unusable_reason
+from tests.kernels.nvrtc import compile_for, supported, unusable_reason
 from tests.kernels.strict_array import launcher, xp
 from tests.kernels.test_batch_norm_kernels import EPSILON, TOLERANCE, check, close, make, regimes, with_mutant
 from tests.ops import batch_norm_truth as truth
@@ -173,6 +174,19 @@ def test_the_grid_is_resident_by_the_compilers_report():
     assert {s.name for s, *_ in by_report.record} == {name for name, _ in GRID}
 
 
+@pytest.mark.skipif(bool(unusable_reason()), reason=unusable_reason() or "NVRTC is there")
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_plan_knows_how_much_shared_memory_is_taken(dtype, last):
+    itemsize = {"float64": 8, "float32": 4}.get(dtype, 2)
+    parameter = "float64" if dtype == "float64" else "float32"
+    defines = {"STORAGE": dtype, "PARAMETER": parameter, "VECTOR": True, "CHANNELS_LAST": last}
+    for kernel in (batch_norm_kernels._forward_grid, batch_norm_kernels._backward_grid):
+        specialisation = kernel.specialise(defines)
+        found = compile_for(specialisation.text, specialisation.name, 90).shared
+        assert 0 < found <= static_shared(itemsize, 16 // itemsize if last else 1), found
+
+
 # ---- the plan ------------------------------------------------------------------------------------------------------
 
 H200_TABLE = """\
@@ -213,7 +227,8 @@ def test_every_grid_fits_its_device(on):
             step = plan.lanes * plan.depth * width * itemsize * kept
             assert plan.slabs * plan.splits * groups <= GRID_RESIDENT * on.multiprocessors
             assert plan.shared == plan.kept_units * step
-            assert GRID_RESIDENT * (plan.shared + 20 * 1024 + 1024) <= on.shared_per_multiprocessor
+            static = static_shared(itemsize, width if plan.channels_last else 1)
+            assert GRID_RESIDENT * (plan.shared + static + 1024) <= on.shared_per_multiprocessor
             units = layout.samples // (1 if plan.channels_last else width)
             held = (GRID_REGISTERS[kept] + plan.kept_units) * plan.depth * plan.splits
             assert plan.on_chip == min(1.0, held / units) >= 0.25
