@@ -5,8 +5,8 @@
 //   forward (3 - p) E s (residual: (4 - p) E s), backward (5 - 2 p) E s (ReLU and residual: (7 - 2 p) E s). What is not
 //   kept is read a second time backwards, before anything else: the L2 cache may still hold some of it.
 // Layout: as in batch_norm.cuh; a block has one split of one slab and group. Of its units a thread keeps the first
-//   `register_units` in registers, the units after them in shared memory (`kept_units` of them), no
-//   further ones. A unit is a packet of x forward, and one of x and one of the gradient backward.
+//   `register_units` in registers, the next `kept_units` in shared memory, no further ones. A unit is a packet of x
+//   forward, and one of x and one of the gradient backward.
 // Grid: groups * slabs * splits, at most as many as the device holds at a time: the launch is cooperative, so none waits
 //   for one that has not started. Block: (lanes, depth), at most 256 threads; registers for two blocks on a multiprocessor.
 // Shared memory: as the sweeps, and kept_units * packets * 16 bytes (one element where accesses are not of 16) per thread.
@@ -22,7 +22,7 @@
 #include "batch_norm.cuh"
 
 // Units that a thread keeps in registers; the plan counts on them. Backward has more sums and factors to hold per channel.
-template <int32 packets> constexpr int32 register_units = packets == 1 ? 8 : 1;
+template <int32 packets> constexpr int32 register_units = packets == 1 ? 4 : 1;
 
 // A place in the registers of the thread.
 struct InRegisters {
@@ -56,11 +56,13 @@ template <int32 packets> struct KeepOnChip {
 
     template <int32 ahead, typename Fetch, typename Body>
     __device__ __forceinline__ void kept(const Place& p, Fetch& fetch, Body& body) {
+        constexpr int32 batch = ahead < units ? ahead : units;
+        static_assert(units % batch == 0, "a batch has only units that are there");
         Walk walk(p, steps(p, 0, units), false);
         const auto in_register = [&](int32 number) { return InRegisters{registers[number]}; };
 #pragma unroll
-        for (int32 number = 0; number < units; number += ahead)
-            for_batch<ahead>(p, walk, number, in_register, fetch, body);
+        for (int32 number = 0; number < units; number += batch)
+            for_batch<batch>(p, walk, number, in_register, fetch, body);
         unsigned char* const copies = memory;
         for_units<ahead>(
             p, steps(p, units, units + shared_units), false,

@@ -144,7 +144,7 @@ def test_the_same_bits_on_every_run_and_counters_that_are_zero_again():
 
 
 @pytest.mark.parametrize(
-    "on", [ROOMY._replace(cooperative_launch=False), device(40)], ids=["no cooperative launch", "no memory"]
+    "on", [ROOMY._replace(cooperative_launch=False), device(24)], ids=["no cooperative launch", "no memory"]
 )
 def test_two_sweeps_where_the_grid_cannot_wait_or_keep(on):
     launcher.device = on
@@ -209,6 +209,11 @@ def test_the_regimes_of_the_h200_as_a_table():
         ((256, 112, 112, 64), (3,), 1),
     ]
     assert plan_table(cases, 2, H200_LIKE) == H200_TABLE
+
+
+def test_the_plan_knows_what_the_kernel_keeps_in_registers():
+    units = f"packets == 1 ? {GRID_REGISTERS[1]} : {GRID_REGISTERS[2]};"
+    assert units in "".join(launch_source.read_source("batch_norm.cu"))
 
 
 @pytest.mark.parametrize("on", [H200_LIKE, ROOMY, TIGHT], ids=lambda d: d.name)
