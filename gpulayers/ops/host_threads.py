@@ -25,7 +25,7 @@ import numpy as np
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
-__all__ = ["run_tasks"]
+__all__ = ["run_beside", "run_tasks"]
 
 THREADS = 4  # at most, the calling one included
 
@@ -55,11 +55,11 @@ class _Pool:
             self.workers, "gpulayers", initializer=lambda: self._identities.append(threading.get_native_id())
         )
 
-    def submit(self, work: Callable[[], None]) -> list[Future[None]]:
-        """Start `work` on every thread, away from the caller's processor."""
+    def submit(self, work: Callable[[], Result], times: int) -> list[Future[Result]]:
+        """Start `work` on so many threads, away from the caller's processor."""
         if self._current_processor is not None:
             self._avoid(self._current_processor())
-        return [self._executor.submit(work) for _ in range(self.workers)]
+        return [self._executor.submit(work) for _ in range(times)]
 
     def _avoid(self, processor: int) -> None:
         if processor == self._avoided or len(self._identities) < self.workers:
@@ -112,7 +112,7 @@ def run_tasks(
             np.setbufsize(buffer)
 
     pool = _pool() if threaded and len(tasks) > 1 else None
-    futures = [] if pool is None else pool.submit(work_off)
+    futures = [] if pool is None else pool.submit(work_off, pool.workers)
     try:
         work_off()
     finally:
@@ -121,3 +121,18 @@ def run_tasks(
             if not future.cancel():  # one that has not begun would find nothing to do
                 future.result()
     return results
+
+
+def run_beside(work: Callable[[], Result]) -> Callable[[], Result]:
+    """Start `work` on a thread of the pool; return the function that waits for its result. Without a pool: do it now.
+
+    >>> waiting = run_beside(lambda: 6 * 7)
+    >>> waiting()
+    42
+    """
+    pool = _pool()
+    if pool is None:
+        result = work()
+        return lambda: result
+    (future,) = pool.submit(work, 1)
+    return future.result

@@ -139,11 +139,11 @@ def cut_in_strips(weights: np.ndarray, product: np.ndarray, steps: int) -> tuple
     steps, or rows so many that a strip's product would be packed all the same.
     """
     (gates, depth, units), batch = weights.shape, product.shape[1]
-    if units % _STRIP or units <= _STRIP or steps < 8 or batch * depth * _STRIP > _SMALL:
+    if not depth or units % _STRIP or units <= _STRIP or steps < 8 or batch * depth * _STRIP > _SMALL:
         return weights[:, None], product[:, None]
     cut = recycled((gates, units // _STRIP, depth, _STRIP), weights.dtype)
     np.copyto(cut, weights.reshape(gates, depth, -1, _STRIP).transpose(0, 2, 1, 3))
-    return cut, product.reshape(gates, batch, -1, _STRIP).transpose(0, 2, 1, 3)
+    return cut, product.reshape(gates, batch, units // _STRIP, _STRIP).transpose(0, 2, 1, 3)
 
 
 def gate_scale(recurrent_activation: str, dtype: np.dtype) -> Any:

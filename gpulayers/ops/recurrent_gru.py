@@ -41,6 +41,7 @@ from gpulayers.ops.recurrent_common import (
     steps_per_block,
     working_dtype,
 )
+from gpulayers.ops.recurrent_projections import projected_blocks, steps_kept
 
 __all__ = [
     "gru_sequence",
@@ -244,7 +245,7 @@ def gru_sequence(
     x = np.ascontiguousarray(reverse_if(go_backwards, x_tnd), dtype)
     dropped = x if input_mask is None else x * input_mask.astype(dtype, copy=False)
     ring = time + 1 if save else 2
-    kept = time if save else steps_per_block(time, 3 * batch * units * dtype.itemsize)
+    kept = time if save else steps_kept(time, 3 * batch * units * dtype.itemsize)
     gates = recycled((3, kept, batch, units), dtype)
     inner = recycled((time if save else 1, batch, units), dtype)
     h_tnu = recycled((ring, batch, units), dtype)
@@ -297,22 +298,15 @@ def _gru_loop(
     """
     kernel_gdu, recurrent_guu, offset_gu, inner_offset_u = weights
     entered = recurrent_guu if reset_after else recurrent_guu[:2]
-    (time, batch, depth), units, ring = x.shape, gates.shape[3], len(h_tnu)
+    (time, batch, _), units, ring = x.shape, gates.shape[3], len(h_tnu)
     saved = ring == time + 1
     product, scratch = recycled((len(entered), batch, units), gates.dtype), recycled((batch, units), gates.dtype)
     dropped = recycled((batch, units), gates.dtype)
     strips, into = cut_in_strips(entered, product, time)
-    biased, inner_biased = bool(offset_gu.any()), bool(inner_offset_u.any())
+    inner_biased = bool(inner_offset_u.any())
     skipped, skips = skipped_rows(mask, time)
-    block = steps_per_block(time, 3 * batch * units * gates.itemsize)
-    for start in range(0, time, block):
-        steps = x[start : start + block]
-        part = gates[:, start : start + block] if saved else gates[:, : len(steps)]
-        rows = len(steps) * batch
-        np.matmul(steps.reshape(rows, depth), kernel_gdu, out=part.reshape(3, rows, units))
-        if biased:
-            np.add(part, offset_gu[:, None, None, :], out=part)
-        for t in range(start, start + len(steps)):
+    for start, part in projected_blocks(x, kernel_gdu, offset_gu, gates):
+        for t in range(start, start + part.shape[1]):
             h, new_h, kept = h_tnu[t % ring], h_tnu[(t + 1) % ring], inner[t if saved else 0]
             gate_gnu = part[:, t - start]
             z, r, n = gate_gnu

@@ -35,6 +35,7 @@ from gpulayers.ops.recurrent_common import (
     steps_per_block,
     working_dtype,
 )
+from gpulayers.ops.recurrent_projections import projected_blocks, steps_kept
 
 __all__ = ["GATE_ORDERS", "lstm_sequence", "lstm_sequence_backward", "lstm_step", "lstm_step_backward"]
 
@@ -220,7 +221,7 @@ def lstm_sequence(
     dtype, (time, batch, _), units = working_dtype(x_tnd), x_tnd.shape, h0.shape[1]
     x = np.ascontiguousarray(reverse_if(go_backwards, x_tnd), dtype)
     dropped = x if input_mask is None else x * input_mask.astype(dtype, copy=False)
-    kept = time if save else steps_per_block(time, 4 * batch * units * dtype.itemsize)
+    kept = time if save else steps_kept(time, 4 * batch * units * dtype.itemsize)
     gates = recycled((4, kept, batch, units), dtype)
     ring = time + 1 if save else 2
     h_tnu, c_tnu = recycled((ring, batch, units), dtype), recycled((ring, batch, units), dtype)
@@ -269,21 +270,12 @@ def _lstm_loop(
     when their step comes.
     """
     kernel_gdu, recurrent_guu, offset_gu = weights
-    (time, batch, depth), units = x.shape, gates.shape[3]
-    saved, ring = len(h_tnu) == time + 1, len(h_tnu)
+    (time, batch, _), units, ring = x.shape, gates.shape[3], len(h_tnu)
     product, candidate = recycled((4, batch, units), gates.dtype), recycled((batch, units), gates.dtype)
     strips, into = cut_in_strips(recurrent_guu, product, time)
-    biased = bool(offset_gu.any())
     skipped, skips = skipped_rows(mask, time)
-    block = steps_per_block(time, 4 * batch * units * gates.itemsize)
-    for start in range(0, time, block):
-        steps = x[start : start + block]
-        part = gates[:, start : start + block] if saved else gates[:, : len(steps)]
-        rows = len(steps) * batch
-        np.matmul(steps.reshape(rows, depth), kernel_gdu, out=part.reshape(4, rows, units))
-        if biased:
-            np.add(part, offset_gu[:, None, None, :], out=part)
-        for t in range(start, start + len(steps)):
+    for start, part in projected_blocks(x, kernel_gdu, offset_gu, gates):
+        for t in range(start, start + part.shape[1]):
             gate_gnu, h, c = part[:, t - start], h_tnu[t % ring], c_tnu[t % ring]
             new_h, new_c = h_tnu[(t + 1) % ring], c_tnu[(t + 1) % ring]
             entering = h if recurrent_mask is None else np.multiply(h, recurrent_mask, out=candidate)
