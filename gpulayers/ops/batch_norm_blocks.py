@@ -34,7 +34,7 @@ RUNS = 16  # enough that threads finish together when one is held up
 class Block(NamedTuple):
     """Part of one segment: rows `first` to `last`, statistics `left` to `right`, inner elements `begin` to `end`.
 
-    `rest`: of the rows that fill no tile.
+    `rest`: the rows that fill no tile, side by side as one.
     """
 
     segment: int
@@ -84,7 +84,7 @@ class Operand:
         self.main = self.rest = array.reshape(view.shape)
         if view.columns:
             width, even = view.slots * view.inner, view.even
-            self.rest = self.main[:, even:].reshape(view.segments, view.length - even, width)
+            self.rest = self.main[:, even:].reshape(view.segments, 1, (view.length - even) * width)
             self.main = self.main[:, :even].reshape(view.segments, even // view.tile, view.tile * width)
 
     def cut(self, block: Block) -> Any:
@@ -144,7 +144,7 @@ def runs_of(view: View) -> tuple[tuple[Block, ...], ...]:
 
 
 def _blocks(view: View) -> Iterator[Block]:
-    parts = ((False, view.even // view.tile), (True, view.length - view.even))
+    parts = ((False, view.even // view.tile), (True, int(view.length > view.even)))
     for segment in range(view.segments):
         for rest, rows in parts:
             for left, right in _pieces(view.slots, view.span):

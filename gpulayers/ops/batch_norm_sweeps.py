@@ -56,9 +56,9 @@ class _Tables:
         if not view.columns:
             rows = table[block.left : block.right]
             return rows if rows.shape[1] == 1 else rows[:, block.begin : block.end]
-        if block.rest or view.span < view.slots:
-            return table[block.left * view.inner : block.right * view.inner]
-        return table
+        if block.rest:
+            return table[: (view.length - view.even) * view.slots * view.inner]
+        return table if view.span == view.slots else table[block.left * view.inner : block.right * view.inner]
 
 
 def _filled(shape: tuple[int, ...], values: Any) -> Any:
