@@ -1,8 +1,9 @@
 """The input projections of a recurrent sequence on NumPy, a block of time steps at a time, on a thread of their own.
 
 What a step adds to its gates from the input depends on no other step, so while one block's steps run, another thread
-projects the next block. Only where the products are small enough for BLAS to make them without threads of its own:
-otherwise the caller projects a block when its turn comes, which leaves it in the cache for its steps.
+projects the next block. Only where nothing is saved, and the products are small enough for BLAS to make them without
+threads of its own. Otherwise the caller projects a block when its turn comes, which leaves it in the cache for its
+steps: in training, BLAS has used every processor shortly before, and its threads still wait for more in a busy loop.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def projected_blocks(
     block = steps_per_block(time, count * batch * units * gates_gtnu.itemsize)
     strips = cut_in_strips(kernel_gdu, gates_gtnu[:, 0], time)[0] if time else kernel_gdu
     width, biased = strips.shape[-1], bool(offset_gu.any())
-    beside = width < units
+    beside = kept < time and width < units
 
     def project(start: int) -> np.ndarray:
         steps = x_tnd[start : start + block]
