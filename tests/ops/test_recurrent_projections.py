@@ -1,0 +1,57 @@
+"""Input projections by blocks: each block's numbers, on one thread or beside the steps, with memory for two blocks."""
+
+import numpy as np
+import pytest
+
+from gpulayers.ops import host_threads, recurrent_arrays, recurrent_common, recurrent_projections
+from gpulayers.ops.recurrent_projections import projected_blocks, steps_kept
+
+
+@pytest.fixture(params=[True, False], ids=["beside", "alone"])
+def pool(request, monkeypatch):
+    made = host_threads._Pool({0, 1}) if request.param else None
+    monkeypatch.setattr(host_threads, "_pool", lambda: made)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("time", "batch", "depth", "units"), [(23, 4, 6, 128), (9, 3, 5, 192), (23, 4, 6, 10), (1, 2, 3, 128)]
+)
+@pytest.mark.parametrize("save", [True, False])
+def test_blocks_are_the_projections(monkeypatch, pool, time, batch, depth, units, save):
+    monkeypatch.setattr(recurrent_common, "_BLOCK_BYTES", 4 * 4 * 3 * batch * units)  # four steps
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(time, batch, depth)).astype("f"), rng.normal(size=(3, depth, units)).astype("f")
+    offset = rng.normal(size=(3, units)).astype("f")
+    kept = time if save else steps_kept(time, 3 * batch * units * 4)
+    assert kept == (time if save else min(time, 8))
+    gates, seen = np.full((3, kept, batch, units), np.nan, "f"), []
+    for start, part in projected_blocks(x, kernel, offset, gates):
+        want = np.einsum("tnd,gdu->gtnu", x[start : start + part.shape[1]].astype("d"), kernel) + offset[:, None, None]
+        np.testing.assert_allclose(part, want, rtol=1e-4, atol=1e-4)
+        part *= 0  # what the steps do to a block is not undone by the next
+        seen += range(start, start + part.shape[1])
+    assert seen == list(range(time))
+
+
+def test_an_error_of_the_other_thread_arrives(monkeypatch, pool):
+    monkeypatch.setattr(recurrent_common, "_BLOCK_BYTES", 4 * 4 * 3 * 4 * 128)
+    made = recurrent_projections.run_beside
+    monkeypatch.setattr(recurrent_projections, "run_beside", lambda work: made(lambda: 1 / 0))
+    blocks = projected_blocks(
+        np.ones((23, 4, 6), "f"), np.ones((3, 6, 128), "f"), np.zeros((3, 128), "f"), np.ones((3, 8, 4, 128), "f")
+    )
+    with pytest.raises(ZeroDivisionError):
+        list(blocks)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+@pytest.mark.parametrize("shape", [(0, 2, 128), (3, 0, 128), (20, 0, 128), (12, 2, 0)])
+def test_empty_sequences(kind, shape):
+    time, batch, depth = shape
+    count, states = (4, 2) if kind == "lstm" else (3, 1)
+    weights = np.ones((depth, count * 128), "f"), np.ones((128, count * 128), "f")
+    zeros = [np.zeros((batch, 128), "f")] * states
+    for save in (True, False):
+        outputs, *_ = getattr(recurrent_arrays, f"{kind}_sequence")(np.ones(shape, "f"), *zeros, *weights, save=save)
+        assert outputs.shape == (time, batch, 128)
