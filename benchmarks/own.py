@@ -38,14 +38,14 @@ def _norm(case: Case, d: dict[str, Any], xp: Any) -> Function:
 
     def forward() -> dict[str, Any]:
         found = batch_norm_arrays.forward(d["x"], d["gamma"], d["beta"], moving=moving, **keywords, **relu, **residual)
-        return {"y": found.y, "mean": found.mean, "variance": found.variance, "saved": found.saved}
+        return found._asdict()
 
     if case.mode == "forward":
         return forward
     first = forward()
     given = {"axis": keywords["axis"], "groups": case.groups}
     if relu:
-        given.update(y=first["y"], residual=True, activation="relu")
+        given.update(mask=first["mask"], residual=True, activation="relu")
 
     def backward() -> dict[str, Any]:
         return batch_norm_arrays.backward(d["dy"], d["x"], d["gamma"], first["saved"], **given)._asdict()

@@ -6,15 +6,17 @@
 //                                        streams, so what the L2 cache still holds of x is not read from memory again
 //   gl_bn_normalise alone                inference: 2 E s (residual: 3 E s)
 //   gl_bn_sums + gl_bn_apply             backward, two sweeps: 5 E s, also behind a ReLU: the sign of y is computed again
-//                                        from x, bit for bit (ReLU and residual: 7 E s, y is read; the first sweep writes
-//                                        the residual's gradient, the second reads it in place of dy and y)
-//   gl_bn_sums alone                     inference backward: 3 E s (ReLU and residual: 5 E s)
+//                                        from x, bit for bit (ReLU and residual: 6 E s and the bits; the first sweep
+//                                        writes the residual's gradient, the second reads it in place of dy)
+//   gl_bn_sums alone                     inference backward: 3 E s (ReLU and residual: 5 E s, y is read)
 //   gl_bn_forward, gl_bn_backward        everything in one launch: one block per slab for small arrays (x is re-read from
 //                                        L1 and L2), or CLUSTER blocks per slab that keep their part of x (and dy) in
 //                                        shared memory: 2 E s forward, 3 E s backward
 //   gl_bn_forward_grid, gl_bn_backward_grid
 //                                        everything in one cooperative launch that keeps what it can on chip: down to
 //                                        2 E s forward, 3 E s backward (batch_norm_grid.cuh)
+// The bits: with residual and ReLU the forward leaves a byte for every 16 bytes of x, so E / 8 bytes for 16-bit storage,
+// and the backward reads them in place of y. Without 16-byte accesses there are none, and y is read: 7 E s backward.
 // Moving statistics and renorm's r and d are finished by the last block of a slab, in the same launch.
 // Grid: groups * slabs * splits (one-launch kernels: slabs * CLUSTER). Block: (lanes, depth), at most 256 threads.
 // Shared memory: at most 20 KB static; the keeping kernels add 16 bytes per unit held.

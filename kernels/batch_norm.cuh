@@ -58,17 +58,38 @@ template <> constexpr A underflow<bfloat16> = A(4.591774807899560578003e-41);   
 __device__ __forceinline__ float fused(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ __forceinline__ double fused(double a, double b, double c) { return fma(a, b, c); }
 
-// g where y > 0, else 0.
-__device__ __forceinline__ void mask(Packet& g, const Packet& y) {
+// The bits of a ReLU behind a residual: one byte for every 16 bytes of x, in memory order; bit i says that the i-th of the
+// elements there is > 0. Threads with 16-byte accesses own their bytes. All accesses can read them.
+constexpr int32 elements_of_byte = vector_width<STORAGE>;
+constexpr uint32 own_bits = (1u << width) - 1u;
+
+__device__ __forceinline__ uint32 take_bits(const uint8* bits, int64 offset) {
+    const uint32 whole = bits[offset / elements_of_byte];
+    return width == 1 ? whole >> static_cast<int32>(offset % elements_of_byte) & own_bits : whole;
+}
+
+// Which of the outputs y are > 0.
+__device__ __forceinline__ uint32 bits_of(const Packet& y) {
+    uint32 bits = 0u;
 #pragma unroll
     for (int32 i = 0; i < width; ++i)
-        if (!(widen(y.values[i]) > A(0))) g.values[i] = STORAGE{};
+        if (widen(y.values[i]) > A(0)) bits |= 1u << i;
+    return bits;
+}
+
+// g where its bit is set, else 0.
+__device__ __forceinline__ void mask(Packet& g, uint32 bits) {
+#pragma unroll
+    for (int32 i = 0; i < width; ++i)
+        if (!(bits >> i & 1u)) g.values[i] = STORAGE{};
 }
 
 // ---- where a block works -------------------------------------------------------------------------------------------
 
 struct Place {
     int64 rows, spread, channels, inner;
+    uint64 spread_multiplier;  // for divisions by spread
+    int32 spread_shift;
     int32 groups, group, slabs, slab, splits, split;
     int64 channel;  // first of this thread's channels
     bool inside;    // that channel exists
@@ -105,6 +126,8 @@ template <typename Arguments> __device__ __forceinline__ Place place_of(const Ar
     p.rows = arguments.rows;
     p.groups = static_cast<int32>(arguments.groups);
     p.spread = arguments.spread;
+    p.spread_multiplier = arguments.spread_multiplier;
+    p.spread_shift = arguments.spread_shift;
     p.channels = arguments.channels;
     p.inner = arguments.inner;
     p.splits = static_cast<int32>(arguments.splits);
@@ -123,7 +146,7 @@ __device__ __forceinline__ int64 row_start(const Place& p, int64 row) {
     const int64 length = p.channels * p.inner;
     if (p.groups == 1) return row * length;
     if (p.spread == 1) return (row * p.groups + p.group) * length;
-    const int64 outer = row / p.spread;
+    const int64 outer = static_cast<int64>(divide(static_cast<uint64>(row), p.spread_multiplier, p.spread_shift));
     return ((outer * p.groups + p.group) * p.spread + (row - outer * p.spread)) * length;
 }
 
@@ -551,7 +574,7 @@ __device__ __forceinline__ Affine affine_of(const Arguments& arguments, const Pl
     return result;
 }
 
-// Writes y; and a and b of each channel to arguments.affine, unless null, for the backward of a ReLU.
+// Writes y, and for the backward of a ReLU, unless null: a and b of each channel to arguments.affine; arguments.bits.
 template <typename Arguments, typename Keeper>
 __device__ __forceinline__ void normalise_split(const Arguments& arguments, const Place& p, Keeper& keeper) {
     Affine affine[held];
@@ -579,13 +602,16 @@ __device__ __forceinline__ void normalise_split(const Arguments& arguments, cons
         },
         [&](int32 slot, int64 offset, auto) {
             A result[width];
+            uint32 bits = 0u;
 #pragma unroll
             for (int32 i = 0; i < width; ++i) {
                 A value = affine[CHANNELS_LAST ? i : 0].of(values[slot].values[i]);
                 if (arguments.residual) value += widen(extra[slot].values[i]);
                 if (arguments.relu && value < A(0)) value = A(0);
+                if (value > underflow<STORAGE>) bits |= 1u << i;
                 result[i] = value;
             }
+            if (VECTOR && arguments.bits) arguments.bits[offset / width] = static_cast<uint8>(bits);
             store<width, cache::streaming>(arguments.y + offset, result);
         });
 }
@@ -606,7 +632,7 @@ struct Factors {
     Affine own;
     A* table;
 
-    static constexpr int32 in_16_bytes = 16 / sizeof(A);
+    static constexpr int32 at_once = 8 / sizeof(A);  // channels whose a and b make 16 bytes
     static constexpr int32 size = held > 1 ? 2 * held * widest : 1;
 
     template <typename Of> __device__ __forceinline__ Factors(const Place& p, A* shared, Of of) : table(shared) {
@@ -626,8 +652,8 @@ struct Factors {
 
     // Neighbouring threads' 16 bytes lie side by side: no bank conflicts.
     static __device__ __forceinline__ int32 place(int32 i, int32 which) {
-        const int32 row = 2 * (i / in_16_bytes) + which;
-        return (row * widest + static_cast<int32>(threadIdx.x)) * in_16_bytes + i % in_16_bytes;
+        const int32 first = ((i / at_once) * widest + static_cast<int32>(threadIdx.x)) * 2 * at_once;
+        return first + 2 * (i % at_once) + which;
     }
 
     // Calls use(i, factors) for every element i of a unit.
@@ -637,16 +663,15 @@ struct Factors {
             for (int32 i = 0; i < width; ++i) use(i, own);
         } else {
 #pragma unroll
-            for (int32 start = 0; start < held; start += in_16_bytes) {
+            for (int32 start = 0; start < held; start += at_once) {
                 union {
                     uint4 words;
-                    A values[in_16_bytes];
-                } a, b;
-                a.words = reload_shared_16(table + place(start, 0));
-                b.words = reload_shared_16(table + place(start, 1));
+                    A values[2 * at_once];
+                } pairs;
+                pairs.words = reload_shared_16(table + place(start, 0));
 #pragma unroll
-                for (int32 i = 0; i < in_16_bytes; ++i)
-                    use(start + i, Affine{pivot[start + i], a.values[i], b.values[i]});
+                for (int32 i = 0; i < at_once; ++i)
+                    use(start + i, Affine{pivot[start + i], pairs.values[2 * i], pairs.values[2 * i + 1]});
             }
         }
     }
@@ -660,7 +685,7 @@ __device__ __forceinline__ void mask(Packet& g, const Packet& x, const A (&pivot
 }
 
 // Leaves this block's sums of g and g * (x - pivot) in arguments.parts. g is dy, with a ReLU where its output is > 0:
-// y is read unless null, else x tells. Writes g to arguments.dresidual unless null and, in inference, g * gamma / s to dx.
+// the bits or y are read unless null, else x tells. Writes g to arguments.dresidual unless null and, in inference, g * gamma / s to dx.
 template <typename Arguments, typename Keeper>
 __device__ __forceinline__ void sums_of_split(const Arguments& arguments, const Place& p, Keeper& keeper) {
     GL_SHARED(A, firsts, [held][largest]);
@@ -676,14 +701,17 @@ __device__ __forceinline__ void sums_of_split(const Arguments& arguments, const 
         if (p.inside) pivot[i] = pivot_of(arguments, p, p.channel + i);
     }
     Packet x[Keeper::first_ahead], g[Keeper::first_ahead];
+    uint32 bits[Keeper::first_ahead];
     keeper.first_pass(
         p,
         [&](int32 slot, int64 offset, auto place) {
             x[slot] = take_first(place, arguments.x + offset);
             g[slot] = take_first(place, arguments.dy + offset);
-            if (arguments.y) mask(g[slot], take_first(place, arguments.y + offset));
+            if (arguments.bits) bits[slot] = take_bits(arguments.bits, offset);
+            if (arguments.y) bits[slot] = bits_of(take_first(place, arguments.y + offset));
         },
         [&](int32 slot, int64 offset, auto place) {
+            if (arguments.bits || arguments.y) mask(g[slot], bits[slot]);
             if (arguments.recompute) mask(g[slot], x[slot], pivot, factors);
             place.keep(0, x[slot]);
             place.keep(1, g[slot]);
@@ -799,6 +827,7 @@ __device__ __forceinline__ void apply_split(const Arguments& arguments, const Pl
         }
     }
     Packet x[Keeper::second_ahead], g[Keeper::second_ahead];
+    uint32 bits[Keeper::second_ahead];
     keeper.second_pass(
         p,
         [&](int32 slot, int64 offset, auto place) {
@@ -814,11 +843,13 @@ __device__ __forceinline__ void apply_split(const Arguments& arguments, const Pl
                     }
                 }
                 g[slot] = take<cache::streaming>(arguments.dy + offset);
-                if (arguments.y) mask(g[slot], take<cache::streaming>(arguments.y + offset));
+                if (arguments.bits) bits[slot] = take_bits(arguments.bits, offset);
+                if (arguments.y) bits[slot] = bits_of(take<cache::streaming>(arguments.y + offset));
             }
         },
         [&](int32 slot, int64 offset, auto place) {
             if constexpr (!decltype(place)::keeps) {
+                if (arguments.bits || arguments.y) mask(g[slot], bits[slot]);
                 if (arguments.recompute) mask(g[slot], x[slot], pivot, factors);
             }
             A result[width];

@@ -20,6 +20,16 @@ struct bfloat16 {
     uint16 bits;
 };
 
+// ---- divisions ----------------------------------------------------------------------------------------------------------
+
+// number / divisor, exact for every number below 2^64, by one multiplication in place of some seventy instructions. For a
+// divisor d > 1 the caller brings shift = ceil(log2(d)) and multiplier = floor(2^64 (2^shift - d) / d) + 1.
+// Source: Granlund, Montgomery 1994, figure 4.1.
+__device__ __forceinline__ uint64 divide(uint64 number, uint64 multiplier, int32 shift) {
+    const uint64 high = __umul64hi(number, multiplier);
+    return (high + ((number - high) >> 1)) >> (shift - 1);
+}
+
 // ---- storage types -------------------------------------------------------------------------------------------------
 // Arithmetic is in `accumulate_t<T>`: float for 16-bit and 32-bit storage, double for 64-bit storage.
 

@@ -49,8 +49,8 @@ class Forward(NamedTuple):
     `y`: shape and dtype of x. `mean`, `variance`: (C,), the batch moments, biased, averaged over sub-batches.
     `saved`: what `backward` needs, shape (3, groups, C): pivot, mean - pivot, 1 / sqrt(variance + epsilon); with
     renorm (5, groups, C), then also r and d. `mask`: what `backward` needs of an activation, flat, uint8, not meant to
-    be read: on NumPy and with weights the bytes of y (no copy), on a device what tells the sign of y; None without
-    activation.
+    be read: on NumPy and with weights the bytes of y (no copy), on a device less: the factors that give y again, or
+    with a residual one bit for each element of 16-bit types, two of float32, four of float64; None without activation.
     """
 
     y: Any
@@ -164,7 +164,7 @@ def backward(
     xp, layout, dtype = _prepare(x, axis, groups)
     _check(x, layout, dy, gamma)
     _check_saved(saved, layout)
-    y, mask = _relu_signs(activation, x, layout, y, mask, xp is np or weights is not None or residual)
+    y, mask = _relu_signs(activation, x, layout, y, mask, xp is np or weights is not None, residual)
     x_c, dy_c, y_c = (_collapsed(xp, v, layout) for v in (x, dy, y))
     if weights is not None and x.size:
         w = batch_norm_weighted.broadcast(xp, weights, x.shape, layout, dtype)
@@ -190,11 +190,11 @@ def passed(
     """
     xp, layout, dtype = _prepare(x, axis, groups)
     _check_saved(saved, layout)
-    y, mask = _relu_signs("relu", x, layout, None, mask, xp is np or residual)
+    y, mask = _relu_signs("relu", x, layout, None, mask, xp is np, residual)
     if mask is None:
         return (y > 0).astype(x.dtype)
     x_c = _collapsed(xp, x, layout)
-    return _expanded(xp, _body(xp).passed(x_c, layout, saved, None, dtype, mask), x, layout)
+    return _expanded(xp, _body(xp).passed(x_c, layout, saved, dtype, mask), x, layout)
 
 
 def inference(
@@ -348,19 +348,23 @@ def _relu_output(activation: str | None, y: Any, x: Any) -> Any:
 
 
 def _relu_signs(
-    activation: str | None, x: Any, layout: Layout, y: Any, mask: Any, holds_output: bool
+    activation: str | None, x: Any, layout: Layout, y: Any, mask: Any, whole: bool, residual: bool
 ) -> tuple[Any, Any]:
     """Return (y, mask) with at most one not None: what tells where the ReLU let values pass.
 
-    `holds_output` says that a mask holds y.
+    `whole` says that masks hold y here. A mask comes back as the kernels take it.
     """
     if y is not None or mask is None or not _is_relu(activation):
         return _relu_output(activation, y, x), None
-    size = x.nbytes if holds_output else 2 * layout.slots * _WORKING[x.dtype].itemsize
+    size, dtype = x.nbytes, _WORKING[x.dtype]
+    if not whole:
+        size = (size if mask.size == size else size // 16) if residual else 2 * layout.slots * dtype.itemsize
     if mask.dtype != np.uint8 or mask.size != size:
         wanted, got = f"the mask that forward returned, {size} bytes", f"{mask.size} of {mask.dtype}"
         raise ShapeError(message("batch_norm", "the mask does not belong to this input", wanted, got))
-    return (mask.view(x.dtype).reshape(x.shape), None) if holds_output else (None, mask)
+    if whole or (residual and size == x.nbytes):
+        return mask.view(x.dtype).reshape(x.shape), None
+    return None, mask if residual else mask.view(dtype)
 
 
 def _check(x: Any, layout: Layout, like_x: Any, *per_channel: Any) -> None:

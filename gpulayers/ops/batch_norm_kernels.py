@@ -16,11 +16,15 @@ from gpulayers.device import array_module
 from gpulayers.launch import Kernel, Place, Prepared, contiguous, is_aligned, place_of, remember, workspace_pieces
 from gpulayers.ops import batch_norm_plan
 from gpulayers.ops.batch_norm_moving import MovingStatistics, Renorm
-from gpulayers.ops.batch_norm_plan import CLUSTER, Layout, Plan, choose
+from gpulayers.ops.batch_norm_plan import CLUSTER, Layout, Plan, choose, division
 
 __all__ = ["backward", "forward", "inference", "inference_backward", "statistics"]
 
-_GEOMETRY = [(name, "int64") for name in ("rows", "groups", "spread", "channels", "inner", "splits")]
+_GEOMETRY = [
+    *[(name, "int64") for name in ("rows", "groups", "spread", "channels", "inner", "splits")],
+    ("spread_multiplier", "uint64"),
+    ("spread_shift", "int32"),
+]
 _SCRATCH = [("parts", "PARAMETER*"), ("moments", "float64*"), ("counters", "uint32*")]
 _STATISTICS = [
     ("x", "const STORAGE*"),
@@ -39,10 +43,11 @@ _GIVEN = [
     *[(name, "const PARAMETER*") for name in ("gamma", "beta", "given_mean", "given_variance")],
     ("renormed", "int32"),
 ]
-_OUTPUT = [("residual", "const STORAGE*"), ("y", "STORAGE*"), ("relu", "int32"), ("affine", "PARAMETER*")]
+_OUTPUT = [("residual", "const STORAGE*"), ("y", "STORAGE*"), ("relu", "int32"), ("affine", "PARAMETER*"), ("bits", "uint8*")]
 _INPUTS = [("x", "const STORAGE*"), ("saved", "const PARAMETER*"), ("epsilon", "float64")]
 _GRADIENTS = [
     *[(name, "const STORAGE*") for name in ("dy", "y")],
+    ("bits", "const uint8*"),
     ("affine", "const PARAMETER*"),
     ("recompute", "int32"),
     ("dx", "STORAGE*"),
@@ -87,7 +92,10 @@ class _Launch:
     def __init__(self, place: Place, layout: Layout, storage: Any, dtype: Any, plan: Plan) -> None:
         self._place, self.plan = place, plan
         geometry = dict(zip(("rows", "groups", "spread", "channels", "inner"), layout, strict=False))
-        self._fixed: dict[str, Any] = {**geometry, "splits": plan.splits}
+        multiplier, shift = division(layout.spread)
+        self._fixed: dict[str, Any] = {
+            **geometry, "splits": plan.splits, "spread_multiplier": multiplier, "spread_shift": shift
+        }  # fmt: skip
         self._defines = _defines(plan, storage, dtype)
         self._blocks = plan.slabs * plan.splits
         self._groups = layout.groups
@@ -251,7 +259,8 @@ def forward(
 
     With `only_y` (not for renorm) the other results are scratch, which the next call overwrites, and mask is None.
     `mask` is what `backward` needs of a ReLU: without residual the bytes of each channel's factor and shift, from
-    which it gets the same output again, to the bit. None where it needs y itself, or nothing.
+    which it gets the same output again, to the bit; else a byte for every 16 bytes of x. None where it needs y itself
+    (arrays that allow no 16-byte accesses), or nothing.
     """
     xp = array_module(x)
     y = xp.ndarray(x.shape, x.dtype)
@@ -274,16 +283,18 @@ def forward(
         "y": y,
         "relu": int(relu),
     }
-    affine = xp.ndarray((2 * layout.slots,), dtype) if relu and residual is None and not only_y else None
-    if affine is not None:
-        given["affine"] = affine
+    mask = None
+    if relu and residual is None and not only_y:
+        given["affine"] = xp.ndarray((2 * layout.slots,), dtype)
+        mask = given["affine"].view("uint8")
+    elif relu and residual is not None and launch.plan.vector:
+        mask = given["bits"] = xp.ndarray((x.nbytes // 16,), np.uint8)
     if launch.plan.regime == "sweeps":
         launch.run(_statistics, values)
         launch.run(_normalise, {"x": x, "saved": values["saved"], "epsilon": float(epsilon), **given})
     else:
         kernel = _forward_grid if launch.plan.regime == "grid" else _forward
         launch.run(kernel, {**values, **given})
-    mask = None if affine is None else affine.view("uint8")
     return y, values["mean"], values["variance"], values["saved"], mask
 
 
@@ -347,7 +358,10 @@ def _empty_gradients(dy: Any, x: Any, layout: Layout, residual: bool, dtype: Any
 def backward(
     dy: Any, x: Any, layout: Layout, gamma: Any, saved: Any, y: Any, residual: bool, dtype: Any, mask: Any = None
 ) -> tuple[Any, Any, Any, Any]:
-    """Return (dx, dgamma, dbeta, dresidual) of a training step; with a ReLU, either `y` or `mask` is not None."""
+    """Return (dx, dgamma, dbeta, dresidual) of a training step.
+
+    With a ReLU, `y` is given, or as `mask` its bits (uint8), or each channel's factor and shift in the forward (`dtype`).
+    """
     if x.size == 0:
         return _empty_gradients(dy, x, layout, residual, dtype)
     relu = y is not None or mask is not None
@@ -358,13 +372,15 @@ def backward(
     gamma, kept = _parameters(dtype, gamma, saved)
     given = {"gamma": gamma, "renormed": int(saved.shape[0] == 5)}
     inputs = {"x": x, "saved": kept, "dy": dy, "y": y}
-    if mask is not None:
-        inputs.update(affine=mask.view(dtype), recompute=1)
+    if mask is not None and mask.dtype == dtype:
+        inputs.update(affine=mask, recompute=1)
+    elif mask is not None:
+        inputs["bits"] = mask
     if launch.plan.regime == "sweeps":
         launch.run(_sums, {**scratch, **given, **inputs, **outputs})
         second = {**inputs, "dx": outputs["dx"], "tables": scratch["tables"]}
         if own_residual:  # the first sweep has left g there: one array to read instead of two
-            second.update(dy=outputs["dresidual"], y=None, recompute=0)
+            second.update(dy=outputs["dresidual"], y=None, recompute=0, bits=None)
         launch.run(_apply, second)
     else:
         kernel = _backward_grid if launch.plan.regime == "grid" else _backward
@@ -373,10 +389,10 @@ def backward(
     return outputs["dx"], outputs["dgamma"], outputs["dbeta"], dresidual if residual else None
 
 
-def passed(x: Any, layout: Layout, saved: Any, y: Any, dtype: Any, mask: Any) -> Any:
+def passed(x: Any, layout: Layout, saved: Any, dtype: Any, mask: Any) -> Any:
     """Return 1 where the ReLU of a training step let its value pass, else 0: an array like x."""
     ones = array_module(x).ones(x.shape, x.dtype)
-    return backward(ones, x, layout, None, saved, y, True, dtype, mask)[3]
+    return backward(ones, x, layout, None, saved, None, True, dtype, mask)[3]
 
 
 def inference_backward(

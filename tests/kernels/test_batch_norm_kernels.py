@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from gpulayers.errors import ShapeError
-from gpulayers.launch import DeviceProperties, register_launcher
+from gpulayers.launch import DeviceProperties, Kernel, register_launcher
 from gpulayers.launch import source as launch_source
 from gpulayers.ops import batch_norm_arrays as bn
 from gpulayers.ops import batch_norm_kernels
-from gpulayers.ops.batch_norm_plan import choose, collapse, plan_table
+from gpulayers.ops.batch_norm_plan import choose, collapse, division, plan_table
 from tests.kernels.bfloat16 import BFLOAT16, finfo
 from tests.kernels.emulation import H200_LIKE, SMALL, EmulatedLauncher, EmulationError
 from tests.kernels.strict_array import launcher, xp
@@ -326,6 +326,60 @@ def test_the_sign_is_found_again_for_awkward_numbers(dtype):
             assert getattr(again, name).get().tobytes() == getattr(by_output, name).get().tobytes(), name
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("shape", "axis"), [((300, 16), (1,)), ((5000, 16), (1,)), ((6, 5, 4, 8), (1,))])
+def test_a_relu_behind_a_residual_leaves_bits(shape, axis, dtype):
+    bits_of(shape, axis, dtype)
+
+
+def test_clusters_leave_and_read_bits():
+    bits_of((1100, 288), (1,), "float32")
+    assert regimes() >= EXPECTED["cluster"]
+
+
+@pytest.mark.parametrize("shape", [(40, 7), (5000, 3)])
+def test_where_rows_allow_no_vectors_the_mask_is_the_output(shape):
+    values, _ = make(shape, (1,), "float16")
+    x, residual = xp.asarray(values["x"]), xp.asarray(values["residual"])
+    f = bn.forward(x, None, None, axis=(1,), residual=residual, activation="relu")
+    assert f.mask.get().tobytes() == f.y.get().tobytes()
+
+
+_divide = Kernel(
+    "",
+    "gl_test_divide",
+    [
+        ("numbers", "const uint64*"),
+        ("out", "uint64*"),
+        ("count", "int64"),
+        ("multiplier", "uint64"),
+        ("shift", "int32"),
+    ],
+    body="""GL_KERNEL(gl_test_divide, 128) {
+        for (int64 i = thread_number(); i < arguments.count; i += 128)
+            arguments.out[i] = divide(arguments.numbers[i], arguments.multiplier, arguments.shift);
+    }""",
+    listed=False,
+)
+
+
+def test_divisions_by_multiplication_are_exact():
+    """Divisors around powers of two and others, numbers around their multiples, up to the largest of 64 bits."""
+    divisors = {2, 3, 5, 7, 10, 49, 641, 3136, 2**31 - 1, 2**32 + 1, 2**62 - 57, 2**63 - 1}
+    divisors |= {2**k + d for k in range(1, 63, 5) for d in (-1, 0, 1) if 2**k + d > 1}
+    top = 2**64 - 1
+    for divisor in sorted(divisors):
+        last = top // divisor
+        multiples = [divisor * q for q in (1, 2, 3, last // 2, last - 1, last) if 0 < q <= last]
+        numbers = [0, 1, 2**31, 2**32, 2**63, top, top - 1, *(m + d for m in multiples for d in (-1, 0, 1))]
+        numbers = np.array([n for n in numbers if n <= top], np.uint64)
+        out = xp.empty(numbers.size, "uint64")
+        multiplier, shift = division(divisor)
+        values = {"numbers": xp.asarray(numbers), "out": out, "count": numbers.size}
+        _divide.launch({**values, "multiplier": multiplier, "shift": shift}, grid=(1,), block=(128,), defines={})
+        assert [int(q) for q in out.get()] == [int(n) // divisor for n in numbers], divisor
+
+
 def test_a_relu_without_residual_reads_no_output():
     """Two sweeps of x and dy: the output is neither kept nor read."""
     values, _ = make((5000, 16), (1,), "float16")
@@ -479,6 +533,30 @@ def signs_of(dtype):
         np.testing.assert_array_equal(found.get().astype("d"), kept)
 
 
+def bits_of(shape, axis, dtype):
+    """Check the mask behind a residual, and gradients by it: with all arrays aligned, and with one that is not."""
+    values, _ = make(shape, axis, dtype)
+    values["residual"][::3] = -values["x"][::3]
+    x, residual, dy, gamma = (xp.asarray(values[name]) for name in ("x", "residual", "dy", "gamma"))
+    options = {"axis": axis, "activation": "relu"}
+    f = bn.forward(x, xp.asarray(np.ones_like(values["gamma"])), None, residual=residual, **options)
+    kept = f.y.get().astype("d") > 0
+    per_byte = 16 // x.itemsize
+    assert f.mask.dtype == np.uint8 and f.mask.nbytes == x.nbytes // 16
+    unpacked = np.unpackbits(f.mask.get()[:, None], axis=1, bitorder="little")[:, :per_byte]
+    np.testing.assert_array_equal(unpacked.reshape(shape), kept)
+    memory = xp.empty(dy.size + 1, dy.dtype)
+    memory[1:] = dy.reshape(-1)
+    for gradient in (dy, memory[1:].reshape(shape)):
+        by_mask, by_output = (
+            bn.backward(gradient, x, gamma, f.saved, residual=True, **given, **options)
+            for given in ({"mask": f.mask}, {"y": f.y})
+        )
+        for found, wanted in zip(by_mask, by_output, strict=True):
+            assert found.get().tobytes() == wanted.get().tobytes()
+    np.testing.assert_array_equal(by_mask.dresidual.get(), np.where(kept, values["dy"], values["dy"].dtype.type(0)))
+
+
 SMALL_SLAB, TWO_SWEEPS, SUB_BATCHES = ((300, 19),), ((5000, 3),), ((40, 6), 20)
 
 # what is broken: (right text, wrong text, the check that sees it, its arguments)
@@ -524,12 +602,30 @@ MUTANTS = {
     ),
     "the channel is not checked": ("inside = channel < p.channels;", "inside = true;", forward_of, TWO_SWEEPS),
     "the mask lets zero pass": (
-        "if (!(widen(y.values[i]) > A(0)))",
-        "if (!(widen(y.values[i]) >= A(0)))",
+        "if (widen(y.values[i]) > A(0)) bits |=",
+        "if (widen(y.values[i]) >= A(0)) bits |=",
         backward_of,
         SMALL_SLAB,
     ),
     "a value that is stored as zero passes": ("> underflow<STORAGE>)", "> A(0))", signs_of, ("float16",)),
+    "the bits are a place off": (
+        "static_cast<uint8>(bits);",
+        "static_cast<uint8>(bits >> 1);",
+        bits_of,
+        ((5000, 16), (1,), "float16"),
+    ),
+    "a stored zero sets its bit": (
+        "if (value > underflow<STORAGE>) bits",
+        "if (value >= underflow<STORAGE>) bits",
+        bits_of,
+        ((5000, 16), (1,), "float32"),
+    ),
+    "single elements read the first bit": (
+        "whole >> static_cast<int32>(offset % elements_of_byte) & own_bits",
+        "whole & own_bits",
+        bits_of,
+        ((300, 16), (1,), "float32"),
+    ),
     "the sign comes from a product and a sum": (
         "if (!(affine.of(x.values[i]) >",
         "if (!(widen(x.values[i]) * affine.a + (affine.b - affine.pivot * affine.a) >",
