@@ -789,7 +789,7 @@ __device__ __forceinline__ void finish_group_sums(const Arguments& arguments, co
     const double all = static_cast<double>(values_in_all(p));
     const double a = (arguments.gamma ? static_cast<double>(arguments.gamma[c]) : 1.0) * inverse * r;
     const double slope = -a * centred * inverse * inverse / all;
-    arguments.tables[slot] = static_cast<A>(a);
+    arguments.tables[slot] = arguments.affine ? arguments.affine[slot] : static_cast<A>(a);  // the forward's own rounding
     arguments.tables[slot + plane] = static_cast<A>(slope);
     arguments.tables[slot + 2 * plane] = static_cast<A>(-a * sum / all - offset * slope);
 }
@@ -813,18 +813,20 @@ __device__ __forceinline__ void finish_channel_sums(const Arguments& arguments, 
 // dx = g * a + (x - pivot) * slope + b over a split.
 template <typename Arguments, typename Keeper>
 __device__ __forceinline__ void apply_split(const Arguments& arguments, const Place& p, Keeper& keeper) {
-    GL_SHARED(A, table, [Factors::size]);
-    const Factors factors(p, table, [&](int64 c) { return saved_affine(arguments, p, c); });
-    A pivot[held], a[held], slope[held], b[held];
+    GL_SHARED(A, table, [2][Factors::size]);
+    const Factors factors(p, table[0], [&](int64 c) {
+        const int64 slot = slot_index(p, p.group, c);
+        const A forward_b = arguments.affine ? arguments.affine[slot + slot_plane(p)] : A(0);
+        return Affine{arguments.saved[slot], arguments.tables[slot], forward_b};
+    });
+    const Factors corrections(p, table[1], [&](int64 c) {
+        const int64 slot = slot_index(p, p.group, c), plane = slot_plane(p);
+        return Affine{arguments.saved[slot], arguments.tables[slot + plane], arguments.tables[slot + 2 * plane]};
+    });
+    A pivot[held];
     if (p.inside) {
 #pragma unroll
-        for (int32 i = 0; i < held; ++i) {
-            const int64 slot = slot_index(p, p.group, p.channel + i), plane = slot_plane(p);
-            pivot[i] = arguments.saved[slot];
-            a[i] = arguments.tables[slot];
-            slope[i] = arguments.tables[slot + plane];
-            b[i] = arguments.tables[slot + 2 * plane];
-        }
+        for (int32 i = 0; i < held; ++i) pivot[i] = arguments.saved[slot_index(p, p.group, p.channel + i)];
     }
     Packet x[Keeper::second_ahead], g[Keeper::second_ahead];
     uint32 bits[Keeper::second_ahead];
@@ -850,14 +852,15 @@ __device__ __forceinline__ void apply_split(const Arguments& arguments, const Pl
         [&](int32 slot, int64 offset, auto place) {
             if constexpr (!decltype(place)::keeps) {
                 if (arguments.bits || arguments.y) mask(g[slot], bits[slot]);
-                if (arguments.recompute) mask(g[slot], x[slot], pivot, factors);
             }
+            constexpr bool masked = decltype(place)::keeps;  // what was kept has no need of it
             A result[width];
-#pragma unroll
-            for (int32 i = 0; i < width; ++i) {
-                const int32 c = CHANNELS_LAST ? i : 0;
-                result[i] = widen(g[slot].values[i]) * a[c] + (widen(x[slot].values[i]) - pivot[c]) * slope[c] + b[c];
-            }
+            factors.for_each(pivot, [&](int32 i, const Affine& affine) {
+                result[i] = widen(g[slot].values[i]) * affine.a;
+                if (!masked && arguments.recompute && !(affine.of(x[slot].values[i]) > underflow<STORAGE>)) result[i] = A(0);
+            });
+            corrections.for_each(
+                pivot, [&](int32 i, const Affine& affine) { result[i] += affine.of(x[slot].values[i]); });
             store<width, cache::streaming>(arguments.dx + offset, result);
         });
 }
