@@ -129,7 +129,7 @@ template <typename Arguments> __device__ __forceinline__ Place place_of(const Ar
     p.spread_multiplier = arguments.spread_multiplier;
     p.spread_shift = arguments.spread_shift;
     p.channels = arguments.channels;
-    p.inner = arguments.inner;
+    p.inner = CHANNELS_LAST ? 1 : arguments.inner;
     p.splits = static_cast<int32>(arguments.splits);
     p.slabs = static_cast<int32>((p.channels + lanes() * held - 1) / (lanes() * held));
     p.split = block % p.splits;
@@ -152,8 +152,8 @@ __device__ __forceinline__ int64 row_start(const Place& p, int64 row) {
 
 // Walks over this thread's units of a range, forwards or backwards.
 struct Walk {
-    int32 left;
-    int64 row, position, step_rows, step_positions, inner_units;
+    int32 left, step_rows;
+    int64 row, position, step_positions, inner_units;
 
     __device__ __forceinline__ Walk(const Place& p, const Range& range, bool backwards) {
         const int64 first = range.first, count = range.count;
@@ -164,12 +164,12 @@ struct Walk {
         if (CHANNELS_LAST || left == 0) {
             row = unit;
             position = 0;
-            step_rows = step;
+            step_rows = static_cast<int32>(step);
             step_positions = 0;
         } else {
             row = unit / inner_units;
             position = unit - row * inner_units;
-            step_rows = step / inner_units;
+            step_rows = static_cast<int32>(step / inner_units);
             step_positions = step - step_rows * inner_units;
         }
         if (backwards) {
@@ -602,16 +602,20 @@ __device__ __forceinline__ void normalise_split(const Arguments& arguments, cons
         },
         [&](int32 slot, int64 offset, auto) {
             A result[width];
-            uint32 bits = 0u;
 #pragma unroll
             for (int32 i = 0; i < width; ++i) {
                 A value = affine[CHANNELS_LAST ? i : 0].of(values[slot].values[i]);
                 if (arguments.residual) value += widen(extra[slot].values[i]);
                 if (arguments.relu && value < A(0)) value = A(0);
-                if (value > underflow<STORAGE>) bits |= 1u << i;
                 result[i] = value;
             }
-            if (VECTOR && arguments.bits) arguments.bits[offset / width] = static_cast<uint8>(bits);
+            if (VECTOR && arguments.bits) {
+                uint32 bits = 0u;
+#pragma unroll
+                for (int32 i = 0; i < width; ++i)
+                    if (result[i] > underflow<STORAGE>) bits |= 1u << i;
+                arguments.bits[offset / width] = static_cast<uint8>(bits);
+            }
             store<width, cache::streaming>(arguments.y + offset, result);
         });
 }
@@ -677,11 +681,13 @@ struct Factors {
     }
 };
 
-// Clears the gradients g where the forward's ReLU let nothing pass: x says so, by the forward's own arithmetic.
-__device__ __forceinline__ void mask(Packet& g, const Packet& x, const A (&pivot)[held], const Factors& factors) {
+// Where the forward's ReLU let x pass, by the forward's own arithmetic.
+__device__ __forceinline__ uint32 bits_of(const Packet& x, const A (&pivot)[held], const Factors& factors) {
+    uint32 bits = 0u;
     factors.for_each(pivot, [&](int32 i, const Affine& affine) {
-        if (!(affine.of(x.values[i]) > underflow<STORAGE>)) g.values[i] = STORAGE{};
+        if (affine.of(x.values[i]) > underflow<STORAGE>) bits |= 1u << i;
     });
+    return bits;
 }
 
 // Leaves this block's sums of g and g * (x - pivot) in arguments.parts. g is dy, with a ReLU where its output is > 0:
@@ -711,8 +717,8 @@ __device__ __forceinline__ void sums_of_split(const Arguments& arguments, const 
             if (arguments.y) bits[slot] = bits_of(take_first(place, arguments.y + offset));
         },
         [&](int32 slot, int64 offset, auto place) {
-            if (arguments.bits || arguments.y) mask(g[slot], bits[slot]);
-            if (arguments.recompute) mask(g[slot], x[slot], pivot, factors);
+            if (arguments.recompute) bits[slot] = bits_of(x[slot], pivot, factors);
+            if (arguments.recompute || arguments.bits || arguments.y) mask(g[slot], bits[slot]);
             place.keep(0, x[slot]);
             place.keep(1, g[slot]);
             if (arguments.dresidual) put(arguments.dresidual + offset, g[slot]);
@@ -724,10 +730,11 @@ __device__ __forceinline__ void sums_of_split(const Arguments& arguments, const 
                 product[c] += gradient * (widen(x[slot].values[i]) - pivot[c]);
             }
             if (Keeper::one_launch || arguments.tables) return;
-            A scaled[width];
-            factors.for_each(
-                pivot, [&](int32 i, const Affine& affine) { scaled[i] = widen(g[slot].values[i]) * affine.a; });
-            store<width, cache::streaming>(arguments.dx + offset, scaled);
+            Packet& scaled = g[slot];
+            factors.for_each(pivot, [&](int32 i, const Affine& affine) {
+                scaled.values[i] = narrow<STORAGE>(widen(scaled.values[i]) * affine.a);
+            });
+            put(arguments.dx + offset, scaled);
         });
     if (held > 1) __syncthreads();  // nobody needs the factors any more
     const int32 me = thread_number();

@@ -175,9 +175,7 @@ def backward(
     return _gradients(xp, result, dy, dy_c, x, layout)
 
 
-def passed(
-    x: Any, saved: Any, mask: Any, *, axis: tuple[int, ...], groups: int = 1, residual: bool = False
-) -> Any:
+def passed(x: Any, saved: Any, mask: Any, *, axis: tuple[int, ...], groups: int = 1, residual: bool = False) -> Any:
     """Return 1 where the ReLU of `forward` let its value pass, else 0, in an array like x.
 
     `saved`, `mask` as `forward` returned them (it had no weights); `residual`, whether there was one.

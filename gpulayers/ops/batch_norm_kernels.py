@@ -43,7 +43,13 @@ _GIVEN = [
     *[(name, "const PARAMETER*") for name in ("gamma", "beta", "given_mean", "given_variance")],
     ("renormed", "int32"),
 ]
-_OUTPUT = [("residual", "const STORAGE*"), ("y", "STORAGE*"), ("relu", "int32"), ("affine", "PARAMETER*"), ("bits", "uint8*")]
+_OUTPUT = [
+    ("residual", "const STORAGE*"),
+    ("y", "STORAGE*"),
+    ("relu", "int32"),
+    ("affine", "PARAMETER*"),
+    ("bits", "uint8*"),
+]
 _INPUTS = [("x", "const STORAGE*"), ("saved", "const PARAMETER*"), ("epsilon", "float64")]
 _GRADIENTS = [
     *[(name, "const STORAGE*") for name in ("dy", "y")],
@@ -360,7 +366,7 @@ def backward(
 ) -> tuple[Any, Any, Any, Any]:
     """Return (dx, dgamma, dbeta, dresidual) of a training step.
 
-    With a ReLU, `y` is given, or as `mask` its bits (uint8), or each channel's factor and shift in the forward (`dtype`).
+    With a ReLU, `y` is given, or as `mask` its bits (uint8), or the forward's factors and shifts (`dtype`).
     """
     if x.size == 0:
         return _empty_gradients(dy, x, layout, residual, dtype)

@@ -130,7 +130,7 @@ def division(divisor: int) -> tuple[int, int]:
 SMALL_BYTES = 64 * 1024  # a slab of this size is summed and normalised by one block before the caches forget it
 SMALL_GROUPS = 16  # one block takes the groups one after another
 CLUSTER = 8  # the largest cluster that every device with clusters can place
-STATIC_SHARED = 20 * 1024  # an upper bound of what the kernels use besides the copies they keep
+STATIC_SHARED = 21 * 1024  # an upper bound of what the kernels use besides the copies they keep
 THREADS = 256
 LANES_WIDE, LANES_NARROW = 16, 4  # 256 and 64 bytes of a row with 16-byte accesses
 AHEAD = 4  # accesses in flight per thread, as in batch_norm.cuh

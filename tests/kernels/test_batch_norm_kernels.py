@@ -615,8 +615,8 @@ MUTANTS = {
         ((5000, 16), (1,), "float16"),
     ),
     "a stored zero sets its bit": (
-        "if (value > underflow<STORAGE>) bits",
-        "if (value >= underflow<STORAGE>) bits",
+        "if (result[i] > underflow<STORAGE>) bits",
+        "if (result[i] >= underflow<STORAGE>) bits",
         bits_of,
         ((5000, 16), (1,), "float32"),
     ),
@@ -627,8 +627,8 @@ MUTANTS = {
         ((300, 16), (1,), "float32"),
     ),
     "the sign comes from a product and a sum": (
-        "if (!(affine.of(x.values[i]) >",
-        "if (!(widen(x.values[i]) * affine.a + (affine.b - affine.pivot * affine.a) >",
+        "if (affine.of(x.values[i]) >",
+        "if (widen(x.values[i]) * affine.a + (affine.b - affine.pivot * affine.a) >",
         signs_of,
         ("float32",),
     ),
