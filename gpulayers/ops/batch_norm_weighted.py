@@ -108,7 +108,8 @@ def backward(
             g = xp.where(y.reshape(layout[:5]) > 0, g, 0)
         part = share(xp, weights)
         shifted = x.astype(dtype).reshape(layout[:5]) - _spread(saved[0])
-        sums = g.sum(axis=AXES), (g * shifted).sum(axis=AXES)
+        product = xp.where(g != 0, g * shifted, 0)  # padding may be NaN: where nothing uses it, it has no gradient
+        sums = g.sum(axis=AXES), product.sum(axis=AXES)
         a, slope, b, dgamma, dbeta = gradient_tables(xp, sums, saved, gamma, 1)
         dx = (g + xp.where(part != 0, part * (shifted * _spread(slope) + _spread(b)), 0)) * _spread(a)
         dresidual = (dy if y is None else g.astype(x.dtype).reshape(x.shape)) if residual else None

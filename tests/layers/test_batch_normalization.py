@@ -199,6 +199,16 @@ def test_dtypes_of_parameters_and_outputs(family, dtype, parameters):
     close(y, plain(X), rtol=2e-3 if dtype == "float16" else 2e-5, atol=2e-3 if dtype == "float16" else 2e-6)
 
 
+def test_statistics_of_a_mixed_policy_are_read_in_float32():
+    layer = gl.keras.layers.BatchNormalization(dtype="mixed_float16", epsilon=0.0)
+    layer.build((None, 3))
+    layer.moving_variance.assign(np.full(3, 1e6))  # infinite in float16
+    for _ in range(2):
+        y = layer(X * 1000)
+        assert y.dtype == np.float16
+        close(y, X, rtol=2e-3)
+
+
 def test_the_first_input_settles_the_dtype_of_a_legacy_layer():
     layer = BN()
     assert layer(X.astype("float64")).dtype == np.float64 and layer.gamma.dtype == np.float64
@@ -363,6 +373,19 @@ def test_graph_updates_run_only_when_asked_and_output_uses_the_batch_regardless(
         close(session.run(layer.moving_mean), 0.1 * X.mean(0, dtype="float64"))
 
 
+def test_the_first_update_of_a_graph_is_the_means_and_the_second_the_variances():
+    with gl.Graph().as_default(), gl.Session() as session:
+        x = gl.placeholder(gl.float32, (None, 3))
+        layer = BN(momentum=0.0)
+        layer(x, training=True)
+        session.run(gl.global_variables_initializer())
+        session.run(layer.updates[0], {x: X})
+        close(session.run(layer.moving_mean), X.mean(0, dtype="float64"))
+        np.testing.assert_array_equal(session.run(layer.moving_variance), np.ones(3))
+        session.run(layer.updates[1], {x: X})
+        close(session.run(layer.moving_variance), X.var(0, dtype="float64"))
+
+
 def test_not_trainable_normalises_by_the_batch_without_updates_in_the_legacy_layer_and_infers_in_the_modern_one():
     x = np.array([[3.0], [5.0]], "float32")
     legacy, modern = BN(trainable=False), gl.keras.layers.BatchNormalization(trainable=False)
@@ -512,6 +535,15 @@ def test_adjustment_broadcasts_and_leaves_the_statistics():
     close(layer.moving_mean, x.mean((0, 2), dtype="float64"), atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_what_is_adjusted_is_rounded_to_16_bits_once(dtype):
+    x = X.astype(dtype)
+    bias = -plain(x)[0].astype("float32")  # takes away the leading digits of the first row
+    y = BN(adjustment=lambda shape: (1.0, bias))(x, training=True)
+    assert y.dtype == dtype
+    np.testing.assert_allclose(y[0].astype("float64"), np.zeros(3), rtol=0, atol=5e-6)
+
+
 def test_the_pages_adjustment_with_random_numbers():
     layer = BN(
         adjustment=lambda shape: (
@@ -597,6 +629,46 @@ def test_a_mask_without_any_entry_gives_zero_moments():
     y = layer(X, training=True, mask=np.zeros(6, bool))
     close(y, X / np.sqrt(1e-3), rtol=1e-4)
     np.testing.assert_array_equal(layer.moving_mean.numpy(), np.zeros(3))
+
+
+@pytest.mark.parametrize("where", ["cpu", "emulated"])
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_a_mask_goes_with_a_residual_and_an_activation_forward_and_backward(activation, where):
+    mask = np.array([1.0, 1.0, 0.0, 2.0, 0.0, 1.0])
+    weight = RNG.normal(size=(6, 3)).astype("float32")
+    found = []
+    for fused in (True, False):
+        with gl.device(where):
+            layer = BN(activation=activation if fused else None)
+            x, residual = gl.asarray(X.copy()), gl.asarray(weight * 2)
+            with gl.GradientTape() as tape:
+                tape.watch([x, residual])
+                y = layer(x, training=True, mask=mask, residual=residual if fused else None)
+                if not fused:
+                    y = y + residual
+                    y = gl.ops.relu(y) if activation else y
+            gradients = tape.gradient(y, [x, residual, layer.gamma, layer.beta], output_gradients=gl.asarray(weight))
+            found.append([asnumpy(v) for v in (y.value, *gradients)])
+    for mine, composed in zip(*found, strict=True):
+        np.testing.assert_allclose(mine, composed, rtol=1e-5, atol=1e-5)
+    assert activation is None or found[0][0].min() == 0.0
+
+
+@pytest.mark.parametrize("where", ["cpu", "emulated"])
+def test_padding_that_is_no_number_and_that_nothing_uses_reaches_no_gradient(where):
+    mask = np.array([True, True, False, True, False, True])
+    weight = np.where(mask[:, None], RNG.normal(size=(6, 3)), 0.0).astype("float32")
+    found = []
+    for padding in (7.0, np.nan):
+        with gl.device(where), np.errstate(all="ignore"):
+            layer, x = BN(), gl.asarray(np.where(mask[:, None], X, np.float32(padding)))
+            with gl.GradientTape() as tape:
+                tape.watch(x)
+                y = layer(x, training=True, mask=mask)
+            gradients = tape.gradient(y, [x, layer.gamma, layer.beta], output_gradients=gl.asarray(weight))
+            found.append([asnumpy(v) for v in gradients])
+    for with_number, with_nan in zip(*found, strict=True):
+        np.testing.assert_array_equal(with_nan, with_number)
 
 
 def test_a_carried_mask_is_passed_on_and_has_no_effect_in_inference():
@@ -810,6 +882,32 @@ def test_skipping_updates_of_channels_that_are_not_finite(family):
     assert np.isnan(plain_layer.moving_mean.numpy()[1])
 
 
+@pytest.mark.parametrize("where", ["cpu", "emulated"])
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize("renorm", [False, True])
+def test_a_skipped_channel_keeps_every_statistic_to_the_bit(renorm, mode, where):
+    x = X.copy()
+    x[:2, 1] = [2e38, -2e38]  # the sum is finite, the variance is not
+    x[2:, 1] = 0.0
+    with gl.device(where), np.errstate(all="ignore"):
+        layer = BN(momentum=0.5, renorm=renorm, skip_nonfinite_updates=True, dtype="float32")
+        if mode == "eager":
+            layer.build((6, 3))
+            before = layer.get_weights()
+            layer(x, training=True)
+        else:
+            with gl.Graph().as_default(), gl.Session() as session:
+                layer(gl.ops.identity(x), training=True)
+                session.run(gl.global_variables_initializer())
+                before = session.run(layer.variables)
+                session.run(layer.updates)
+        *after, skipped = [v.numpy() for v in layer.variables]
+    assert skipped == 1
+    for mine, expected in zip(after, before, strict=False):
+        assert mine[1] == expected[1] and np.isfinite(mine).all()
+    assert after[2][0] != before[2][0]
+
+
 def test_extensions_survive_the_config():
     layer = BN(activation="relu", skip_nonfinite_updates=True)
     twin = BN.from_config(layer.get_config())
@@ -829,8 +927,9 @@ def test_an_empty_batch_gives_an_empty_output_and_leaves_the_statistics(family, 
     layer = family.BatchNormalization(**keywords)
     layer.build((None, *shape[1:]))
     before = layer.get_weights()
-    y = layer(np.ones(shape, "float32"), training=training)
-    assert y.shape == shape and y.dtype == np.float32
+    for _ in range(2):
+        y = layer(np.ones(shape, "float32"), training=training)
+        assert y.shape == shape and y.dtype == np.float32
     for mine, expected in zip(layer.get_weights(), before, strict=True):
         np.testing.assert_array_equal(mine, expected)
 
