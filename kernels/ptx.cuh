@@ -11,6 +11,14 @@
 #define GL_PTX(device_code, host_code) device_code
 #endif
 
+// Whether a field of a struct lies at an offset. NVRTC before CUDA 13 has no offsetof: there the struct's size is checked
+// alone, and the same struct's offsets in the other builds.
+#if defined(GL_HOST) || __CUDACC_VER_MAJOR__ >= 13
+#define GL_LIES_AT(type, field, offset) (__builtin_offsetof(type, field) == (offset))
+#else
+#define GL_LIES_AT(type, field, offset) true
+#endif
+
 // ---- kernel entries and shared memory ------------------------------------------------------------------------------
 
 #ifndef CLUSTER

@@ -81,7 +81,7 @@ def argument_struct(kernel: str, fields: Sequence[Field]) -> str:
     lines = [f"struct {name} {{", *(f"    {field.declaration}" for field in fields), "};"]
     for index, field in enumerate(fields):
         offset = struct.calcsize("@" + "".join(f.code for f in fields[:index]) + "0" + field.code[-1])
-        lines.append(f'static_assert(__builtin_offsetof({name}, {field.name}) == {offset}, "{kernel}: {field.name}");')
+        lines.append(f'static_assert(GL_LIES_AT({name}, {field.name}, {offset}), "{kernel}: {field.name}");')
     lines.append(f'static_assert(sizeof({name}) == {struct_format(fields).size}, "{kernel}: size of the arguments");')
     return "\n".join(lines) + "\n"
 

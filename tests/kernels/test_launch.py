@@ -107,7 +107,7 @@ def test_layout_is_that_of_c():
     assert kernel.packer.size == ctypes.sizeof(Expected)
     text = source.argument_struct("gl_echo", kernel.fields)
     for name, _ in MIXED:
-        assert f"__builtin_offsetof(gl_echo_arguments, {name}) == {getattr(Expected, name).offset}," in text
+        assert f"GL_LIES_AT(gl_echo_arguments, {name}, {getattr(Expected, name).offset})," in text
         assert kernel.field_at(getattr(Expected, name).offset).name == name
 
 
