@@ -20,8 +20,8 @@
 // Moving statistics and renorm's r and d are finished by the last block of a slab, in the same launch.
 // Grid: groups * slabs * splits (one-launch kernels: slabs * CLUSTER). Block: (lanes, depth), at most 256 threads.
 // Shared memory: at most 21 KB static; the keeping kernels add 16 bytes per unit held.
-// Registers: at most 80 in the sweeps, so that a multiprocessor holds the three blocks that the plan gives it: the grid is
-//   one wave. At most 128 in the one-launch kernels.
+// Registers: at most 80 in the sweeps (gl_bn_sums on sm_100 apart), so that a multiprocessor holds the three blocks that
+//   the plan gives it: the grid is one wave. At most 128 in the one-launch kernels.
 // Deterministic; no floating-point atomics.
 #include "batch_norm.cuh"
 #include "batch_norm_grid.cuh"

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Prepared", "remember"]
 
-_MOST = 1024
-
 
 class Prepared:
     """A launch with specialisation, grid, block and the `fixed` values settled; made by `Kernel.prepare`.
@@ -130,15 +128,15 @@ class Prepared:
         )
 
 
-def remember(known: dict[Any, Any], key: Any, value: Any) -> Any:
-    """Keep `value`, such as a prepared launch, under `key`, and return it; the oldest of 1024 gives way.
+def remember(known: dict[Any, Any], key: Any, value: Any, most: int = 1024) -> Any:
+    """Keep `value`, such as a prepared launch, under `key`, and return it; the oldest of `most` gives way.
 
     >>> known = {}
     >>> remember(known, (8, 16), "plan"), known
     ('plan', {(8, 16): 'plan'})
     """
-    while len(known) >= _MOST:
-        known.pop(next(iter(known)), None)
+    while len(known) >= most:
+        known.pop(next(iter(tuple(known)), None), None)  # a copy: another thread may be adding
     known[key] = value
     return value
 

@@ -20,7 +20,7 @@ import numpy as np
 from gpulayers.device import array_module, is_array, kind_of
 from gpulayers.dtypes import dtype_name
 from gpulayers.errors import DeviceError, ShapeError, message
-from gpulayers.launch import Kernel, contiguous, keep, launcher_of, workspace
+from gpulayers.launch import Kernel, contiguous, keep, launcher_of, remember, workspace
 
 __all__ = ["adam_update", "global_norm", "momentum_update", "numbers_buffer", "sgd_update", "store_numbers"]
 
@@ -219,9 +219,7 @@ def _plan(
         forget = functools.partial(_forget, key)
         references = [weakref.ref(array, forget) for array in arrays]
         plan = _make_plan(params, grads, slots, decays or (True,) * len(params), references)
-        while len(_plans) >= TABLES:
-            _plans.pop(next(iter(_plans)), None)
-        _plans[key] = plan
+        remember(_plans, key, plan, TABLES)
     return plan
 
 
@@ -357,8 +355,6 @@ def _norm_table(arrays: Sequence[Any]) -> tuple[Any, int]:
     key = (type(arrays[0]), launcher_of(arrays[0]).queue(), sizes)
     found = _norm_tables.get(key)
     if found is None:
-        while len(_norm_tables) >= TABLES:
-            _norm_tables.pop(next(iter(_norm_tables)), None)
-        found = _norm_tables[key] = _words([[size] for size in sizes], arrays[0])
+        found = remember(_norm_tables, key, _words([[size] for size in sizes], arrays[0]), TABLES)
     keep(found[0])
     return found

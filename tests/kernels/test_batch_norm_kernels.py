@@ -460,7 +460,7 @@ def test_every_plan_can_be_launched(device):
             assert plan.lanes * plan.depth <= 256 and plan.depth >= columns // plan.lanes
             assert plan.lanes & (plan.lanes - 1) == 0 and plan.depth & (plan.depth - 1) == 0
             assert (plan.slabs - 1) * columns < channels <= plan.slabs * columns
-            assert plan.shared + 20 * 1024 <= device.shared_per_block
+            assert plan.shared + 21 * 1024 <= device.shared_per_block
             assert plan.regime != "cluster" or device.has_clusters
             if plan.regime == "cluster":
                 units = layout.samples // (16 // itemsize if plan.vector and not plan.channels_last else 1)
