@@ -835,6 +835,9 @@ __device__ __forceinline__ void apply_split(const Arguments& arguments, const Pl
 #pragma unroll
         for (int32 i = 0; i < held; ++i) pivot[i] = arguments.saved[slot_index(p, p.group, p.channel + i)];
     }
+    // The first pass of the same launch has left the masked gradient there: one array instead of two.
+    bool masked_before = false;
+    if constexpr (Keeper::one_launch) masked_before = arguments.dresidual != nullptr;
     Packet x[Keeper::second_ahead], g[Keeper::second_ahead];
     uint32 bits[Keeper::second_ahead];
     keeper.second_pass(
@@ -845,8 +848,8 @@ __device__ __forceinline__ void apply_split(const Arguments& arguments, const Pl
                 g[slot] = place.recall(1);
             } else {
                 x[slot] = take<cache::streaming>(arguments.x + offset);
-                if constexpr (Keeper::one_launch) {  // the first pass has left g there: one array instead of two
-                    if (arguments.dresidual) {
+                if constexpr (Keeper::one_launch) {
+                    if (masked_before) {
                         g[slot] = take(arguments.dresidual + offset);
                         return;
                     }
@@ -858,7 +861,7 @@ __device__ __forceinline__ void apply_split(const Arguments& arguments, const Pl
         },
         [&](int32 slot, int64 offset, auto place) {
             if constexpr (!decltype(place)::keeps) {
-                if (arguments.bits || arguments.y) mask(g[slot], bits[slot]);
+                if (!masked_before && (arguments.bits || arguments.y)) mask(g[slot], bits[slot]);
             }
             constexpr bool masked = decltype(place)::keeps;  // what was kept has no need of it
             A result[width];
