@@ -253,10 +253,11 @@ def static_shared(itemsize: int, held: int) -> int:
     """Return an upper bound of what the kernels use beside their copies, with `held` channels per thread, in bytes.
 
     >>> static_shared(2, 8), static_shared(4, 1)
-    (19712, 5376)
+    (20736, 5376)
     """
     accumulated = 8 if itemsize == 8 else 4
-    return THREADS * (8 + accumulated * (1 + 2 * held)) + 256
+    beside = max(THREADS, 4 * held * LANES_WIDE if held > 1 else 0)  # forward: counts; backward: two tables of factors
+    return THREADS * (8 + accumulated * 2 * held) + accumulated * beside + 256
 
 
 def _grid(
