@@ -24,6 +24,7 @@ STEP = 1e-6
 # Families whose truth needs tests of their own kind, and the file under tests/ that holds them.
 ELSEWHERE = {
     "batch_norm": "layers/test_batch_normalization_cases.py",
+    "batch_norm_second": "ops/test_batch_norm_second_order.py",
     "random": "ops/test_random.py",
     "recurrent": "ops/test_recurrent_arrays.py",
     "residual": "kernels/test_residual.py",
