@@ -124,7 +124,9 @@ def run_tasks(
 
 
 def run_beside(work: Callable[[], Result]) -> Callable[[], Result]:
-    """Start `work` on a thread of the pool; return the function that waits for its result. Without a pool: do it now.
+    """Start `work` on a thread of the pool; return the function that waits for its result.
+
+    Work that no thread has begun by then is done by the one that waits. Without a pool it is done at once.
 
     >>> waiting = run_beside(lambda: 6 * 7)
     >>> waiting()
@@ -135,4 +137,4 @@ def run_beside(work: Callable[[], Result]) -> Callable[[], Result]:
         result = work()
         return lambda: result
     (future,) = pool.submit(work, 1)
-    return future.result
+    return lambda: work() if future.cancel() else future.result()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gpulayers.ops import host_threads
-from gpulayers.ops.host_threads import run_tasks
+from gpulayers.ops.host_threads import run_beside, run_tasks
 
 
 @pytest.fixture
@@ -82,3 +82,21 @@ def test_a_system_that_forbids_it(pool, monkeypatch):
     monkeypatch.setattr(pool, "_current_processor", lambda: 1)
     assert run_tasks(abs, [-1, 2], True) == [1, 2]
     assert pool._current_processor is None
+
+
+def test_work_beside(pool):
+    waiting = run_beside(lambda: threading.get_ident())
+    time.sleep(0.05)
+    assert waiting() != threading.get_ident()
+    with pytest.raises(ZeroDivisionError):
+        run_beside(lambda: 1 / 0)()
+
+
+def test_work_that_nobody_has_begun_is_done_by_the_one_who_waits(pool):
+    gate = threading.Event()
+    busy = [run_beside(lambda: gate.wait(20)) for _ in range(pool.workers)]
+    time.sleep(0.05)
+    done = []
+    assert run_beside(lambda: done.append(threading.get_ident()))() is None
+    gate.set()
+    assert done == [threading.get_ident()] and all(waiting() for waiting in busy)
