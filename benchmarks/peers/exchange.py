@@ -6,6 +6,7 @@ written as 16-bit integers. Nothing here may import more than NumPy: both sides 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +32,19 @@ def _load_one(path: Path, dtype: str) -> np.ndarray:
 
 def save(folder: Path, arrays: dict[str, Any]) -> dict[str, Any]:
     """Write arrays, or lists of arrays, into `folder`; return what `load` needs: the dtypes by name."""
-    found: dict[str, Any] = {}
-    for name, value in arrays.items():
-        if isinstance(value, list):
-            found[name] = [_save_one(folder / f"{name}.{i}.npy", part) for i, part in enumerate(value)]
-        else:
-            found[name] = _save_one(folder / f"{name}.npy", value)
-    return found
+    return _for_each(folder, arrays, _save_one)
 
 
 def load(folder: Path, dtypes: dict[str, Any]) -> dict[str, Any]:
     """Return the arrays that `save` wrote."""
-    found: dict[str, Any] = {}
-    for name, dtype in dtypes.items():
-        if isinstance(dtype, list):
-            found[name] = [_load_one(folder / f"{name}.{i}.npy", one) for i, one in enumerate(dtype)]
-        else:
-            found[name] = _load_one(folder / f"{name}.npy", dtype)
-    return found
+    return _for_each(folder, dtypes, _load_one)
+
+
+def _for_each(folder: Path, values: dict[str, Any], work: Callable[[Path, Any], Any]) -> dict[str, Any]:
+    """Return what `work` makes of each array's file and value, in the structure of `values`."""
+    return {
+        name: [work(folder / f"{name}.{i}.npy", part) for i, part in enumerate(value)]
+        if isinstance(value, list)
+        else work(folder / f"{name}.npy", value)
+        for name, value in values.items()
+    }

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from gpulayers.ops.batch_norm_plan import Layout
-from gpulayers.ops.batch_norm_sweeps import _clear
+from gpulayers.ops.batch_norm_sweeps import clear
 
-__all__ = ["backward_apply", "backward_sums", "moments", "normalise", "suits"]
+__all__ = ["backward_apply", "backward_sums", "clear", "moments", "normalise", "suits"]
 
 SMALL = 32768  # elements
 LONG_SUM = 1024  # NumPy adds down a column one by one: longer float32 sums lose digits
@@ -80,7 +80,7 @@ def backward_sums(dy: Any, layout: Layout, shifted: Any, y: Any) -> tuple[Any, A
     if g.dtype != shifted.dtype or y is not None:
         g = g.astype(shifted.dtype, order="C")
     if y is not None:
-        _clear(g, y.reshape(shape) > 0)
+        clear(g, y.reshape(shape) > 0)
     both = (layout.groups, layout.channels)
     return (
         g,

@@ -19,7 +19,7 @@ from gpulayers.ops.batch_norm_plan import Layout
 from gpulayers.ops.host_buffers import aligned
 from gpulayers.ops.host_threads import run_tasks
 
-__all__ = ["Affine", "backward_apply", "backward_sums", "moments", "near_zero", "normalise"]
+__all__ = ["Affine", "backward_apply", "backward_sums", "clear", "moments", "near_zero", "normalise"]
 
 FAR_PIVOT = 16.0  # (mean - pivot)^2 / variance above which float32 sums and factors lose digits: take a nearer pivot
 REPEATED = 1 << 20  # elements that a table may be blown up to
@@ -285,7 +285,7 @@ def backward_sums(dy: Any, x: Any, layout: Layout, pivot: Any, y: Any, dtype: An
     return first, second
 
 
-def _clear(g: Any, keep: Any) -> None:
+def clear(g: Any, keep: Any) -> None:
     """Set `g` to 0 where `keep` is false, whatever stood there.
 
     Its bits are and-ed with all ones or none: a product would leave NaN where g is not finite, and NumPy's masked
@@ -302,7 +302,7 @@ def _gradient(dy: Any, y: Any, scratch: _Scratch) -> Any:
     g = scratch.like(dy, "g")
     np.copyto(g, dy)
     if y is not None:
-        _clear(g, y > 0)
+        clear(g, y > 0)
     return g
 
 

@@ -16,7 +16,16 @@ from tests.kernels.emulation import H200_LIKE, EmulatedLauncher, EmulationError
 from tests.kernels.emulation.build import compiler
 from tests.kernels.nvrtc import compile_for, supported, unusable_reason
 from tests.kernels.strict_array import launcher, xp
-from tests.kernels.test_batch_norm_kernels import EPSILON, TOLERANCE, check, close, make, regimes, with_mutant
+from tests.kernels.test_batch_norm_kernels import (
+    EPSILON,
+    TOLERANCE,
+    check,
+    check_renorm,
+    close,
+    make,
+    regimes,
+    with_mutant,
+)
 from tests.ops import batch_norm_truth as truth
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++")
@@ -104,30 +113,7 @@ def test_everything(shape, axis, groups, dtype, residual, relu, on):
 
 @pytest.mark.parametrize(("shape", "axis", "groups"), [((5000, 20), (1,), 1), ((6, 50, 11, 9), (3,), 3)])
 def test_renorm_and_moving_statistics(shape, axis, groups):
-    values, exact = make(shape, axis, "float32")
-    rng = np.random.default_rng(1)
-    names = ("mean", "variance", "stddev", "renorm_mean", "renorm_stddev")
-    old = {name: rng.uniform(0.5, 2, values["gamma"].size).astype("f") for name in names}
-    on_device = {name: xp.asarray(v.copy()) for name, v in old.items()}
-    moving = bn.MovingStatistics(
-        on_device["mean"], on_device["variance"], 0.1, stddev=on_device["stddev"],
-        renorm_mean=on_device["renorm_mean"], renorm_stddev=on_device["renorm_stddev"], renorm_decay=0.2,
-    )  # fmt: skip
-    limits = (0.8, 1.2, 0.3)
-    r, d, after = truth.renorm(
-        exact["x"], axis, EPSILON, groups, {k: v.astype("d") for k, v in old.items()}, limits, 0.1, 0.2
-    )
-    renorm = bn.Renorm(on_device["renorm_mean"], on_device["renorm_stddev"], *limits)
-    x, gamma, beta, dy = (xp.asarray(values[k]) for k in ("x", "gamma", "beta", "dy"))
-    f = bn.forward(x, gamma, beta, axis=axis, groups=groups, renorm=renorm, moving=moving)
-    want = truth.forward(exact["x"], exact["gamma"], exact["beta"], axis, EPSILON, groups, r=r, d=d)
-    close(f.y, want.y, 1e-5, "y")
-    for name, expected in after.items():
-        close(on_device[name], expected, 2e-6, name)
-    b = bn.backward(dy, x, gamma, f.saved, axis=axis, groups=groups)
-    back = truth.backward(exact["dy"], exact["x"], exact["gamma"], axis, EPSILON, groups, r=r, d=d)
-    for name in ("dx", "dgamma", "dbeta"):
-        close(getattr(b, name), getattr(back, name), 4e-5, name)
+    check_renorm(shape, axis, groups, (0.8, 1.2, 0.3))
     assert regimes() == GRID
 
 
