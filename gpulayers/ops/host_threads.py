@@ -14,6 +14,7 @@ Two things decide whether a second thread helps at all:
 from __future__ import annotations
 
 import collections
+import contextvars
 import functools
 import os
 import threading
@@ -25,7 +26,7 @@ import numpy as np
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
-__all__ = ["run_beside", "run_tasks"]
+__all__ = ["InOrder", "run_beside", "run_tasks"]
 
 THREADS = 4  # at most, the calling one included
 
@@ -56,10 +57,10 @@ class _Pool:
         )
 
     def submit(self, work: Callable[[], Result], times: int) -> list[Future[Result]]:
-        """Start `work` on so many threads, away from the caller's processor."""
+        """Start `work` on so many threads, away from the caller's processor, with the caller's NumPy error state."""
         if self._current_processor is not None:
             self._avoid(self._current_processor())
-        return [self._executor.submit(work) for _ in range(times)]
+        return [self._executor.submit(contextvars.copy_context().run, work) for _ in range(times)]
 
     def _avoid(self, processor: int) -> None:
         if processor == self._avoided or len(self._identities) < self.workers:
@@ -138,3 +139,52 @@ def run_beside(work: Callable[[], Result]) -> Callable[[], Result]:
         return lambda: result
     (future,) = pool.submit(work, 1)
     return lambda: work() if future.cancel() else future.result()
+
+
+class InOrder:
+    """Calls that another thread makes one after the other, in the order given, while the caller goes on.
+
+    Without a pool, nothing is called before `finish`.
+
+    >>> made = []
+    >>> calls = InOrder()
+    >>> for number in range(3):
+    ...     calls.add(functools.partial(made.append, number))
+    >>> calls.finish()
+    >>> made
+    [0, 1, 2]
+    """
+
+    def __init__(self) -> None:
+        self._pool = _pool()
+        self._lock = threading.Lock()
+        self._waiting: collections.deque[Callable[[], object]] = collections.deque()
+        self._futures: list[Future[None]] = []
+        self._running = self._pool is None
+
+    def add(self, work: Callable[[], object]) -> None:
+        """Have `work` called after all that was added before."""
+        with self._lock:
+            self._waiting.append(work)
+            start, self._running = not self._running, True
+        if start and self._pool is not None:
+            self._futures += self._pool.submit(self._work_off, 1)
+
+    def finish(self) -> None:
+        """Return when all has been called; what no thread has begun is called here. Raises what a call raised."""
+        if self._pool is None:
+            self._work_off()
+        for future in self._futures:
+            if future.cancel():
+                self._work_off()
+            else:
+                future.result()
+
+    def _work_off(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._running = False
+                    return
+                work = self._waiting.popleft()
+            work()

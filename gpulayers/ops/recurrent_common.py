@@ -12,17 +12,14 @@ from typing import Any
 import numpy as np
 
 from gpulayers.errors import ShapeError, StructureError, message
-from gpulayers.ops.host_buffers import recycled
 
 __all__ = [
     "RECURRENT_ACTIVATIONS",
     "check_choice",
     "check_gate_weights",
-    "cut_in_strips",
     "finish_gates",
     "gate_scale",
     "gate_slope",
-    "gates_apart",
     "hold_outputs",
     "hold_outputs_backward",
     "mask_from_lengths",
@@ -112,38 +109,6 @@ def skipped_rows(mask_tn: np.ndarray | None, time: int) -> tuple[Any, list[bool]
     skipped = ~mask_tn[:, :, None]
     steps: np.ndarray = np.any(skipped, axis=(1, 2))
     return skipped, steps.tolist()
-
-
-def gates_apart(weights: np.ndarray, gates: int, dtype: np.dtype, transposed: bool = False) -> np.ndarray:
-    """Return weights (D, gates*U) as a new aligned array (gates, D, U), or (gates, U, D) if `transposed`.
-
-    One product per gate writes each gate where the elementwise work wants it, and small ones run in BLAS kernels that
-    skip the packing of the weights.
-    """
-    depth, units = weights.shape[0], weights.shape[1] // gates
-    axes = (1, 2, 0) if transposed else (1, 0, 2)
-    apart = recycled((gates, units, depth) if transposed else (gates, depth, units), dtype)
-    np.copyto(apart, weights.reshape(depth, gates, units).transpose(axes))
-    return apart
-
-
-_STRIP = 64  # columns: a strip of weights stays in the first-level cache while the rows pass
-_SMALL = 1 << 19  # multiplications up to which BLAS takes a product as it is, without packing its operands
-
-
-def cut_in_strips(weights: np.ndarray, product: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return what ``np.matmul(left[..., None, :, :], weights, out=product)`` needs to make products strip by strip.
-
-    `weights` (gates, D, U) and `product` (gates, N, U), a C-contiguous buffer, become (gates, strips, D, 64), copied,
-    and a view (gates, strips, N, 64) of the same buffer. One strip, uncopied, where that is as good: few columns or
-    steps, or rows so many that a strip's product would be packed all the same.
-    """
-    (gates, depth, units), batch = weights.shape, product.shape[1]
-    if not depth or units % _STRIP or units <= _STRIP or steps < 8 or batch * depth * _STRIP > _SMALL:
-        return weights[:, None], product[:, None]
-    cut = recycled((gates, units // _STRIP, depth, _STRIP), weights.dtype)
-    np.copyto(cut, weights.reshape(gates, depth, -1, _STRIP).transpose(0, 2, 1, 3))
-    return cut, product.reshape(gates, batch, units // _STRIP, _STRIP).transpose(0, 2, 1, 3)
 
 
 def gate_scale(recurrent_activation: str, dtype: np.dtype) -> Any:

@@ -269,9 +269,7 @@ def simple_rnn_sequence_backward(
     back = Return(run, d_h_last, run.own(d_outputs), residual, around=False)
     d_sums = run.empty(run.time, run.batch, units)
     for t in reversed(run.steps):
-        launch_step(
-            "gl_simple_rnn_backward", run.batch, units, new_h=h_tnu[t + 1], d_gates=d_sums[t], **back.fields(t)
-        )
+        launch_step("gl_simple_rnn_backward", run.batch, units, new_h=h_tnu[t + 1], d_gates=d_sums[t], **back.fields(t))
         back.through(d_sums[t], transposed)
     d_recurrent = run.d_weights(run.rows(run.entered(h_tnu)), run.rows(d_sums))
     return inputs.d_x(d_sums, back.added), back.first(), inputs.d_kernel(x, d_sums), d_recurrent, run.d_bias(d_sums)

@@ -19,6 +19,7 @@ and activated in place; the backward pass makes its factors a block of steps at 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -29,11 +30,9 @@ from gpulayers.ops.recurrent_common import (
     RECURRENT_ACTIVATIONS,
     check_choice,
     check_gate_weights,
-    cut_in_strips,
     finish_gates,
     gate_scale,
     gate_slope,
-    gates_apart,
     hold_outputs,
     hold_outputs_backward,
     reverse_if,
@@ -41,6 +40,8 @@ from gpulayers.ops.recurrent_common import (
     steps_per_block,
     working_dtype,
 )
+from gpulayers.ops.recurrent_gradients import WeightGradients, rows_times
+from gpulayers.ops.recurrent_products import in_strips, weight_strips
 from gpulayers.ops.recurrent_projections import projected_blocks, steps_kept
 
 __all__ = [
@@ -187,28 +188,51 @@ def gru_step_backward(
     gates_gtnu = np.ascontiguousarray(gates.reshape(batch, 3, units).transpose(1, 0, 2))[:, None]
     inner = saved[3][None]
     kernel, recurrent_kernel = kernel.astype(dtype, copy=False), recurrent_kernel.astype(dtype, copy=False)
-    d_input, d_state = _gru_loop_backward(
-        np.zeros((1, batch, units), dtype), d_new, h[None], gates_gtnu, inner, recurrent_kernel, None, None,
-        reset_after, recurrent_activation,
-    )  # fmt: skip
+    d_input, d_state = _gradient_buffers(1, batch, units, dtype, reset_after)
+    weights = _WeightGradients(d_input, d_state, x[None], h[None], saved[3][None], reset_after)
+    for start, end in _gru_loop_backward(
+        np.zeros((1, batch, units), dtype), d_new, h[None], gates_gtnu, inner, d_input, d_state, recurrent_kernel, None,
+        None, reset_after, recurrent_activation,
+    ):  # fmt: skip
+        weights.add(start, end)
     d_x = np.matmul(d_input[0], kernel.T)
     if residual and d_output is not None:
         d_x += d_output
-    return d_x, d_new, *_weight_gradients(x, h, d_input[0], d_state[0], saved[3], reset_after)
+    return d_x, d_new, *weights.results()
 
 
-def _weight_gradients(
-    x: np.ndarray, h: np.ndarray, d_input: np.ndarray, d_state: np.ndarray, inner: np.ndarray, reset_after: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the gradients of kernel, recurrent kernel and bias from rows of all steps."""
-    ones, units = np.ones(len(x), x.dtype), h.shape[1]
-    d_kernel, d_bias = np.matmul(x.T, d_input), np.matmul(ones, d_input)
-    if reset_after:
-        return d_kernel, np.matmul(h.T, d_state), np.stack([d_bias, np.matmul(ones, d_state)])
-    d_recurrent = np.empty((units, 3 * units), x.dtype)
-    d_recurrent[:, : 2 * units] = np.matmul(h.T, d_input[:, : 2 * units])
-    d_recurrent[:, 2 * units :] = np.matmul(inner.T, d_input[:, 2 * units :])
-    return d_kernel, d_recurrent, d_bias
+def _gradient_buffers(
+    time: int, batch: int, units: int, dtype: np.dtype, reset_after: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return memory (T, N, 3U) for the gradients by a and, with `reset_after`, by c (else the same array)."""
+    d_input = recycled((time, batch, 3 * units), dtype)
+    return d_input, recycled((time, batch, 3 * units), dtype) if reset_after else d_input
+
+
+class _WeightGradients:
+    """The gradients of kernel, recurrent kernel and bias, summed block by block."""
+
+    def __init__(
+        self, d_input: np.ndarray, d_state: np.ndarray, x: np.ndarray, h: np.ndarray, inner: np.ndarray,
+        reset_after: bool,
+    ) -> None:  # fmt: skip
+        self._reset_after, zr = reset_after, 2 * h.shape[2]
+        self._sums = [WeightGradients(d_input, x)]
+        if reset_after:
+            self._sums += [WeightGradients(d_state, h)]
+        else:
+            self._sums += [WeightGradients(d_input[..., :zr], h), WeightGradients(d_input[..., zr:], inner)]
+
+    def add(self, start: int, end: int) -> None:
+        for each in self._sums:
+            each.add(start, end)
+
+    def results(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        (d_kernel, d_bias), *by_state = (each.results() for each in self._sums)
+        if self._reset_after:
+            ((d_recurrent, d_inner_bias),) = by_state
+            return d_kernel, d_recurrent, np.stack([d_bias, d_inner_bias])
+        return d_kernel, np.concatenate([d_recurrent for d_recurrent, _ in by_state], axis=1), d_bias
 
 
 def gru_sequence(
@@ -252,7 +276,7 @@ def gru_sequence(
     h_tnu[0] = h0
     outputs = recycled((time, batch, units), dtype)
     mask = reverse_if(go_backwards, mask)
-    weights = _inner_weights(kernel, recurrent_kernel, bias, reset_after, recurrent_activation, dtype)
+    weights = _inner_weights(kernel, recurrent_kernel, bias, reset_after, recurrent_activation, dtype, batch)
     _gru_loop(
         dropped, x if residual else None, weights, gates, inner, h_tnu, outputs, mask, recurrent_mask, reset_after,
         recurrent_activation,
@@ -265,16 +289,14 @@ def gru_sequence(
 
 def _inner_weights(
     kernel: np.ndarray, recurrent_kernel: np.ndarray, bias: np.ndarray | None, reset_after: bool, activation: str,
-    dtype: np.dtype,
+    dtype: np.dtype, batch: int,
 ) -> tuple[np.ndarray, ...]:  # fmt: skip
-    """Return kernel (3, D, U), recurrent kernel (3, U, U), offset (3, U) and the inner offset (U).
+    """Return kernel and recurrent kernel in strips, the offset (3, U) and the inner offset (U).
 
     The columns of z and r are scaled for `finish_gates`; the state's bias of z and r joins the inputs'.
     """
     units, scale = recurrent_kernel.shape[0], gate_scale(activation, dtype)
-    kernel_gdu, recurrent_guu = gates_apart(kernel, 3, dtype), gates_apart(recurrent_kernel, 3, dtype)
-    kernel_gdu[:2] *= scale
-    recurrent_guu[:2] *= scale
+    strips = (weight_strips(each, batch, dtype, range(3), (scale, scale, 1.0)) for each in (kernel, recurrent_kernel))
     offset_gu, inner_offset_u = np.zeros((3, units), dtype), np.zeros(units, dtype)
     if bias is not None and reset_after:
         offset_gu += bias[0].reshape(3, units)
@@ -283,7 +305,7 @@ def _inner_weights(
     elif bias is not None:
         offset_gu += bias.reshape(3, units)
     offset_gu[:2] *= scale
-    return kernel_gdu, recurrent_guu, offset_gu, inner_offset_u
+    return *strips, offset_gu, inner_offset_u
 
 
 def _gru_loop(
@@ -296,22 +318,22 @@ def _gru_loop(
     `gates` (3, T, N, U) receives z, r, n; `inner` (T, N, U) what r multiplied: c_h with `reset_after`, otherwise r h.
     Where nothing is saved they hold fewer steps and `h_tnu` is a ring of 2.
     """
-    kernel_gdu, recurrent_guu, offset_gu, inner_offset_u = weights
-    entered = recurrent_guu if reset_after else recurrent_guu[:2]
+    kernel, recurrent, offset_gu, inner_offset_u = weights
+    entered = recurrent if reset_after else recurrent[:2]
     (time, batch, _), units, ring = x.shape, gates.shape[3], len(h_tnu)
     saved = ring == time + 1
     product, scratch = recycled((len(entered), batch, units), gates.dtype), recycled((batch, units), gates.dtype)
     dropped = recycled((batch, units), gates.dtype)
-    strips, into = cut_in_strips(entered, product, time)
+    into, into_scratch = in_strips(product, recurrent), in_strips(scratch, recurrent)
     inner_biased = bool(inner_offset_u.any())
     skipped, skips = skipped_rows(mask, time)
-    for start, part in projected_blocks(x, kernel_gdu, offset_gu, gates):
+    for start, part in projected_blocks(x, kernel, offset_gu, gates):
         for t in range(start, start + part.shape[1]):
             h, new_h, kept = h_tnu[t % ring], h_tnu[(t + 1) % ring], inner[t if saved else 0]
             gate_gnu = part[:, t - start]
             z, r, n = gate_gnu
             entering = h if recurrent_mask is None else np.multiply(h, recurrent_mask, out=dropped)
-            np.matmul(entering, strips, out=into)
+            np.matmul(entering, entered, out=into)
             np.add(gate_gnu[:2], product[:2], out=gate_gnu[:2])
             if activation == "sigmoid":
                 np.tanh(gate_gnu[:2], out=gate_gnu[:2])
@@ -321,7 +343,7 @@ def _gru_loop(
                 np.multiply(r, kept, out=scratch)
             else:
                 np.multiply(r, entering, out=kept)
-                np.matmul(kept, recurrent_guu[2], out=scratch)
+                np.matmul(kept, recurrent[2], out=into_scratch)
             np.add(n, scratch, out=n)
             np.tanh(n, out=n)
             np.subtract(h, n, out=new_h)
@@ -365,42 +387,40 @@ def gru_sequence_backward(
         d_outputs = hold_outputs_backward(d_outputs, mask, zero_output_for_mask)
     d_h = np.zeros((batch, units), dtype) if d_h_last is None else d_h_last.astype(dtype)
     kernel, recurrent_kernel = kernel.astype(dtype, copy=False), recurrent_kernel.astype(dtype, copy=False)
-    d_input, d_state = _gru_loop_backward(
-        d_outputs, d_h, h_tnu, gates, inner, recurrent_kernel, mask, recurrent_mask, reset_after, recurrent_activation
-    )
-    rows = d_input.reshape(time * batch, 3 * units)
-    d_x = recycled(x.shape, dtype)
-    np.matmul(rows, kernel.T, out=d_x.reshape(time * batch, x.shape[2]))
-    dropped = x
+    d_input, d_state = _gradient_buffers(time, batch, units, dtype, reset_after)
+    dropped = x if input_mask is None else x * input_mask.astype(dtype, copy=False)
+    entering = h_tnu[:-1] if recurrent_mask is None else h_tnu[:-1] * recurrent_mask.astype(dtype, copy=False)
+    weights = _WeightGradients(d_input, d_state, dropped, entering, inner, reset_after)
+    for start, end in _gru_loop_backward(
+        d_outputs, d_h, h_tnu, gates, inner, d_input, d_state, recurrent_kernel, mask, recurrent_mask, reset_after,
+        recurrent_activation,
+    ):  # fmt: skip
+        weights.add(start, end)
+    d_x = rows_times(d_input, kernel.T)
     if input_mask is not None:
-        dropped = x * input_mask.astype(dtype, copy=False)
         d_x *= input_mask
     if residual:
         d_x += d_outputs
-    entering = h_tnu[:-1] if recurrent_mask is None else h_tnu[:-1] * recurrent_mask.astype(dtype, copy=False)
-    gradients = _weight_gradients(
-        dropped.reshape(time * batch, x.shape[2]), entering.reshape(time * batch, units), rows,
-        d_state.reshape(time * batch, 3 * units), inner.reshape(time * batch, units), reset_after,
-    )  # fmt: skip
-    return np.ascontiguousarray(reverse_if(go_backwards, d_x)), d_h, *gradients
+    return np.ascontiguousarray(reverse_if(go_backwards, d_x)), d_h, *weights.results()
 
 
 def _gru_loop_backward(
     d_outputs: np.ndarray, d_h: np.ndarray, h_tnu: np.ndarray, gates: np.ndarray, inner: np.ndarray,
-    recurrent: np.ndarray, mask: np.ndarray | None, recurrent_mask: np.ndarray | None, reset_after: bool,
-    activation: str,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """Return the gradients by a (T, N, 3U) and, with `reset_after`, by c (else the same array); `d_h` becomes dh0."""
+    d_input: np.ndarray, d_state: np.ndarray, recurrent: np.ndarray, mask: np.ndarray | None,
+    recurrent_mask: np.ndarray | None, reset_after: bool, activation: str,
+) -> Iterator[tuple[int, int]]:  # fmt: skip
+    """Yield the first and last step of each block when its gradients stand in `d_input` and `d_state`.
+
+    Both are (T, N, 3U): the gradients by a and by c, or one array without `reset_after`. `d_h` becomes dh0.
+    """
     _, time, batch, units = gates.shape
-    dtype = gates.dtype
-    d_input = recycled((time, batch, 3 * units), dtype)
-    d_state = recycled((time, batch, 3 * units), dtype) if reset_after else d_input
-    d_input_tgnu, d_state_tgnu = (d.reshape(time, batch, 3, units).transpose(0, 2, 1, 3) for d in (d_input, d_state))
-    transposed = gates_apart(recurrent, 3, dtype, transposed=True)
-    d_gate, d_parts = recycled((4, batch, units), dtype), recycled((3, batch, units), dtype)
-    strips, into = cut_in_strips(transposed, d_parts, time if reset_after else 0)
-    d_n, d_z, d_r, _ = d_gate  # in this order n, z, r and z, r, c each stand together
+    dtype, zr = gates.dtype, 2 * units
+    d_gates = d_input.reshape(time, batch, 3, units).transpose(0, 2, 1, 3)
+    d_state_gates = d_state.reshape(time, batch, 3, units).transpose(0, 2, 1, 3)
+    parts = (recurrent,) if reset_after else (recurrent[:, :zr], recurrent[:, zr:])
+    transposed = [weight_strips(part.T, batch, dtype) for part in parts]
     carried, d_reset = recycled((batch, units), dtype), recycled((batch, units), dtype)
+    into, into_reset = in_strips(d_h[None], transposed[0]), in_strips(d_reset[None], transposed[-1])
     skipped, _ = skipped_rows(mask, time)
     block = steps_per_block(time, 5 * batch * units * dtype.itemsize)
     factors = recycled((4, block, batch, units), dtype)
@@ -417,26 +437,22 @@ def _gru_loop_backward(
             of_n, of_z, of_r, of_c = part[:, t - start]
             np.add(d_h, d_outputs[t], out=d_h)
             np.multiply(d_h, kept[t - start], out=carried)
+            np.multiply(d_h, of_n, out=d_gates[t, 2])
             if reset_after:
-                np.multiply(d_h, part[:, t - start], out=d_gate)
-                np.copyto(d_state_tgnu[t], d_gate[1:])
-                np.matmul(d_gate[1:, None], strips, out=into)
-                np.add(d_parts[0], d_parts[2], out=d_h)
+                np.multiply(d_h, part[1:, t - start], out=d_state_gates[t])
+                np.copyto(d_input[t, :, :zr], d_state[t, :, :zr])
+                np.matmul(d_state[t], transposed[0], out=into)
             else:
-                np.multiply(d_h, of_n, out=d_n)
-                np.multiply(d_h, of_z, out=d_z)
-                np.matmul(d_n, transposed[2], out=d_reset)
-                np.multiply(d_reset, of_r, out=d_r)
-                np.matmul(d_gate[1:3], transposed[:2], out=d_parts[:2])
-                np.multiply(d_reset, of_c, out=d_h)
-                np.add(d_h, d_parts[0], out=d_h)
-            np.add(d_h, d_parts[1], out=d_h)
-            np.copyto(d_input_tgnu[t, :2], d_gate[1:3])
-            np.copyto(d_input_tgnu[t, 2], d_n)
+                np.multiply(d_h, of_z, out=d_gates[t, 0])
+                np.matmul(d_input[t, :, zr:], transposed[1], out=into_reset)
+                np.multiply(d_reset, of_r, out=d_gates[t, 1])
+                np.matmul(d_input[t, :, :zr], transposed[0], out=into)
+                np.multiply(d_reset, of_c, out=d_reset)
+                np.add(d_h, d_reset, out=d_h)
             if recurrent_mask is not None:
                 np.multiply(d_h, recurrent_mask, out=d_h)
             np.add(d_h, carried, out=d_h)
-    return d_input, d_state
+        yield start, end
 
 
 def _gru_factors(

@@ -14,6 +14,7 @@ time, while they are in cache, so that a step is a handful of multiplications an
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,9 @@ from gpulayers.ops.recurrent_common import (
     RECURRENT_ACTIVATIONS,
     check_choice,
     check_gate_weights,
-    cut_in_strips,
     finish_gates,
     gate_scale,
     gate_slope,
-    gates_apart,
     hold_outputs,
     hold_outputs_backward,
     reverse_if,
@@ -35,6 +34,8 @@ from gpulayers.ops.recurrent_common import (
     steps_per_block,
     working_dtype,
 )
+from gpulayers.ops.recurrent_gradients import WeightGradients, rows_times
+from gpulayers.ops.recurrent_products import in_strips, weight_strips
 from gpulayers.ops.recurrent_projections import projected_blocks, steps_kept
 
 __all__ = ["GATE_ORDERS", "lstm_sequence", "lstm_sequence_backward", "lstm_step", "lstm_step_backward"]
@@ -228,7 +229,9 @@ def lstm_sequence(
     h_tnu[0], c_tnu[0] = h0, c0
     outputs = recycled((time, batch, units), dtype)
     mask = reverse_if(go_backwards, mask)
-    weights = _inner_weights(kernel, recurrent_kernel, bias, gate_order, forget_bias, recurrent_activation, dtype)
+    weights = _inner_weights(
+        kernel, recurrent_kernel, bias, gate_order, forget_bias, recurrent_activation, dtype, batch
+    )
     _lstm_loop(
         dropped, x if residual else None, weights, gates, h_tnu, c_tnu, outputs, mask, recurrent_mask,
         recurrent_activation,
@@ -241,21 +244,18 @@ def lstm_sequence(
 
 def _inner_weights(
     kernel: np.ndarray, recurrent_kernel: np.ndarray, bias: np.ndarray | None, gate_order: str, forget_bias: float,
-    activation: str, dtype: np.dtype,
+    activation: str, dtype: np.dtype, batch: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
-    """Return kernel (4, D, U), recurrent kernel (4, U, U) and offset (4, U) with gates in inner order, scaled."""
-    order, units = list(GATE_ORDERS[gate_order]), recurrent_kernel.shape[0]
-    scale_g = np.array([gate_scale(activation, dtype)] * 3 + [1.0], dtype)
-    kernel_gdu, recurrent_guu = recycled((4, kernel.shape[0], units), dtype), recycled((4, units, units), dtype)
-    for inner, weights in ((kernel_gdu, kernel), (recurrent_guu, recurrent_kernel)):
-        for gate, (column, scale) in enumerate(zip(order, scale_g, strict=True)):
-            np.multiply(weights[:, column * units : (column + 1) * units], scale, out=inner[gate])
+    """Return kernel and recurrent kernel in strips and the offset (4, U), with gates in inner order, scaled."""
+    order, units = GATE_ORDERS[gate_order], recurrent_kernel.shape[0]
+    scale = np.array([gate_scale(activation, dtype)] * 3 + [1.0], dtype)
     offset_gu = np.zeros((4, units), dtype)
     if bias is not None:
-        offset_gu += bias.reshape(4, units)[order]
+        offset_gu += bias.reshape(4, units)[list(order)]
     offset_gu[1] += forget_bias
-    offset_gu *= scale_g[:, None]
-    return kernel_gdu, recurrent_guu, offset_gu
+    offset_gu *= scale[:, None]
+    inner, recurrent_inner = (weight_strips(each, batch, dtype, order, scale) for each in (kernel, recurrent_kernel))
+    return inner, recurrent_inner, offset_gu
 
 
 def _lstm_loop(
@@ -269,17 +269,17 @@ def _lstm_loop(
     (T + 1, N, U), or rings of 2. The projections are made a block of steps at a time so that they are still in cache
     when their step comes.
     """
-    kernel_gdu, recurrent_guu, offset_gu = weights
+    kernel, recurrent, offset_gu = weights
     (time, batch, _), units, ring = x.shape, gates.shape[3], len(h_tnu)
     product, candidate = recycled((4, batch, units), gates.dtype), recycled((batch, units), gates.dtype)
-    strips, into = cut_in_strips(recurrent_guu, product, time)
+    into = in_strips(product, recurrent)
     skipped, skips = skipped_rows(mask, time)
-    for start, part in projected_blocks(x, kernel_gdu, offset_gu, gates):
+    for start, part in projected_blocks(x, kernel, offset_gu, gates):
         for t in range(start, start + part.shape[1]):
             gate_gnu, h, c = part[:, t - start], h_tnu[t % ring], c_tnu[t % ring]
             new_h, new_c = h_tnu[(t + 1) % ring], c_tnu[(t + 1) % ring]
             entering = h if recurrent_mask is None else np.multiply(h, recurrent_mask, out=candidate)
-            np.matmul(entering, strips, out=into)
+            np.matmul(entering, recurrent, out=into)
             np.add(gate_gnu, product, out=gate_gnu)
             if activation == "sigmoid":
                 np.tanh(gate_gnu, out=gate_gnu)
@@ -334,39 +334,37 @@ def lstm_sequence_backward(
         d_outputs = hold_outputs_backward(d_outputs, mask, zero_output_for_mask)
     d_h = np.zeros((batch, units), dtype) if d_h_last is None else d_h_last.astype(dtype)
     d_c = np.zeros((batch, units), dtype) if d_c_last is None else d_c_last.astype(dtype)
-    d_gates = _lstm_loop_backward(
-        d_outputs, d_h, d_c, c_tnu, gates, recurrent_kernel, mask,
-        recurrent_mask, GATE_ORDERS[gate_order], recurrent_activation,
-    )  # fmt: skip
-    rows = d_gates.reshape(time * batch, 4 * units)
     h_previous = h_tnu[:-1] if recurrent_mask is None else h_tnu[:-1] * recurrent_mask.astype(dtype, copy=False)
     dropped = x if input_mask is None else x * input_mask.astype(dtype, copy=False)
-    d_x = recycled(x.shape, dtype)
-    np.matmul(rows, kernel.T.astype(dtype, copy=False), out=d_x.reshape(time * batch, x.shape[2]))
+    d_gates = recycled((time, batch, 4 * units), dtype)
+    weights = WeightGradients(d_gates, dropped, h_previous)
+    for start, end in _lstm_loop_backward(
+        d_outputs, d_h, d_c, c_tnu, gates, d_gates, recurrent_kernel, mask,
+        recurrent_mask, GATE_ORDERS[gate_order], recurrent_activation,
+    ):  # fmt: skip
+        weights.add(start, end)
+    d_x = rows_times(d_gates, kernel.T)
     if input_mask is not None:
         d_x *= input_mask
     if residual:
         d_x += d_outputs
-    d_kernel = np.matmul(dropped.reshape(time * batch, x.shape[2]).T, rows)
-    d_recurrent = np.matmul(h_previous.reshape(time * batch, units).T, rows)
-    d_bias = np.matmul(np.ones(time * batch, dtype), rows)
-    return np.ascontiguousarray(reverse_if(go_backwards, d_x)), d_h, d_c, d_kernel, d_recurrent, d_bias
+    return np.ascontiguousarray(reverse_if(go_backwards, d_x)), d_h, d_c, *weights.results()
 
 
 def _lstm_loop_backward(
     d_outputs: np.ndarray, d_h: np.ndarray, d_c: np.ndarray, c_tnu: np.ndarray, gates: np.ndarray,
-    recurrent: np.ndarray, mask: np.ndarray | None, recurrent_mask: np.ndarray | None,
+    d_gates: np.ndarray, recurrent: np.ndarray, mask: np.ndarray | None, recurrent_mask: np.ndarray | None,
     order: tuple[int, ...], activation: str,
-) -> np.ndarray:  # fmt: skip
-    """Return the gradients of all pre-activations (T, N, 4U) in the weights' order; `d_h`, `d_c` become the states'."""
+) -> Iterator[tuple[int, int]]:  # fmt: skip
+    """Yield the first and last step of each block when the gradients of its pre-activations stand in `d_gates`.
+
+    `d_gates` (T, N, 4U) has the weights' column order; `d_h`, `d_c` become the states' gradients.
+    """
     _, time, batch, units = gates.shape
     dtype = gates.dtype
-    d_gates = recycled((time, batch, 4 * units), dtype)
-    d_gates_tgnu = d_gates.reshape(time, batch, 4, units).transpose(0, 2, 1, 3)
-    transposed = gates_apart(recurrent, 4, dtype, transposed=True)
-    d_gate, d_parts = recycled((4, batch, units), dtype), recycled((4, batch, units), dtype)
-    strips, into = cut_in_strips(transposed, d_parts, time)
-    d_i, d_f, d_o, d_g = (d_gate[k] for k in order)
+    d_i, d_f, d_o, d_g = (d_gates.reshape(time, batch, 4, units)[:, :, column] for column in order)
+    transposed = weight_strips(recurrent.T, batch, dtype)
+    into = in_strips(d_h[None], transposed)
     scratch = recycled((batch, units), dtype)
     skipped = None if mask is None else ~mask[:, :, None]
     block = steps_per_block(time, 6 * batch * units * dtype.itemsize)
@@ -382,22 +380,19 @@ def _lstm_loop_backward(
             np.add(d_h, d_outputs[t], out=d_h)
             np.multiply(d_h, of_c, out=scratch)
             np.add(d_c, scratch, out=d_c)
-            np.multiply(d_c, of_i, out=d_i)
-            np.multiply(d_c, of_f, out=d_f)
-            np.multiply(d_c, of_g, out=d_g)
-            np.multiply(d_h, of_o, out=d_o)
-            np.copyto(d_gates_tgnu[t], d_gate)
+            np.multiply(d_c, of_i, out=d_i[t])
+            np.multiply(d_c, of_f, out=d_f[t])
+            np.multiply(d_c, of_g, out=d_g[t])
+            np.multiply(d_h, of_o, out=d_o[t])
             np.multiply(d_c, kept[t - start], out=d_c)
             if skipped is not None:
                 np.multiply(d_h, skipped[t], out=scratch)
-            np.matmul(d_gate[:, None], strips, out=into)
-            np.add(d_parts[:2], d_parts[2:], out=d_parts[:2])
-            np.add(d_parts[0], d_parts[1], out=d_h)
+            np.matmul(d_gates[t], transposed, out=into)
             if recurrent_mask is not None:
                 np.multiply(d_h, recurrent_mask, out=d_h)
             if skipped is not None:
                 np.add(d_h, scratch, out=d_h)
-    return d_gates
+        yield start, end
 
 
 def _lstm_factors(gates: np.ndarray, c_tnu: np.ndarray, activation: str, factors: np.ndarray) -> np.ndarray:

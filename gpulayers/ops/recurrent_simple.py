@@ -7,18 +7,23 @@ Source: Elman 1990; TensorFlow's SimpleRNNCell and, with the kernel cut in two, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from gpulayers.ops.host_buffers import recycled
 from gpulayers.ops.recurrent_common import (
     check_gate_weights,
-    gates_apart,
     hold_outputs,
     hold_outputs_backward,
     reverse_if,
     skipped_rows,
+    steps_per_block,
     working_dtype,
 )
+from gpulayers.ops.recurrent_gradients import WeightGradients, rows_times
+from gpulayers.ops.recurrent_products import in_strips, weight_strips
+from gpulayers.ops.recurrent_projections import projected_blocks
 
 __all__ = [
     "simple_rnn_sequence",
@@ -106,17 +111,14 @@ def simple_rnn_sequence(
     ((2, 1, 1), array([[0.]]))
     """
     check_gate_weights("simple_rnn", 1, x_tnd, (h0,), kernel, recurrent_kernel, residual)
-    dtype, (time, batch, depth), units = working_dtype(x_tnd), x_tnd.shape, h0.shape[1]
+    dtype, (time, batch, _), units = working_dtype(x_tnd), x_tnd.shape, h0.shape[1]
     x = np.ascontiguousarray(reverse_if(go_backwards, x_tnd), dtype)
     dropped = x if input_mask is None else x * input_mask.astype(dtype, copy=False)
     h_tnu = recycled((time + 1, batch, units), dtype)  # the projections lie where the states will be
     h_tnu[0] = h0
-    kernel, recurrent_kernel = kernel.astype(dtype, copy=False), recurrent_kernel.astype(dtype, copy=False)
-    np.matmul(dropped.reshape(time * batch, depth), kernel, out=h_tnu[1:].reshape(time * batch, units))
-    if bias is not None:
-        h_tnu[1:] += bias
     mask = reverse_if(go_backwards, mask)
-    _simple_loop(h_tnu, gates_apart(recurrent_kernel, 1, dtype)[0], mask, recurrent_mask)
+    offset_gu = np.zeros((1, units), dtype) if bias is None else bias.astype(dtype, copy=False)[None]
+    _simple_loop(dropped, kernel, offset_gu, recurrent_kernel, h_tnu, mask, recurrent_mask)
     outputs = recycled((time, batch, units), dtype)
     if residual:
         np.add(h_tnu[1:], x, out=outputs)
@@ -128,19 +130,24 @@ def simple_rnn_sequence(
 
 
 def _simple_loop(
-    h_tnu: np.ndarray, recurrent: np.ndarray, mask: np.ndarray | None, recurrent_mask: np.ndarray | None
-) -> None:
-    """Turn the projections in ``h_tnu[1:]`` into states, in place; allocates nothing inside the loop."""
+    x: np.ndarray, kernel: np.ndarray, offset_gu: np.ndarray, recurrent_kernel: np.ndarray, h_tnu: np.ndarray,
+    mask: np.ndarray | None, recurrent_mask: np.ndarray | None,
+) -> None:  # fmt: skip
+    """Make the states in ``h_tnu[1:]``, where their projections lie before; allocates nothing inside the loop."""
+    (time, batch, _), dtype = x.shape, x.dtype
+    kernel, recurrent = (weight_strips(each, batch, dtype) for each in (kernel, recurrent_kernel))
     product, dropped = np.empty_like(h_tnu[0]), np.empty_like(h_tnu[0])
-    skipped, skips = skipped_rows(mask, len(h_tnu) - 1)
-    for t, skip in enumerate(skips):
-        h, new_h = h_tnu[t], h_tnu[t + 1]
-        entering = h if recurrent_mask is None else np.multiply(h, recurrent_mask, out=dropped)
-        np.matmul(entering, recurrent, out=product)
-        np.add(new_h, product, out=new_h)
-        np.tanh(new_h, out=new_h)
-        if skip:
-            np.copyto(new_h, h, where=skipped[t])
+    into = in_strips(product[None], recurrent)
+    skipped, skips = skipped_rows(mask, time)
+    for start, part in projected_blocks(x, kernel, offset_gu, h_tnu[None, 1:]):
+        for t in range(start, start + part.shape[1]):
+            h, new_h = h_tnu[t], h_tnu[t + 1]
+            entering = h if recurrent_mask is None else np.multiply(h, recurrent_mask, out=dropped)
+            np.matmul(entering, recurrent, out=into)
+            np.add(new_h, product, out=new_h)
+            np.tanh(new_h, out=new_h)
+            if skips[t]:
+                np.copyto(new_h, h, where=skipped[t])
 
 
 def simple_rnn_sequence_backward(
@@ -175,37 +182,41 @@ def simple_rnn_sequence_backward(
     np.subtract(1.0, d_sums, out=d_sums)
     if mask is not None:
         np.copyto(d_sums, 0.0, where=~mask[:, :, None])
-    _simple_loop_backward(d_outputs, d_h, d_sums, recurrent_kernel.astype(dtype, copy=False), mask, recurrent_mask)
-    rows = d_sums.reshape(time * batch, units)
-    d_x = recycled(x.shape, dtype)
-    np.matmul(rows, kernel.T.astype(dtype, copy=False), out=d_x.reshape(time * batch, x.shape[2]))
-    dropped = x
+    dropped = x if input_mask is None else x * input_mask.astype(dtype, copy=False)
+    entering = h_tnu[:-1] if recurrent_mask is None else h_tnu[:-1] * recurrent_mask.astype(dtype, copy=False)
+    weights = WeightGradients(d_sums, dropped, entering)
+    for start, end in _simple_loop_backward(d_outputs, d_h, d_sums, recurrent_kernel, mask, recurrent_mask):
+        weights.add(start, end)
+    d_x = rows_times(d_sums, kernel.T)
     if input_mask is not None:
-        dropped = x * input_mask.astype(dtype, copy=False)
         d_x *= input_mask
     if residual:
         d_x += d_outputs
-    entering = h_tnu[:-1] if recurrent_mask is None else h_tnu[:-1] * recurrent_mask.astype(dtype, copy=False)
-    d_kernel = np.matmul(dropped.reshape(time * batch, x.shape[2]).T, rows)
-    d_recurrent = np.matmul(entering.reshape(time * batch, units).T, rows)
-    d_bias = np.matmul(np.ones(time * batch, dtype), rows)
-    return np.ascontiguousarray(reverse_if(go_backwards, d_x)), d_h, d_kernel, d_recurrent, d_bias
+    return np.ascontiguousarray(reverse_if(go_backwards, d_x)), d_h, *weights.results()
 
 
 def _simple_loop_backward(
     d_outputs: np.ndarray, d_h: np.ndarray, d_sums: np.ndarray, recurrent: np.ndarray, mask: np.ndarray | None,
     recurrent_mask: np.ndarray | None,
-) -> None:  # fmt: skip
-    """Turn the slopes in `d_sums` into gradients of the sums, in place; `d_h` becomes dh0."""
-    transposed = gates_apart(recurrent, 1, recurrent.dtype, transposed=True)[0]
-    carried = np.empty_like(d_h)
-    for t in range(len(d_sums) - 1, -1, -1):
-        np.add(d_h, d_outputs[t], out=d_h)
-        np.multiply(d_sums[t], d_h, out=d_sums[t])
-        if mask is not None:
-            np.multiply(d_h, ~mask[t, :, None], out=carried)
-        np.matmul(d_sums[t], transposed, out=d_h)
-        if recurrent_mask is not None:
-            np.multiply(d_h, recurrent_mask, out=d_h)
-        if mask is not None:
-            np.add(d_h, carried, out=d_h)
+) -> Iterator[tuple[int, int]]:  # fmt: skip
+    """Turn the slopes in `d_sums` into gradients of the sums, in place; yield each block's first and last step.
+
+    `d_h` becomes dh0.
+    """
+    time, batch, units = d_sums.shape
+    transposed = weight_strips(recurrent.T, batch, d_sums.dtype)
+    into, carried = in_strips(d_h[None], transposed), np.empty_like(d_h)
+    block = steps_per_block(time, batch * units * d_sums.itemsize)
+    for end in range(time, 0, -block):
+        start = max(0, end - block)
+        for t in range(end - 1, start - 1, -1):
+            np.add(d_h, d_outputs[t], out=d_h)
+            np.multiply(d_sums[t], d_h, out=d_sums[t])
+            if mask is not None:
+                np.multiply(d_h, ~mask[t, :, None], out=carried)
+            np.matmul(d_sums[t], transposed, out=into)
+            if recurrent_mask is not None:
+                np.multiply(d_h, recurrent_mask, out=d_h)
+            if mask is not None:
+                np.add(d_h, carried, out=d_h)
+        yield start, end

@@ -9,7 +9,6 @@ import pytest
 from gpulayers.errors import ShapeError, StructureError
 from gpulayers.ops import host_buffers
 from gpulayers.ops import recurrent_arrays as ra
-from gpulayers.ops.recurrent_common import cut_in_strips
 
 DATA = Path(__file__).parents[1] / "reference" / "data"
 CELLS = ["lstm", "lstm_legacy", "gru_after", "gru_before", "simple"]
@@ -170,26 +169,6 @@ def test_gradients_are_finite_differences(cell, index):
     case = Case(cell, seed=index)
     _, keywords = list(variants(case))[index]
     check_gradients(case, keywords)
-
-
-@pytest.mark.parametrize("cell", CELLS)
-def test_products_in_strips(cell):
-    """Widths and lengths for which the recurrent weights are cut: the loop's values, and finite differences."""
-    case = Case(cell, time=9, batch=3, depth=5, units=192)
-    case.weights[:2] = [w / 10 for w in case.weights[:2]]
-    weights, product = np.zeros((case.count, 192, 192)), np.zeros((case.count, 3, 192))
-    assert cut_in_strips(weights, product, 9)[0].shape == (case.count, 3, 192, 64)
-    *results, _ = case.forward()
-    for got, want in zip(results, case.naive(), strict=True):
-        np.testing.assert_allclose(got, want, atol=1e-12)
-    check_gradients(case, {})
-
-
-@pytest.mark.parametrize(("units", "steps", "batch"), [(64, 9, 3), (100, 9, 3), (128, 7, 3), (128, 9, 65)])
-def test_products_that_are_not_cut(units, steps, batch):
-    weights, product = np.zeros((4, units, units)), np.zeros((4, batch, units))
-    found, into = cut_in_strips(weights, product, steps)
-    assert found.shape == (4, 1, units, units) and into.shape == (4, 1, batch, units)
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from gpulayers.ops import host_threads, recurrent_arrays, recurrent_common, recurrent_projections
+from gpulayers.ops.recurrent_products import weight_strips
 from gpulayers.ops.recurrent_projections import projected_blocks, steps_kept
 
 
@@ -20,13 +21,15 @@ def pool(request, monkeypatch):
 @pytest.mark.parametrize("save", [True, False])
 def test_blocks_are_the_projections(monkeypatch, pool, time, batch, depth, units, save):
     monkeypatch.setattr(recurrent_common, "_BLOCK_BYTES", 4 * 4 * 3 * batch * units)  # four steps
+    monkeypatch.setattr(recurrent_projections, "WORTH_A_THREAD", 1)
     rng = np.random.default_rng(0)
     x, kernel = rng.normal(size=(time, batch, depth)).astype("f"), rng.normal(size=(3, depth, units)).astype("f")
     offset = rng.normal(size=(3, units)).astype("f")
     kept = time if save else steps_kept(time, 3 * batch * units * 4)
     assert kept == (time if save else min(time, 8))
+    strips = weight_strips(kernel.transpose(1, 0, 2).reshape(depth, -1), batch, kernel.dtype, range(3))
     gates, seen = np.full((3, kept, batch, units), np.nan, "f"), []
-    for start, part in projected_blocks(x, kernel, offset, gates):
+    for start, part in projected_blocks(x, strips, offset, gates):
         want = np.einsum("tnd,gdu->gtnu", x[start : start + part.shape[1]].astype("d"), kernel) + offset[:, None, None]
         np.testing.assert_allclose(part, want, rtol=1e-4, atol=1e-4)
         part *= 0  # what the steps do to a block is not undone by the next
@@ -36,10 +39,11 @@ def test_blocks_are_the_projections(monkeypatch, pool, time, batch, depth, units
 
 def test_an_error_of_the_other_thread_arrives(monkeypatch, pool):
     monkeypatch.setattr(recurrent_common, "_BLOCK_BYTES", 4 * 4 * 3 * 4 * 128)
+    monkeypatch.setattr(recurrent_projections, "WORTH_A_THREAD", 1)
     made = recurrent_projections.run_beside
     monkeypatch.setattr(recurrent_projections, "run_beside", lambda work: made(lambda: 1 / 0))
     blocks = projected_blocks(
-        np.ones((23, 4, 6), "f"), np.ones((3, 6, 128), "f"), np.zeros((3, 128), "f"), np.ones((3, 8, 4, 128), "f")
+        np.ones((23, 4, 6), "f"), np.ones((3, 2, 6, 64), "f"), np.zeros((3, 128), "f"), np.ones((3, 8, 4, 128), "f")
     )
     with pytest.raises(ZeroDivisionError):
         list(blocks)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gpulayers.ops import host_threads
-from gpulayers.ops.host_threads import run_beside, run_tasks
+from gpulayers.ops.host_threads import InOrder, run_beside, run_tasks
 
 
 @pytest.fixture
@@ -100,3 +100,52 @@ def test_work_that_nobody_has_begun_is_done_by_the_one_who_waits(pool):
     assert run_beside(lambda: done.append(threading.get_ident()))() is None
     gate.set()
     assert done == [threading.get_ident()] and all(waiting() for waiting in busy)
+
+
+def test_calls_in_order_on_another_thread(pool):
+    calls, made = InOrder(), []
+    for number in range(200):
+        calls.add(lambda number=number: made.append((number, threading.get_ident())))
+        if number % 50 == 0:
+            time.sleep(0.01)  # the thread runs out of work, and is asked again
+    calls.finish()
+    assert [number for number, _ in made] == list(range(200))
+    assert threading.get_ident() != made[0][1]
+
+
+def test_calls_that_nobody_has_begun_are_made_by_the_one_who_finishes(pool):
+    gate = threading.Event()
+    busy = [run_beside(lambda: gate.wait(20)) for _ in range(pool.workers)]
+    time.sleep(0.05)
+    calls, made = InOrder(), []
+    for number in range(3):
+        calls.add(lambda number=number: made.append((number, threading.get_ident())))
+    calls.finish()
+    gate.set()
+    assert made == [(number, threading.get_ident()) for number in range(3)] and all(waiting() for waiting in busy)
+
+
+def test_calls_in_order_without_a_pool(monkeypatch):
+    monkeypatch.setattr(host_threads, "_pool", lambda: None)
+    calls, made = InOrder(), []
+    for number in range(3):
+        calls.add(lambda number=number: made.append(number))
+    assert made == []
+    calls.finish()
+    assert made == [0, 1, 2]
+
+
+def test_an_error_of_a_call_in_order_reaches_the_one_who_finishes(pool):
+    calls = InOrder()
+    calls.add(lambda: 1 / 0)
+    time.sleep(0.05)
+    calls.add(lambda: None)
+    with pytest.raises(ZeroDivisionError):
+        calls.finish()
+
+
+def test_work_beside_has_the_callers_numpy_error_state(pool):
+    with np.errstate(divide="raise"), pytest.raises(FloatingPointError):
+        waiting = run_beside(lambda: np.ones(3) / np.zeros(3))
+        time.sleep(0.05)
+        waiting()

@@ -1,0 +1,93 @@
+"""The products of a recurrent sequence's way back that no step waits for, on NumPy: gradients of weights and inputs.
+
+A step needs the product with the recurrent weights before the one before it can begin. The gradients of the weights are
+sums over steps, of which another thread takes a block as soon as its steps are done; the gradients of the inputs come
+last, when the calling thread is free to take its share of them.
+
+All this only where the products can be small (``recurrent_products``) and the sums stay in a core's cache. Larger ones
+are left to BLAS, when all steps are done.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from gpulayers.ops.host_buffers import recycled
+from gpulayers.ops.host_threads import InOrder, run_tasks
+from gpulayers.ops.recurrent_products import SMALL_PRODUCT, WORTH_A_THREAD, in_strips, strip_width, weight_strips
+
+__all__ = ["WeightGradients", "rows_times"]
+
+_NARROW = 16  # columns of a strip
+_TALL = 128  # rows summed by one product: enough that adding its result costs little beside it
+_CACHED = 1 << 20  # bytes of a sum that stays in the second-level cache
+
+
+class WeightGradients:
+    """``left^T right``, (D, C), for some `left` arrays, and the sum of the rows of ``right``, (C), over all steps.
+
+    Each left array is (T, N, D), `right` is (T, N, C); steps and rows of each must lie evenly in memory. `add` says
+    that a block of steps may be taken. The same bits on every run: blocks are summed in the order they are added in.
+    """
+
+    def __init__(self, right: np.ndarray, *lefts: np.ndarray) -> None:
+        (time, batch, columns), depth = right.shape, max(left.shape[2] for left in lefts)
+        self._batch, self._right = batch, right.reshape(-1, columns)
+        self._lefts = [left.reshape(-1, left.shape[2]) for left in lefts]
+        self._tall = max(1, min(_TALL, time * batch, SMALL_PRODUCT // (_NARROW * max(depth, 1))))
+        small = columns % _NARROW == 0 and depth * columns * right.itemsize <= _CACHED
+        small = small and time * batch * depth * columns >= WORTH_A_THREAD
+        self._strips = columns // _NARROW if small else 0
+        self._calls = InOrder()
+        if small:
+            self._totals = [self._zeros(left) for left in self._lefts]
+            self._parts = [self._zeros(left) for left in self._lefts]
+            self._row = np.zeros(columns, right.dtype)
+
+    def _zeros(self, left: np.ndarray) -> np.ndarray:
+        return np.zeros((self._strips, left.shape[1], _NARROW), self._right.dtype)
+
+    def add(self, start: int, end: int) -> None:
+        """Take the steps from `start` to `end`, in which nothing will change any more."""
+        if self._strips:
+            self._calls.add(functools.partial(self._sum, start * self._batch, end * self._batch))
+
+    def _sum(self, start: int, end: int) -> None:
+        for first in range(start, end, self._tall):
+            some = slice(first, min(first + self._tall, end))
+            right = self._right[some]
+            np.add(self._row, np.add.reduce(right, axis=0), out=self._row)  # brings all of it into the cache, too
+            strips = right.reshape(-1, self._strips, _NARROW).transpose(1, 0, 2)
+            for left, part, total in zip(self._lefts, self._parts, self._totals, strict=True):
+                np.matmul(left[some].T, strips, out=part)
+                np.add(total, part, out=total)
+
+    def results(self) -> tuple[np.ndarray, ...]:
+        """Return the sum for each left array, then that of the rows, when all steps have been added."""
+        right = self._right
+        if not self._strips:
+            ones = np.ones(len(right), right.dtype)
+            return *(np.matmul(left.T, right) for left in self._lefts), np.matmul(ones, right)
+        self._calls.finish()
+        columns = self._strips * _NARROW
+        return *(total.transpose(1, 0, 2).reshape(-1, columns) for total in self._totals), self._row
+
+
+def rows_times(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return ``rows weights``, made by all threads: `rows` (T, N, C), `weights` (C, D), the result (T, N, D)."""
+    (time, batch, columns), depth = rows.shape, weights.shape[1]
+    out = recycled((time, batch, depth), rows.dtype)
+    if not strip_width(batch, columns, depth):
+        np.matmul(rows.reshape(-1, columns), weights.astype(rows.dtype, copy=False), out=out.reshape(-1, depth))
+        return out
+    strips = weight_strips(weights, batch, rows.dtype)[0]
+    into = in_strips(out, strips[None])
+    steps = -(-WORTH_A_THREAD // (batch * columns * depth))
+
+    def work(start: int) -> None:
+        np.matmul(rows[start : start + steps, None], strips, out=into[start : start + steps])
+
+    run_tasks(work, range(0, time, steps), threaded=True)
+    return out
