@@ -116,13 +116,17 @@ def gate_scale(recurrent_activation: str, dtype: np.dtype) -> Any:
     return dtype.type(_SCALE[recurrent_activation])
 
 
+_HALF = {np.dtype(name): np.array(0.5, name) for name in ("float32", "float64")}  # an array: a number costs more a call
+
+
 def finish_gates(recurrent_activation: str, gates: np.ndarray) -> None:
     """Turn scaled pre-activations (for sigmoid: their tanh, which the caller has taken) into gate values, in place."""
+    half = _HALF[gates.dtype]
     if recurrent_activation == "sigmoid":
-        np.multiply(gates, 0.5, out=gates)
-        np.add(gates, 0.5, out=gates)
+        np.multiply(gates, half, gates)
+        np.add(gates, half, gates)
     else:
-        np.add(gates, 0.5, out=gates)
+        np.add(gates, half, gates)
         np.clip(gates, 0.0, 1.0, out=gates)
 
 

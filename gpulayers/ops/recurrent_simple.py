@@ -139,8 +139,8 @@ def _simple_loop(
     product, dropped = np.empty_like(h_tnu[0]), np.empty_like(h_tnu[0])
     into = in_strips(product[None], recurrent)
     skipped, skips = skipped_rows(mask, time)
-    for start, part in projected_blocks(x, kernel, offset_gu, h_tnu[None, 1:]):
-        for t in range(start, start + part.shape[1]):
+    for start, block in projected_blocks(x, kernel, offset_gu, h_tnu[1:, None]):
+        for t in range(start, start + len(block)):
             h, new_h = h_tnu[t], h_tnu[t + 1]
             entering = h if recurrent_mask is None else np.multiply(h, recurrent_mask, out=dropped)
             np.matmul(entering, recurrent, out=into)

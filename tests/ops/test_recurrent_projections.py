@@ -1,4 +1,4 @@
-"""Input projections by blocks: each block's numbers, on one thread or beside the steps, with memory for two blocks."""
+"""Input projections by blocks: each block's numbers, on one thread or beside the steps, in memory for a few."""
 
 import numpy as np
 import pytest
@@ -22,28 +22,29 @@ def pool(request, monkeypatch):
 def test_blocks_are_the_projections(monkeypatch, pool, time, batch, depth, units, save):
     monkeypatch.setattr(recurrent_common, "_BLOCK_BYTES", 4 * 4 * 3 * batch * units)  # four steps
     monkeypatch.setattr(recurrent_projections, "WORTH_A_THREAD", 1)
+    monkeypatch.setattr(recurrent_projections, "_BLOCKS_KEPT", 3)
     rng = np.random.default_rng(0)
     x, kernel = rng.normal(size=(time, batch, depth)).astype("f"), rng.normal(size=(3, depth, units)).astype("f")
     offset = rng.normal(size=(3, units)).astype("f")
     kept = time if save else steps_kept(time, 3 * batch * units * 4)
-    assert kept == (time if save else min(time, 8))
+    assert kept == (time if save else min(time, 4 * 3))
     strips = weight_strips(kernel.transpose(1, 0, 2).reshape(depth, -1), batch, kernel.dtype, range(3))
-    gates, seen = np.full((3, kept, batch, units), np.nan, "f"), []
+    gates, seen = np.full((kept, 3, batch, units), np.nan, "f"), []
     for start, part in projected_blocks(x, strips, offset, gates):
-        want = np.einsum("tnd,gdu->gtnu", x[start : start + part.shape[1]].astype("d"), kernel) + offset[:, None, None]
+        want = np.einsum("tnd,gdu->tgnu", x[start : start + len(part)].astype("d"), kernel) + offset[:, None]
         np.testing.assert_allclose(part, want, rtol=1e-4, atol=1e-4)
         part *= 0  # what the steps do to a block is not undone by the next
-        seen += range(start, start + part.shape[1])
+        seen += range(start, start + len(part))
     assert seen == list(range(time))
 
 
 def test_an_error_of_the_other_thread_arrives(monkeypatch, pool):
     monkeypatch.setattr(recurrent_common, "_BLOCK_BYTES", 4 * 4 * 3 * 4 * 128)
     monkeypatch.setattr(recurrent_projections, "WORTH_A_THREAD", 1)
-    made = recurrent_projections.run_beside
-    monkeypatch.setattr(recurrent_projections, "run_beside", lambda work: made(lambda: 1 / 0))
+    made = recurrent_projections.run_ahead
+    monkeypatch.setattr(recurrent_projections, "run_ahead", lambda works: made([lambda: 1 / 0] * len(works)))
     blocks = projected_blocks(
-        np.ones((23, 4, 6), "f"), np.ones((3, 2, 6, 64), "f"), np.zeros((3, 128), "f"), np.ones((3, 8, 4, 128), "f")
+        np.ones((23, 4, 6), "f"), np.ones((3, 2, 6, 64), "f"), np.zeros((3, 128), "f"), np.ones((23, 3, 4, 128), "f")
     )
     with pytest.raises(ZeroDivisionError):
         list(blocks)
