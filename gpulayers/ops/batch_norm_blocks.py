@@ -2,8 +2,8 @@
 
 A block is two megabytes, and four where it is only read: large enough that the calls on it last some 100 us and two
 threads seldom meet at the interpreter lock (``host_threads``), small enough that most of a chain of NumPy calls on it
-costs one trip to memory. Which blocks there are, and which of them are summed together, depends on the shape alone, never on the
-number of threads: results are the same bits on any machine with the same NumPy.
+costs one trip to memory. Which blocks there are, and which of them are summed together, depends on the shape alone,
+never on the number of threads: results are the same bits on any machine with the same NumPy.
 
 No call made inside a task may start threads of its own: sums use ufuncs and ``vecdot`` on rows too short for a
 threaded BLAS.
