@@ -42,7 +42,7 @@ from gpulayers.ops.recurrent_common import (
 )
 from gpulayers.ops.recurrent_gradients import WeightGradients, rows_times
 from gpulayers.ops.recurrent_products import in_strips, weight_strips
-from gpulayers.ops.recurrent_projections import projected_blocks, steps_kept
+from gpulayers.ops.recurrent_projections import Inputs, inputs_of, projected_blocks, steps_kept
 
 __all__ = [
     "gru_sequence",
@@ -266,8 +266,7 @@ def gru_sequence(
     """
     _check(x_tnd, h0, kernel, recurrent_kernel, bias, residual, reset_after, recurrent_activation)
     dtype, (time, batch, _), units = working_dtype(x_tnd), x_tnd.shape, h0.shape[1]
-    x = np.ascontiguousarray(reverse_if(go_backwards, x_tnd), dtype)
-    dropped = x if input_mask is None else x * input_mask.astype(dtype, copy=False)
+    inputs = inputs_of(x_tnd, go_backwards, dtype, input_mask)
     ring = time + 1 if save else 2
     kept = time if save else steps_kept(time, 3 * batch * units * dtype.itemsize)
     gates = recycled((kept, 3, batch, units), dtype)
@@ -278,13 +277,13 @@ def gru_sequence(
     mask = reverse_if(go_backwards, mask)
     weights = _inner_weights(kernel, recurrent_kernel, bias, reset_after, recurrent_activation, dtype, batch)
     _gru_loop(
-        dropped, x if residual else None, weights, gates, inner, h_tnu, outputs, mask, recurrent_mask, reset_after,
+        inputs, residual, weights, gates, inner, h_tnu, outputs, mask, recurrent_mask, reset_after,
         recurrent_activation,
     )  # fmt: skip
     if mask is not None:
         hold_outputs(outputs, mask, zero_output_for_mask)
     h_last = h_tnu[time % ring].astype(x_tnd.dtype)
-    return outputs.astype(x_tnd.dtype, copy=False), h_last, (x, h_tnu, gates, inner) if save else ()
+    return outputs.astype(x_tnd.dtype, copy=False), h_last, (inputs.x, h_tnu, gates, inner) if save else ()
 
 
 def _inner_weights(
@@ -309,7 +308,7 @@ def _inner_weights(
 
 
 def _gru_loop(
-    x: np.ndarray, added: np.ndarray | None, weights: tuple[np.ndarray, ...], gates: np.ndarray, inner: np.ndarray,
+    inputs: Inputs, residual: bool, weights: tuple[np.ndarray, ...], gates: np.ndarray, inner: np.ndarray,
     h_tnu: np.ndarray, outputs: np.ndarray, mask: np.ndarray | None, recurrent_mask: np.ndarray | None,
     reset_after: bool, activation: str,
 ) -> None:  # fmt: skip
@@ -321,7 +320,7 @@ def _gru_loop(
     add, multiply, tanh, matmul = np.add, np.multiply, np.tanh, np.matmul
     kernel, recurrent, offset_gu, inner_offset_u = weights
     entered = recurrent if reset_after else recurrent[:2]
-    (time, batch, _), units, ring = x.shape, gates.shape[3], len(h_tnu)
+    (time, batch, _), units, ring = inputs.x.shape, gates.shape[3], len(h_tnu)
     saved = ring == time + 1
     product, scratch = recycled((len(entered), batch, units), gates.dtype), recycled((batch, units), gates.dtype)
     dropped = recycled((batch, units), gates.dtype)
@@ -329,7 +328,7 @@ def _gru_loop(
     inner_biased = bool(inner_offset_u.any())
     skipped, skips = skipped_rows(mask, time)
     h = h_tnu[0]
-    for start, block in projected_blocks(x, kernel, offset_gu, gates):
+    for start, block in projected_blocks(inputs, kernel, offset_gu, gates):
         for t, gate_gnu in enumerate(block, start):
             new_h, kept = h_tnu[(t + 1) % ring], inner[t if saved else 0]
             z, r, n = gate_gnu
@@ -351,8 +350,8 @@ def _gru_loop(
             np.subtract(h, n, new_h)
             multiply(new_h, z, new_h)
             add(new_h, n, new_h)
-            if added is not None:
-                add(new_h, added[t], outputs[t])
+            if residual:
+                add(new_h, inputs.x[t], outputs[t])
             else:
                 np.copyto(outputs[t], new_h)
             if skips[t]:

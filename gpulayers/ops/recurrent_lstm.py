@@ -36,7 +36,7 @@ from gpulayers.ops.recurrent_common import (
 )
 from gpulayers.ops.recurrent_gradients import WeightGradients, rows_times
 from gpulayers.ops.recurrent_products import in_strips, weight_strips
-from gpulayers.ops.recurrent_projections import projected_blocks, steps_kept
+from gpulayers.ops.recurrent_projections import Inputs, inputs_of, projected_blocks, steps_kept
 
 __all__ = ["GATE_ORDERS", "lstm_sequence", "lstm_sequence_backward", "lstm_step", "lstm_step_backward"]
 
@@ -220,8 +220,7 @@ def lstm_sequence(
     """
     _check(x_tnd, h0, c0, kernel, recurrent_kernel, residual, gate_order, recurrent_activation)
     dtype, (time, batch, _), units = working_dtype(x_tnd), x_tnd.shape, h0.shape[1]
-    x = np.ascontiguousarray(reverse_if(go_backwards, x_tnd), dtype)
-    dropped = x if input_mask is None else x * input_mask.astype(dtype, copy=False)
+    inputs = inputs_of(x_tnd, go_backwards, dtype, input_mask)
     kept = time if save else steps_kept(time, 4 * batch * units * dtype.itemsize)
     gates = recycled((kept, 4, batch, units), dtype)
     ring = time + 1 if save else 2
@@ -233,13 +232,13 @@ def lstm_sequence(
         kernel, recurrent_kernel, bias, gate_order, forget_bias, recurrent_activation, dtype, batch
     )
     _lstm_loop(
-        dropped, x if residual else None, weights, gates, h_tnu, c_tnu, outputs, mask, recurrent_mask,
+        inputs, residual, weights, gates, h_tnu, c_tnu, outputs, mask, recurrent_mask,
         recurrent_activation,
     )  # fmt: skip
     if mask is not None:
         hold_outputs(outputs, mask, zero_output_for_mask)
     h_last, c_last = h_tnu[time % ring].astype(x_tnd.dtype), c_tnu[time % ring].astype(x_tnd.dtype)
-    return outputs.astype(x_tnd.dtype, copy=False), h_last, c_last, (x, h_tnu, c_tnu, gates) if save else ()
+    return outputs.astype(x_tnd.dtype, copy=False), h_last, c_last, (inputs.x, h_tnu, c_tnu, gates) if save else ()
 
 
 def _inner_weights(
@@ -259,7 +258,7 @@ def _inner_weights(
 
 
 def _lstm_loop(
-    x: np.ndarray, added: np.ndarray | None, weights: tuple[np.ndarray, np.ndarray, np.ndarray], gates: np.ndarray,
+    inputs: Inputs, residual: bool, weights: tuple[np.ndarray, np.ndarray, np.ndarray], gates: np.ndarray,
     h_tnu: np.ndarray, c_tnu: np.ndarray, outputs: np.ndarray, mask: np.ndarray | None,
     recurrent_mask: np.ndarray | None, activation: str,
 ) -> None:  # fmt: skip
@@ -271,13 +270,13 @@ def _lstm_loop(
     """
     add, multiply, tanh, matmul = np.add, np.multiply, np.tanh, np.matmul
     kernel, recurrent, offset_gu = weights
-    (time, batch, _), (_, _, _, units), ring = x.shape, gates.shape, len(h_tnu)
+    (time, batch, _), (_, _, _, units), ring = inputs.x.shape, gates.shape, len(h_tnu)
     product, candidate = recycled((4, batch, units), gates.dtype), recycled((batch, units), gates.dtype)
     into = in_strips(product, recurrent)
     skipped, skips = skipped_rows(mask, time)
     states = list(zip(h_tnu, c_tnu, strict=True))
     h, c = states[0]
-    for start, block in projected_blocks(x, kernel, offset_gu, gates):
+    for start, block in projected_blocks(inputs, kernel, offset_gu, gates):
         for t, gate_gnu in enumerate(block, start):
             new_h, new_c = states[(t + 1) % ring]
             matmul(h if recurrent_mask is None else multiply(h, recurrent_mask, candidate), recurrent, into)
@@ -292,8 +291,8 @@ def _lstm_loop(
             add(new_c, candidate, new_c)
             tanh(new_c, candidate)
             multiply(gate_gnu[2], candidate, new_h)
-            if added is not None:
-                add(new_h, added[t], outputs[t])
+            if residual:
+                add(new_h, inputs.x[t], outputs[t])
             else:
                 np.copyto(outputs[t], new_h)
             if skips[t]:
