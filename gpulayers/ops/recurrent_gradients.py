@@ -16,9 +16,10 @@ import numpy as np
 
 from gpulayers.ops.host_buffers import recycled
 from gpulayers.ops.host_threads import InOrder, run_tasks
+from gpulayers.ops.recurrent_common import reverse_if
 from gpulayers.ops.recurrent_products import SMALL_PRODUCT, WORTH_A_THREAD, in_strips, strip_width, weight_strips
 
-__all__ = ["WeightGradients", "rows_times"]
+__all__ = ["WeightGradients", "input_gradients", "rows_times"]
 
 _NARROW = 16  # columns of a strip
 _TALL = 256  # rows summed by one product: enough that adding its result costs little beside it
@@ -91,3 +92,18 @@ def rows_times(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
     run_tasks(work, range(0, time, steps), threaded=True)
     return out
+
+
+def input_gradients(
+    rows: np.ndarray, kernel: np.ndarray, mask: np.ndarray | None, added: np.ndarray | None, go_backwards: bool
+) -> np.ndarray:
+    """Return dx (T, N, D), in the inputs' own direction, from the gradients `rows` (T, N, C) of the pre-activations.
+
+    `mask` is the inputs' dropout mask, `added` what reaches the inputs beside the cell.
+    """
+    d_x = rows_times(rows, kernel.T)
+    if mask is not None:
+        d_x *= mask
+    if added is not None:
+        d_x += added
+    return np.ascontiguousarray(reverse_if(go_backwards, d_x))

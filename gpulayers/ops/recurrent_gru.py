@@ -34,13 +34,15 @@ from gpulayers.ops.recurrent_common import (
     gate_scale,
     gate_slope,
     hold_outputs,
-    hold_outputs_backward,
+    output_cotangents,
     reverse_if,
     skipped_rows,
+    state_cotangent,
     steps_per_block,
+    times_mask,
     working_dtype,
 )
-from gpulayers.ops.recurrent_gradients import WeightGradients, rows_times
+from gpulayers.ops.recurrent_gradients import WeightGradients, input_gradients
 from gpulayers.ops.recurrent_products import in_strips, weight_strips
 from gpulayers.ops.recurrent_projections import Inputs, inputs_of, projected_blocks, steps_kept
 
@@ -382,28 +384,18 @@ def gru_sequence_backward(
     x, h_tnu, gates, inner = saved
     dtype, (time, _, batch, units) = x.dtype, gates.shape
     mask = reverse_if(go_backwards, mask)
-    if d_outputs is None:
-        d_outputs = np.zeros((time, batch, units), dtype)
-    d_outputs = d_outputs.astype(dtype, copy=False)
-    if mask is not None:
-        d_outputs = hold_outputs_backward(d_outputs, mask, zero_output_for_mask)
-    d_h = np.zeros((batch, units), dtype) if d_h_last is None else d_h_last.astype(dtype)
-    kernel, recurrent_kernel = kernel.astype(dtype, copy=False), recurrent_kernel.astype(dtype, copy=False)
+    d_outputs = output_cotangents(d_outputs, (time, batch, units), dtype, mask, zero_output_for_mask)
+    d_h = state_cotangent(d_h_last, (batch, units), dtype)
     d_input, d_state = _gradient_buffers(time, batch, units, dtype, reset_after)
-    dropped = x if input_mask is None else x * input_mask.astype(dtype, copy=False)
-    entering = h_tnu[:-1] if recurrent_mask is None else h_tnu[:-1] * recurrent_mask.astype(dtype, copy=False)
-    weights = _WeightGradients(d_input, d_state, dropped, entering, inner, reset_after)
+    entered = times_mask(x, input_mask), times_mask(h_tnu[:-1], recurrent_mask)
+    weights = _WeightGradients(d_input, d_state, *entered, inner, reset_after)
     for start, end in _gru_loop_backward(
         d_outputs, d_h, h_tnu, gates, inner, d_input, d_state, recurrent_kernel, mask, recurrent_mask, reset_after,
         recurrent_activation,
     ):  # fmt: skip
         weights.add(start, end)
-    d_x = rows_times(d_input, kernel.T)
-    if input_mask is not None:
-        d_x *= input_mask
-    if residual:
-        d_x += d_outputs
-    return np.ascontiguousarray(reverse_if(go_backwards, d_x)), d_h, *weights.results()
+    d_x = input_gradients(d_input, kernel, input_mask, d_outputs if residual else None, go_backwards)
+    return d_x, d_h, *weights.results()
 
 
 def _gru_loop_backward(

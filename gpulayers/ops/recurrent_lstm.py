@@ -28,13 +28,15 @@ from gpulayers.ops.recurrent_common import (
     gate_scale,
     gate_slope,
     hold_outputs,
-    hold_outputs_backward,
+    output_cotangents,
     reverse_if,
     skipped_rows,
+    state_cotangent,
     steps_per_block,
+    times_mask,
     working_dtype,
 )
-from gpulayers.ops.recurrent_gradients import WeightGradients, rows_times
+from gpulayers.ops.recurrent_gradients import WeightGradients, input_gradients
 from gpulayers.ops.recurrent_products import in_strips, weight_strips
 from gpulayers.ops.recurrent_projections import Inputs, inputs_of, projected_blocks, steps_kept
 
@@ -327,28 +329,18 @@ def lstm_sequence_backward(
     x, h_tnu, c_tnu, gates = saved
     dtype, (time, _, batch, units) = x.dtype, gates.shape
     mask = reverse_if(go_backwards, mask)
-    if d_outputs is None:
-        d_outputs = np.zeros((time, batch, units), dtype)
-    d_outputs = d_outputs.astype(dtype, copy=False)
-    if mask is not None:
-        d_outputs = hold_outputs_backward(d_outputs, mask, zero_output_for_mask)
-    d_h = np.zeros((batch, units), dtype) if d_h_last is None else d_h_last.astype(dtype)
-    d_c = np.zeros((batch, units), dtype) if d_c_last is None else d_c_last.astype(dtype)
-    h_previous = h_tnu[:-1] if recurrent_mask is None else h_tnu[:-1] * recurrent_mask.astype(dtype, copy=False)
-    dropped = x if input_mask is None else x * input_mask.astype(dtype, copy=False)
+    d_outputs = output_cotangents(d_outputs, (time, batch, units), dtype, mask, zero_output_for_mask)
+    d_h = state_cotangent(d_h_last, (batch, units), dtype)
+    d_c = state_cotangent(d_c_last, (batch, units), dtype)
     d_gates = recycled((time, batch, 4 * units), dtype)
-    weights = WeightGradients(d_gates, dropped, h_previous)
+    weights = WeightGradients(d_gates, times_mask(x, input_mask), times_mask(h_tnu[:-1], recurrent_mask))
     for start, end in _lstm_loop_backward(
         d_outputs, d_h, d_c, c_tnu, gates, d_gates, recurrent_kernel, mask,
         recurrent_mask, GATE_ORDERS[gate_order], recurrent_activation,
     ):  # fmt: skip
         weights.add(start, end)
-    d_x = rows_times(d_gates, kernel.T)
-    if input_mask is not None:
-        d_x *= input_mask
-    if residual:
-        d_x += d_outputs
-    return np.ascontiguousarray(reverse_if(go_backwards, d_x)), d_h, d_c, *weights.results()
+    d_x = input_gradients(d_gates, kernel, input_mask, d_outputs if residual else None, go_backwards)
+    return d_x, d_h, d_c, *weights.results()
 
 
 def _lstm_loop_backward(

@@ -15,13 +15,15 @@ from gpulayers.ops.host_buffers import recycled
 from gpulayers.ops.recurrent_common import (
     check_gate_weights,
     hold_outputs,
-    hold_outputs_backward,
+    output_cotangents,
     reverse_if,
     skipped_rows,
+    state_cotangent,
     steps_per_block,
+    times_mask,
     working_dtype,
 )
-from gpulayers.ops.recurrent_gradients import WeightGradients, rows_times
+from gpulayers.ops.recurrent_gradients import WeightGradients, input_gradients
 from gpulayers.ops.recurrent_products import in_strips, weight_strips
 from gpulayers.ops.recurrent_projections import Inputs, inputs_of, projected_blocks
 
@@ -170,28 +172,18 @@ def simple_rnn_sequence_backward(
     x, h_tnu = saved
     dtype, (_, batch, units), time = x.dtype, h_tnu.shape, len(x)
     mask = reverse_if(go_backwards, mask)
-    if d_outputs is None:
-        d_outputs = np.zeros((time, batch, units), dtype)
-    d_outputs = d_outputs.astype(dtype, copy=False)
-    if mask is not None:
-        d_outputs = hold_outputs_backward(d_outputs, mask, zero_output_for_mask)
-    d_h = np.zeros((batch, units), dtype) if d_h_last is None else d_h_last.astype(dtype)
+    d_outputs = output_cotangents(d_outputs, (time, batch, units), dtype, mask, zero_output_for_mask)
+    d_h = state_cotangent(d_h_last, (batch, units), dtype)
     d_sums = recycled((time, batch, units), dtype)
     np.multiply(h_tnu[1:], h_tnu[1:], out=d_sums)
     np.subtract(1.0, d_sums, out=d_sums)
     if mask is not None:
         np.copyto(d_sums, 0.0, where=~mask[:, :, None])
-    dropped = x if input_mask is None else x * input_mask.astype(dtype, copy=False)
-    entering = h_tnu[:-1] if recurrent_mask is None else h_tnu[:-1] * recurrent_mask.astype(dtype, copy=False)
-    weights = WeightGradients(d_sums, dropped, entering)
+    weights = WeightGradients(d_sums, times_mask(x, input_mask), times_mask(h_tnu[:-1], recurrent_mask))
     for start, end in _simple_loop_backward(d_outputs, d_h, d_sums, recurrent_kernel, mask, recurrent_mask):
         weights.add(start, end)
-    d_x = rows_times(d_sums, kernel.T)
-    if input_mask is not None:
-        d_x *= input_mask
-    if residual:
-        d_x += d_outputs
-    return np.ascontiguousarray(reverse_if(go_backwards, d_x)), d_h, *weights.results()
+    d_x = input_gradients(d_sums, kernel, input_mask, d_outputs if residual else None, go_backwards)
+    return d_x, d_h, *weights.results()
 
 
 def _simple_loop_backward(
