@@ -10,12 +10,13 @@ import numpy as np
 from gpulayers import initializers, nest, ops
 from gpulayers.dtypes import TensorShape, is_floating
 from gpulayers.errors import LayerError, ShapeError, StructureError, message
+from gpulayers.layers.books import unique
 from gpulayers.layers.legacy import LegacyLayer
 from gpulayers.layers.spec import InputSpec
 from gpulayers.nn import registry
 from gpulayers.nn.building import build_cell
 from gpulayers.nn.cells_modern import activation_config, get_activation
-from gpulayers.nn.fused import FusedCell, Sequence, is_tanh
+from gpulayers.nn.fused import FusedCell, Sequence, is_tanh, keeps
 from gpulayers.nn.states import (
     LSTMStateTuple,
     as_tensor,
@@ -443,10 +444,6 @@ def _shards(count: int | None) -> Any:
     return None if count is None else fixed_size_partitioner(count)
 
 
-for _cell in (BasicRNNCell, GRUCell, BasicLSTMCell, LSTMCell):
-    _cell._plain_call = _BasicCell.call
-
-
 class MultiRNNCell(RNNCell):
     """Cells one above the other: the output of each is the input of the next.
 
@@ -485,22 +482,12 @@ class MultiRNNCell(RNNCell):
         """The last cell's."""
         return self._cells[-1].output_size
 
-    @property
-    def trainable_weights(self) -> list[Any]:
-        """The cells' trainable variables."""
-        return [w for cell in self._cells for w in getattr(cell, "trainable_weights", [])] if self.trainable else []
-
-    @property
-    def non_trainable_weights(self) -> list[Any]:
-        """The cells' other variables; all of them if not `trainable`."""
-        fixed = [w for cell in self._cells for w in getattr(cell, "non_trainable_weights", [])]
-        moved = [w for cell in self._cells for w in getattr(cell, "trainable_weights", [])]
-        return fixed if self.trainable else moved + fixed
-
-    @property
-    def weights(self) -> list[Any]:
-        """All variables of the cells."""
-        return self.trainable_weights + self.non_trainable_weights
+    def _weight_lists(self) -> tuple[list[Any], list[Any]]:
+        trainable, fixed = super()._weight_lists()
+        for cell in self._cells:  # a legacy layer does not track its sub-layers, but these variables are the stack's
+            (trainable if self._trainable else fixed).extend(getattr(cell, "trainable_weights", []))
+            fixed.extend(getattr(cell, "non_trainable_weights", []))
+        return unique(trainable), unique(fixed)
 
     def zero_state(self, batch_size: Any, dtype: Any) -> Any:
         """Return the cells' zero states."""
@@ -519,7 +506,7 @@ class MultiRNNCell(RNNCell):
 
     def _fused_cells(self) -> list[Any] | None:
         """Return the cells, if running each over the whole sequence is the same as calling this one at each step."""
-        return list(self._cells) if self._state_is_tuple and type(self).call is MultiRNNCell.call else None
+        return list(self._cells) if self._state_is_tuple and keeps(type(self), "call") else None
 
     def _split_state(self, state: Any) -> list[Any]:
         if self._state_is_tuple:

@@ -364,6 +364,4 @@ class LSTMCell(_ModernCell):
         return {**super()._own_config(), "unit_forget_bias": self.unit_forget_bias}
 
 
-for _cell in (SimpleRNNCell, GRUCell, LSTMCell):
-    _cell._plain_call = _ModernCell.call
-    registry.register_cells(_cell)
+registry.register_cells(SimpleRNNCell, GRUCell, LSTMCell)

@@ -11,6 +11,7 @@ from gpulayers.layers.calling import signature_of
 from gpulayers.layers.modern import Layer
 from gpulayers.nn import registry
 from gpulayers.nn.building import build_cell
+from gpulayers.nn.fused import keeps
 from gpulayers.nn.states import cell_output_shape, initial_state, require_cell, size_of
 
 __all__ = ["StackedRNNCells"]
@@ -106,7 +107,7 @@ class StackedRNNCells(Layer):
 
     def _fused_cells(self) -> list[Any] | None:
         """Return the cells, if running each over the whole sequence is the same as calling this one at each step."""
-        plain = type(self).call is StackedRNNCells.call and not self.reverse_state_order
+        plain = keeps(type(self), "call") and not self.reverse_state_order
         return self.cells if plain else None
 
     def get_config(self) -> dict[str, Any]:  # noqa: D102

@@ -16,7 +16,7 @@ from gpulayers.layers.core import CoreLayer
 from gpulayers.layers.legacy import LegacyLayer
 from gpulayers.layers.modern import Layer
 from gpulayers.nn.dropout_masks import draw_masks, held_masks, holding
-from gpulayers.nn.fused import FusedCell, Sequence
+from gpulayers.nn.fused import FusedCell, Sequence, keeps
 from gpulayers.nn.residual import check_depths
 from gpulayers.nn.scan import scan
 from gpulayers.nn.states import batch_of
@@ -90,8 +90,8 @@ def fused_parts(cell: Any) -> list[Part] | None:
 
 
 def _quiet(cell: Any) -> bool:
-    """Say whether calling a cell does no more than its `call`: no losses, no checks of inputs by the user."""
-    if not isinstance(cell, CoreLayer):
+    """Say whether calling a cell does no more than its `call`: no losses, no checks of inputs, no steps of a user's."""
+    if not isinstance(cell, CoreLayer) or not keeps(type(cell), "__call__"):
         return False
     checked = cell.input_spec is not None and not isinstance(cell, LegacyLayer)
     return cell.activity_regularizer is None and not checked and not cell.dynamic

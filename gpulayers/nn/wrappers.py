@@ -18,7 +18,7 @@ from gpulayers.layers.naming import unique_layer_name
 from gpulayers.nn import registry
 from gpulayers.nn.building import build_inside
 from gpulayers.nn.dropout_maths import DropoutSettings, default_filter
-from gpulayers.nn.fused import FusedCell
+from gpulayers.nn.fused import FusedCell, keeps
 from gpulayers.nn.residual import apply_residual, check_depths
 from gpulayers.nn.states import cell_output_shape, initial_state, on_the_device
 from gpulayers.trace import FunctionGraph
@@ -165,7 +165,7 @@ class RNNCellResidualWrapper(_CellWrapper):
 
     def _fused_form(self) -> tuple[Any, bool] | None:
         """Return the cell whose fused sequence computes this wrapper, and True: inputs are added. None if none does."""
-        if self._residual_fn is None and type(self).call is RNNCellResidualWrapper.call:
+        if self._residual_fn is None and keeps(type(self), "call"):
             if isinstance(self.cell, FusedCell) and self.cell.fuses():
                 return self.cell, True
         return None

@@ -12,7 +12,7 @@ from gpulayers.nn import registry
 from gpulayers.nn.building import build_cell
 from gpulayers.nn.cells_legacy import RNNCell
 from gpulayers.nn.dropout_maths import DropoutSettings
-from gpulayers.nn.fused import FusedCell
+from gpulayers.nn.fused import FusedCell, keeps
 from gpulayers.nn.residual import apply_residual
 from gpulayers.nn.states import require_cell
 from gpulayers.nn.wrappers import dropout_config
@@ -98,7 +98,7 @@ class ResidualWrapper(_LegacyWrapper):
         return apply_residual(self._residual_fn, inputs, output), new_state
 
     def _fused_form(self) -> tuple[Any, bool] | None:
-        plain = type(self)._around_cell is ResidualWrapper._around_cell and self._residual_fn is None
+        plain = keeps(type(self), "_around_cell") and self._residual_fn is None
         if plain and isinstance(self.cell, FusedCell) and self.cell.fuses():
             return self.cell, True
         return None

@@ -448,3 +448,72 @@ def test_host_constants_are_copied_to_the_layers_device():
     with gl.device("emulated"):
         y = layers.RNN(_Keeping())(x, constants=[constant], initial_state=[constant])
     assert (y.get() == 11).all()
+
+
+# --- subclasses that change how a cell is called ----------------------------------------------------------------------
+
+
+def _doubling(kind):
+    """Return a subclass of a cell or wrapper whose call gives twice the output."""
+
+    class Doubling(kind):
+        def __call__(self, inputs, state, *args, **kwargs):
+            output, new_state = super().__call__(inputs, state, *args, **kwargs)
+            return 2 * output, new_state
+
+    return Doubling
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda change: change(rnn_cell.BasicRNNCell)(3),
+        lambda change: change(rnn_cell.MultiRNNCell)([rnn_cell.BasicRNNCell(3)]),
+        lambda change: rnn_cell.MultiRNNCell([change(rnn_cell.BasicRNNCell)(3)]),
+        lambda change: change(rnn_cell.ResidualWrapper)(rnn_cell.BasicRNNCell(3)),
+        lambda change: rnn_cell.ResidualWrapper(change(rnn_cell.BasicRNNCell)(3)),
+        lambda change: change(layers.SimpleRNNCell)(3),
+        lambda change: change(layers.StackedRNNCells)([layers.SimpleRNNCell(3)]),
+        lambda change: change(RNNCellResidualWrapper)(layers.SimpleRNNCell(3)),
+    ],
+    ids=["legacy", "multi", "in multi", "legacy residual", "in legacy residual", "modern", "stacked", "residual"],
+)
+@pytest.mark.parametrize("run", ["dynamic_rnn", "RNN"])
+def test_a_changed_call_operator_counts_in_sequences_too(make, run):
+    cell = make(_doubling)
+    x = np.stack([X] * 3, 1).astype("float32")
+    if run == "dynamic_rnn":
+        outputs, _ = gl.nn.dynamic_rnn(cell, x, dtype="float32")
+    else:
+        outputs = layers.RNN(cell, return_sequences=True)(x)
+    states = cell.get_initial_state(batch_size=2, dtype="float32")
+    for t in range(3):
+        output, states = cell(x[:, t], states)
+        np.testing.assert_allclose(outputs[:, t], output, rtol=1e-5, atol=1e-6)
+
+
+def test_a_modern_residual_wrapper_runs_the_call_of_its_cell_not_its_call_operator():
+    cell = _doubling(layers.SimpleRNNCell)(3)
+    wrapper = RNNCellResidualWrapper(cell)
+    x = np.stack([X] * 3, 1).astype("float32")
+    outputs = layers.RNN(wrapper, return_sequences=True)(x)
+    first = np.tanh(x[:, 0] @ cell.kernel.numpy())
+    np.testing.assert_allclose(outputs[:, 0], x[:, 0] + first, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda cell: layers.RNN(cell),
+        lambda cell: gl.keras.Sequential([layers.RNN(cell)]),
+        lambda cell: layers.RNN(RNNCellResidualWrapper(cell)),
+    ],
+    ids=["RNN", "Sequential", "residual"],
+)
+def test_variables_of_a_stack_of_legacy_cells_belong_to_the_layer_around_it(around):
+    stack = rnn_cell.MultiRNNCell([rnn_cell.BasicLSTMCell(3), rnn_cell.BasicRNNCell(3)])
+    outer = around(stack)
+    outer(np.ones((2, 4, 3), "float32"))
+    assert len(outer.trainable_variables) == 4 and outer.weights == stack.weights
+    stack.trainable = False
+    assert not outer.trainable_variables and len(outer.non_trainable_variables) == 4
