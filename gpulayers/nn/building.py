@@ -9,6 +9,7 @@ from gpulayers import nest
 from gpulayers.device import device
 from gpulayers.dtypes import TensorShape, as_dtype
 from gpulayers.layers.calling import call_context, signature_of
+from gpulayers.layers.config_part import as_shape_structure
 from gpulayers.layers.core import CoreLayer
 from gpulayers.layers.legacy import LegacyLayer
 
@@ -36,6 +37,7 @@ def build_cell(cell: Any, shape: Any, dtype: Any) -> None:
     if not isinstance(cell, CoreLayer) or cell.built:
         return
     around = cell._around_call(signature_of(cell.call), {}, symbolic=False)
+    shape = as_shape_structure(shape, cell.name)
     before, call_context.name_prefix = call_context.name_prefix, f"{call_context.name_prefix}{cell.name}/"
     try:
         with contextlib.nullcontext() if around is None else around:

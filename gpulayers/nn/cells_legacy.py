@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gpulayers import initializers, nest, ops
-from gpulayers.dtypes import TensorShape, is_floating
+from gpulayers.dtypes import TensorShape
 from gpulayers.errors import LayerError, ShapeError, StructureError, message
 from gpulayers.layers.books import unique
 from gpulayers.layers.legacy import LegacyLayer
@@ -20,11 +20,14 @@ from gpulayers.nn.fused import FusedCell, Sequence, is_tanh, keeps
 from gpulayers.nn.states import (
     LSTMStateTuple,
     as_tensor,
+    batch_and_dtype,
+    cast_states,
     cell_output_shape,
     check_states,
-    initial_state,
     require_cell,
+    require_legacy_floating,
     size_of,
+    starting_state,
     zeros_for,
 )
 from gpulayers.ops.recurrent import recurrent_sequence, recurrent_step
@@ -66,7 +69,7 @@ class RNNCell(LegacyLayer):
         return zeros_for(self.state_size, batch_size, dtype)
 
     def get_initial_state(self, inputs: Any = None, batch_size: Any = None, dtype: Any = None) -> Any:
-        """Return the zero state, for `inputs` (batch first) or for `batch_size` and `dtype`.
+        """Return `zero_state`, for `inputs` (batch first) or for `batch_size` and `dtype`.
 
         Raises ValueError if neither says what they are, or if they contradict.
         """
@@ -79,7 +82,7 @@ class RNNCell(LegacyLayer):
                 )
             if dtype is not None and first.dtype != dtype:
                 raise LayerError(message(self._name, "dtype from input is different from dtype", first.dtype, dtype))
-        return initial_state(self.state_size, inputs, batch_size, dtype)
+        return self.zero_state(*batch_and_dtype(inputs, batch_size, dtype))
 
 
 class _BasicCell(FusedCell, RNNCell):
@@ -113,10 +116,7 @@ class _BasicCell(FusedCell, RNNCell):
         return self._num_units
 
     def _build_for(self, inputs: Any) -> None:
-        if not is_floating(inputs.dtype):
-            raise ValueError(
-                f"{self._name}: RNN cell only supports floating point inputs, but saw dtype: {inputs.dtype}."
-            )
+        require_legacy_floating(self._name, inputs)
         super()._build_for(inputs)
 
     def _depth(self, input_shape: Any) -> int:
@@ -133,7 +133,8 @@ class _BasicCell(FusedCell, RNNCell):
         return self.advance(inputs, state, None, residual=False)
 
     def advance(self, inputs: Any, state: Any, training: Any, residual: bool) -> tuple[Any, Any]:  # noqa: D102
-        states = check_states(self._name, nest.flatten(state), self.state_size)
+        require_legacy_floating(self._name, inputs)
+        states = cast_states(check_states(self._name, nest.flatten(state), self.state_size), inputs)
         if self.fuses():
             output, new_states = self._fused(recurrent_step, inputs, states, {"residual": residual})
         else:
@@ -142,6 +143,7 @@ class _BasicCell(FusedCell, RNNCell):
         return output, nest.pack_sequence_as(self.state_size, new_states)
 
     def run_sequence(self, x: Any, states: list[Any], how: Sequence) -> tuple[Any, list[Any]]:  # noqa: D102
+        require_legacy_floating(self._name, x)
         return self._fused(recurrent_sequence, x, states, how.settings())
 
     def _fused(self, run: Any, x: Any, states: list[Any], settings: dict[str, Any]) -> tuple[Any, list[Any]]:
@@ -329,7 +331,7 @@ class BasicLSTMCell(_LegacyLSTM):
     def _compose(self, x: Any, states: list[Any]) -> tuple[Any, list[Any]]:
         c, h = self._apart(states)
         i, j, f, o = ops.split(_joined(x, h, self.kernel, self.bias), 4, -1)
-        new_c = c * ops.sigmoid(f + self._forget_bias) + ops.sigmoid(i) * self._activation(j)
+        new_c = c * ops.sigmoid(ops.add(f, self._forget_bias)) + ops.sigmoid(i) * self._activation(j)
         new_h = self._activation(new_c) * ops.sigmoid(o)
         return new_h, self._together(new_c, new_h)
 
@@ -410,7 +412,7 @@ class LSTMCell(_LegacyLSTM):
     def _compose(self, x: Any, states: list[Any]) -> tuple[Any, list[Any]]:
         c, h = self._apart(states)
         i, j, f, o = ops.split(_joined(x, h, self.kernel, self.bias), 4, -1)
-        f = f + self._forget_bias
+        f = ops.add(f, self._forget_bias)  # with `+` a bfloat16 array and a number would make float32
         if self._use_peepholes:
             f, i = f + self._w_f * c, i + self._w_i * c
         new_c = ops.sigmoid(f) * c + ops.sigmoid(i) * self._activation(j)
@@ -492,7 +494,7 @@ class MultiRNNCell(RNNCell):
     def zero_state(self, batch_size: Any, dtype: Any) -> Any:
         """Return the cells' zero states."""
         if self._state_is_tuple:
-            return tuple(cell.zero_state(batch_size, dtype) for cell in self._cells)
+            return tuple(starting_state(cell, None, batch_size, dtype) for cell in self._cells)
         return super().zero_state(batch_size, dtype)
 
     def build(self, input_shape: Any) -> None:
@@ -506,7 +508,7 @@ class MultiRNNCell(RNNCell):
 
     def _fused_cells(self) -> list[Any] | None:
         """Return the cells, if running each over the whole sequence is the same as calling this one at each step."""
-        return list(self._cells) if self._state_is_tuple and keeps(type(self), "call") else None
+        return list(self._cells) if self._state_is_tuple and keeps(self, "call") else None
 
     def _split_state(self, state: Any) -> list[Any]:
         if self._state_is_tuple:

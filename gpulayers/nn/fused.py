@@ -40,7 +40,7 @@ class FusedCell:
 
     def fuses(self) -> bool:
         """Say whether the fused operations compute what `call` does: its settings allow it, no subclass changed it."""
-        return keeps(type(self), "call") and self._settings_fuse()
+        return keeps(self, "call") and self._settings_fuse()
 
     def _settings_fuse(self) -> bool:
         """Say whether activations and options have a fused form."""
@@ -62,13 +62,18 @@ class FusedCell:
 _FORMS = ("run_sequence", "_fused_form", "_fused_cells")
 
 
-@functools.lru_cache(maxsize=4096)
-def keeps(kind: type, *methods: str) -> bool:
-    """Say whether the fused form of a class stands for these methods of it: no subclass changed one of them.
+def keeps(cell: Any, *methods: str) -> bool:
+    """Say whether the fused form of a cell stands for these methods of it: no subclass changed one of them.
 
     A class that gives a fused form answers for what it inherits and overrides; a subclass that overrides a method gives
     a form anew or has none.
     """
+    kind: Any = type(cell)
+    return _class_keeps(kind, methods)
+
+
+@functools.lru_cache(maxsize=4096)
+def _class_keeps(kind: Any, methods: tuple[str, ...]) -> bool:
     for one in kind.__mro__:
         found = vars(one)
         if any(form in found for form in _FORMS):

@@ -16,8 +16,9 @@ from gpulayers.layers.modern import Layer
 from gpulayers.layers.spec import InputSpec
 from gpulayers.nn import registry
 from gpulayers.nn.building import build_cell
+from gpulayers.nn.keywords import takes_keyword
 from gpulayers.nn.stacked import StackedRNNCells
-from gpulayers.nn.states import as_tensor, batch_of, initial_state, on_the_device, require_cell, size_of
+from gpulayers.nn.states import as_tensor, batch_of, cell_name, on_the_device, require_cell, size_of, starting_state
 from gpulayers.nn.unroll import Run, is_symbolic, run_cell
 from gpulayers.trace import as_value
 from gpulayers.variables import Variable
@@ -103,10 +104,11 @@ class RNN(Layer):
 
     def build(self, input_shape: Any) -> None:
         """Build the cell for one step of the inputs; a stateful layer makes its states here."""
+        input_shape = as_shape_structure(input_shape, self._name)
         steps = nest.map_structure(self._step_shape, input_shape)
         build_cell(self.cell, steps, self.compute_dtype or "float32")
         if self.stateful:
-            self._make_states(TensorShape(nest.flatten(input_shape)[0]))
+            self._make_states(nest.flatten(input_shape)[0])
         self.built = True
 
     def _step_shape(self, shape: Any) -> TensorShape:
@@ -149,13 +151,19 @@ class RNN(Layer):
         if initial_state is not None:
             kwargs["initial_state"] = initial_state
         if constants is not None:
-            kwargs["constants"] = constants
+            if not takes_keyword(self.cell, "constants"):
+                wrong = f"the cell {cell_name(self.cell)} does not take constants"
+                raise LayerError(message(self._name, wrong, "a cell whose call has the argument `constants`"))
+            kwargs["constants"] = list(constants) if isinstance(constants, list | tuple) else [constants]
         return super().__call__(inputs, **kwargs)
 
     def call(
         self, inputs: Any, mask: Any = None, training: Any = None, initial_state: Any = None, constants: Any = None
     ) -> Any:
         """Run the cell over `inputs`; see the class."""
+        if self.unroll and tuple(nest.flatten(inputs)[0].shape)[0 if self.time_major else 1] is None:
+            wrong = "Cannot unroll a RNN if the time dimension is undefined"
+            raise ShapeError(message(self._name, wrong, do="Use unroll=False."))
         states = self._starting_states(inputs, initial_state)
         run = Run(
             self._time_major_mask(mask, inputs),
@@ -202,12 +210,7 @@ class RNN(Layer):
         if self.stateful:
             return [v if is_symbolic(inputs) else v.read() for v in self._kept.variables]
         first = nest.flatten(inputs)[0]
-        own = getattr(self.cell, "get_initial_state", None)
-        size, dtype = self.cell.state_size, first.dtype
-        batch = batch_of(inputs, axis)
-        if own is None:
-            return nest.flatten(initial_state(size, None, batch, dtype))
-        return nest.flatten(own(inputs=None, batch_size=batch, dtype=dtype))
+        return nest.flatten(starting_state(self.cell, None, batch_of(inputs, axis), first.dtype))
 
     def _checked(self, states: list[Any], batch: Any) -> list[Any]:
         sizes = nest.flatten(self.cell.state_size)

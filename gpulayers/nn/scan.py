@@ -58,6 +58,8 @@ class _Body:
             raise ShapeError(
                 message("scan", "a state changes its shape from step to step", tuple(old.shape), tuple(new.shape))
             )
+        if new.dtype != old.dtype and is_floating(new.dtype) and is_floating(old.dtype):
+            return ops.cast(new, old.dtype)  # as in a cell with another policy than the layer around it
         if new.dtype != old.dtype:
             raise StructureError(message("scan", "a state changes its dtype from step to step", old.dtype, new.dtype))
         return ops.identity(new)
@@ -199,7 +201,8 @@ def scan(
     """Run ``step(slices, states) -> (outputs, new_states)`` over the first axis of `sequences`, inside a graph.
 
     All are flat lists of tensors. Returns the outputs, stacked along a new first axis in processing order, and the last
-    states. Raises ValueError if a state changes its shape or dtype, and, when run, for an empty time axis.
+    states; a state keeps the floating dtype that it starts with. Raises ValueError if one changes its shape, or its
+    dtype otherwise, and, when run, for an empty time axis.
     """
     tensors = [v for v in [*sequences, *states] if isinstance(v, GraphTensor)]
     outer = active_graph() or tensors[0].graph

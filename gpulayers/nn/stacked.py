@@ -8,11 +8,13 @@ from gpulayers import nest
 from gpulayers.dtypes import TensorShape
 from gpulayers.errors import StructureError, message
 from gpulayers.layers.calling import signature_of
+from gpulayers.layers.config_part import as_shape_structure
 from gpulayers.layers.modern import Layer
 from gpulayers.nn import registry
 from gpulayers.nn.building import build_cell
 from gpulayers.nn.fused import keeps
-from gpulayers.nn.states import cell_output_shape, initial_state, require_cell, size_of
+from gpulayers.nn.keywords import takes_keyword
+from gpulayers.nn.states import cell_output_shape, require_cell, size_of, starting_state
 
 __all__ = ["StackedRNNCells"]
 
@@ -59,16 +61,11 @@ class StackedRNNCells(Layer):
 
     def get_initial_state(self, inputs: Any = None, batch_size: Any = None, dtype: Any = None) -> Any:
         """Return the tuple of the cells' initial states."""
-        states = []
-        for cell in self._in_state_order():
-            own = getattr(cell, "get_initial_state", None)
-            found = own(inputs=inputs, batch_size=batch_size, dtype=dtype) if own else None
-            states.append(initial_state(cell.state_size, inputs, batch_size, dtype) if found is None else found)
-        return tuple(states)
+        return tuple(starting_state(cell, inputs, batch_size, dtype) for cell in self._in_state_order())
 
     def build(self, input_shape: Any) -> None:
         """Build each cell for the output size of the one below."""
-        shape = TensorShape(input_shape[0] if isinstance(input_shape, list) else input_shape)
+        shape = nest.flatten(as_shape_structure(input_shape, self._name))[0]
         for cell in self.cells:
             build_cell(cell, shape, self.compute_dtype or "float32")
             width = getattr(cell, "output_size", None)
@@ -97,17 +94,16 @@ class StackedRNNCells(Layer):
 
     @staticmethod
     def _keywords(cell: Any, constants: Any, training: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        signature = signature_of(getattr(cell, "call", cell))
         keywords = dict(kwargs)
-        if training is not None and signature.training:
+        if training is not None and signature_of(getattr(cell, "call", cell)).training:
             keywords["training"] = training
-        if constants is not None and "constants" in signature.names:
+        if constants is not None and takes_keyword(cell, "constants"):
             keywords["constants"] = constants
         return keywords
 
     def _fused_cells(self) -> list[Any] | None:
         """Return the cells, if running each over the whole sequence is the same as calling this one at each step."""
-        plain = keeps(type(self), "call") and not self.reverse_state_order
+        plain = keeps(self, "call") and not self.reverse_state_order
         return self.cells if plain else None
 
     def get_config(self) -> dict[str, Any]:  # noqa: D102

@@ -15,13 +15,18 @@ from gpulayers.ops.operation import Recordable
 
 __all__ = [
     "LSTMStateTuple",
+    "batch_and_dtype",
+    "cast_states",
+    "cell_name",
     "cell_output_shape",
     "check_states",
     "initial_state",
     "on_the_device",
     "require_cell",
     "require_floating",
+    "require_legacy_floating",
     "size_of",
+    "starting_state",
     "zeros_for",
 ]
 
@@ -64,6 +69,21 @@ def require_floating(name: str, inputs: Any) -> None:
         raise DTypeError(message(name, wrong, "a floating dtype", dtype, 'Cast them: gl.cast(x, "float32").'))
 
 
+def require_legacy_floating(name: str, inputs: Any) -> None:
+    """Raise ValueError, as legacy cells do, unless `inputs` are floating."""
+    dtype = getattr(inputs, "dtype", None)
+    if dtype is not None and not is_floating(dtype):
+        raise ValueError(f"{name}: RNN cell only supports floating point inputs, but saw dtype: {dtype}.")
+
+
+def cast_states(states: list[Any], inputs: Any) -> list[Any]:
+    """Return the states in the dtype of `inputs`: plain operations would compute in the wider one of the two."""
+    dtype = getattr(inputs, "dtype", None)
+    if dtype is None:
+        return states
+    return [s if s.dtype == dtype else ops.cast(s, dtype) for s in states]
+
+
 def _map_sizes(function: Any, sizes: Any) -> Any:
     """Map over a structure of sizes, whose leaves are ints and shapes."""
     return nest.map_structure(lambda size: function(size_of(size)), sizes)
@@ -81,10 +101,10 @@ def batch_of(inputs: Any, axis: int = 0) -> Any:
     return ops.shape_of(first)[axis] if static is None else static
 
 
-def initial_state(state_size: Any, inputs: Any = None, batch_size: Any = None, dtype: Any = None) -> Any:
-    """Return the zero state of a cell, for `inputs` (batch first) or for `batch_size` and `dtype`.
+def batch_and_dtype(inputs: Any, batch_size: Any, dtype: Any) -> tuple[Any, Any]:
+    """Return batch size and dtype of a state, for `inputs` (batch first) or for what is given.
 
-    Raises ValueError if neither says what batch and dtype are.
+    Raises ValueError if neither says what they are.
     """
     if inputs is not None:
         batch_size = batch_of(inputs)
@@ -94,7 +114,23 @@ def initial_state(state_size: Any, inputs: Any = None, batch_size: Any = None, d
             "get_initial_state: batch_size and dtype cannot be None while constructing initial state. "
             f"Expected both, or inputs; got batch_size={batch_size}, dtype={dtype}."
         )
-    return zeros_for(state_size, batch_size, dtype)
+    return batch_size, dtype
+
+
+def initial_state(state_size: Any, inputs: Any = None, batch_size: Any = None, dtype: Any = None) -> Any:
+    """Return the zero state of a cell; the arguments and errors of `batch_and_dtype`."""
+    return zeros_for(state_size, *batch_and_dtype(inputs, batch_size, dtype))
+
+
+def starting_state(cell: Any, inputs: Any = None, batch_size: Any = None, dtype: Any = None) -> Any:
+    """Return the state that a cell starts from: what it says itself, or zeros in the structure of its `state_size`."""
+    if hasattr(cell, "get_initial_state"):
+        found = cell.get_initial_state(inputs=inputs, batch_size=batch_size, dtype=dtype)
+        if found is not None:
+            return found
+    elif hasattr(cell, "zero_state"):
+        return cell.zero_state(*batch_and_dtype(inputs, batch_size, dtype))
+    return initial_state(cell.state_size, inputs, batch_size, dtype)
 
 
 def as_tensor(value: Any) -> Any:
@@ -153,6 +189,11 @@ def _plainly_fits(value: Any, size: Any) -> bool:
         return False
     shape = value.shape
     return type(shape) is tuple and len(shape) == 2 and shape[1] == size
+
+
+def cell_name(cell: Any) -> str:
+    """Return what to call a cell in a message: its name, or that of its class."""
+    return getattr(cell, "name", None) or type(cell).__name__
 
 
 def require_cell(cell: Any, name: str, needs: tuple[str, ...], error: type[Exception] = TypeError) -> None:

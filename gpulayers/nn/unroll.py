@@ -19,7 +19,7 @@ from gpulayers.nn.dropout_masks import draw_masks, held_masks, holding
 from gpulayers.nn.fused import FusedCell, Sequence, keeps
 from gpulayers.nn.residual import check_depths
 from gpulayers.nn.scan import scan
-from gpulayers.nn.states import batch_of
+from gpulayers.nn.states import batch_of, cell_name
 from gpulayers.trace import GraphTensor, active_graph, autocast
 
 __all__ = ["Run", "is_symbolic", "run_cell"]
@@ -91,7 +91,7 @@ def fused_parts(cell: Any) -> list[Part] | None:
 
 def _quiet(cell: Any) -> bool:
     """Say whether calling a cell does no more than its `call`: no losses, no checks of inputs, no steps of a user's."""
-    if not isinstance(cell, CoreLayer) or not keeps(type(cell), "__call__"):
+    if not isinstance(cell, CoreLayer) or not keeps(cell, "__call__"):
         return False
     checked = cell.input_spec is not None and not isinstance(cell, LegacyLayer)
     return cell.activity_regularizer is None and not checked and not cell.dynamic
@@ -152,10 +152,6 @@ def _general(cell: Any, x: Any, states: list[Any], run: Run) -> tuple[Any, list[
                 )
             flat, states = _scan_steps(stepper, leaves, states, run)
         else:
-            if time is None:
-                raise ShapeError(
-                    message("RNN", "Cannot unroll a RNN if the time dimension is undefined", do="Use unroll=False.")
-                )
             if not time:
                 raise ShapeError(message("RNN", "the time axis is empty", "at least one step", 0))
             flat, states = _call_steps(stepper, leaves, states, run)
@@ -180,20 +176,15 @@ class _Stepper:
         )
         new_states = nest.flatten(new_state)
         if len(new_states) != len(states):
-            raise StructureError(
-                message(_name(self.cell), "the cell returned another number of states", len(states), len(new_states))
-            )
+            wrong = "the cell returned another number of states"
+            raise StructureError(message(cell_name(self.cell), wrong, len(states), len(new_states)))
         self.output_structure = output
         return nest.flatten(output), new_states
 
 
-def _name(cell: Any) -> str:
-    return getattr(cell, "name", None) or type(cell).__name__
-
-
 def _call_steps(stepper: _Stepper, leaves: list[Any], states: list[Any], run: Run) -> tuple[list[Any], list[Any]]:
-    slices = [ops.unstack(x, 0) for x in leaves]
-    masks = None if run.mask is None else ops.unstack(run.mask, 0)
+    slices = [ops.unstack(x, 0, tuple(leaves[0].shape)[0]) for x in leaves]
+    masks = None if run.mask is None else ops.unstack(run.mask, 0, len(slices[0]))
     collected: list[list[Any]] = []
     order = range(len(slices[0]))
     for t in reversed(order) if run.go_backwards else order:

@@ -165,7 +165,7 @@ class RNNCellResidualWrapper(_CellWrapper):
 
     def _fused_form(self) -> tuple[Any, bool] | None:
         """Return the cell whose fused sequence computes this wrapper, and True: inputs are added. None if none does."""
-        if self._residual_fn is None and keeps(type(self), "call"):
+        if self._residual_fn is None and keeps(self, "call"):
             if isinstance(self.cell, FusedCell) and self.cell.fuses():
                 return self.cell, True
         return None

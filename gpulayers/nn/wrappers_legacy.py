@@ -14,7 +14,7 @@ from gpulayers.nn.cells_legacy import RNNCell
 from gpulayers.nn.dropout_maths import DropoutSettings
 from gpulayers.nn.fused import FusedCell, keeps
 from gpulayers.nn.residual import apply_residual
-from gpulayers.nn.states import require_cell
+from gpulayers.nn.states import require_cell, starting_state
 from gpulayers.nn.wrappers import dropout_config
 
 __all__ = ["DeviceWrapper", "DropoutWrapper", "ResidualWrapper"]
@@ -53,7 +53,7 @@ class _LegacyWrapper(RNNCell):
 
     def get_initial_state(self, inputs: Any = None, batch_size: Any = None, dtype: Any = None) -> Any:
         """Return the cell's initial state."""
-        return self.cell.get_initial_state(inputs=inputs, batch_size=batch_size, dtype=dtype)
+        return starting_state(self.cell, inputs, batch_size, dtype)
 
     def __call__(self, inputs: Any, state: Any, scope: Any = None) -> Any:  # type: ignore[override]
         """Run one step; `scope` is handed to the cell."""
@@ -98,7 +98,7 @@ class ResidualWrapper(_LegacyWrapper):
         return apply_residual(self._residual_fn, inputs, output), new_state
 
     def _fused_form(self) -> tuple[Any, bool] | None:
-        plain = keeps(type(self), "_around_cell") and self._residual_fn is None
+        plain = keeps(self, "_around_cell") and self._residual_fn is None
         if plain and isinstance(self.cell, FusedCell) and self.cell.fuses():
             return self.cell, True
         return None
@@ -161,6 +161,11 @@ class DeviceWrapper(_LegacyWrapper):
         """Return the cell's zero state, on the device."""
         with on_device(self._device_name):
             return self.cell.zero_state(batch_size, dtype)
+
+    def get_initial_state(self, inputs: Any = None, batch_size: Any = None, dtype: Any = None) -> Any:
+        """Return the cell's initial state, on the device."""
+        with on_device(self._device_name):
+            return super().get_initial_state(inputs, batch_size, dtype)
 
     def _around_cell(self, inputs: Any, state: Any, cell: Callable[[Any, Any], Any]) -> Any:
         with on_device(self._device_name):

@@ -517,3 +517,157 @@ def test_variables_of_a_stack_of_legacy_cells_belong_to_the_layer_around_it(arou
     assert len(outer.trainable_variables) == 4 and outer.weights == stack.weights
     stack.trainable = False
     assert not outer.trainable_variables and len(outer.non_trainable_variables) == 4
+
+
+# --- dtypes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64"])
+def test_a_built_legacy_cell_refuses_integers_however_it_is_called(dtype):
+    cell = rnn_cell.BasicRNNCell(3)
+    wrapper = RNNCellResidualWrapper(cell)
+    wrapper(X, H)
+    step, sequence = np.ones((2, 3), dtype), np.ones((2, 4, 3), dtype)
+    for call in (
+        lambda: cell(step, H),
+        lambda: wrapper(step, H),
+        lambda: layers.RNN(cell)(sequence),
+        lambda: rnn_cell.MultiRNNCell([cell])(step, (H,)),
+    ):
+        with pytest.raises(ValueError, match="RNN cell only supports floating point inputs"):
+            call()
+
+
+@pytest.mark.parametrize("options", [{}, {"activation": "relu"}, {"implementation": 1}, {"dropout": 0.5}], ids=str)
+@pytest.mark.parametrize("kind", [layers.SimpleRNNCell, layers.GRUCell, layers.LSTMCell])
+def test_results_have_the_compute_dtype_whatever_the_states_have(kind, options):
+    cell = kind(3, dtype="mixed_float16", **options)
+    states = [h.astype("float32") for h in (H, C)[: len(nest.flatten(cell.state_size))]]
+    output, new_states = cell(X, states, training=True)
+    assert {v.dtype.name for v in (output, *new_states)} == {"float16"}
+    layer = layers.RNN(RNNCellResidualWrapper(kind(3, **options)), return_state=True)
+    wide = [s.astype("float64") for s in states]
+    results = layer(np.stack([X] * 3, 1), initial_state=wide, training=True)
+    assert {v.dtype.name for v in results} == {"float32"}
+    with Graph().as_default():  # a loop carries its states in the dtype that they start with
+        x = placeholder("float64", (2, None, 3))
+        output = layers.RNN(RNNCellResidualWrapper(kind(3, **options), dtype="mixed_float16"))(x, training=True)
+        assert output.dtype.name == "float16"
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (rnn_cell.LSTMCell, {"use_peepholes": True}),
+        (rnn_cell.LSTMCell, {"cell_clip": 0.5}),
+        (rnn_cell.LSTMCell, {"num_proj": 3, "proj_clip": 0.1}),
+        (rnn_cell.BasicLSTMCell, {"activation": "relu"}),
+        (rnn_cell.GRUCell, {"activation": "relu"}),
+        (rnn_cell.BasicRNNCell, {"activation": "relu"}),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_composed_legacy_cells_keep_sixteen_bits(kind, options, dtype):
+    cell = kind(3, **options)
+    states = cell.zero_state(2, dtype)
+    results = nest.flatten(cell(gl.cast(X, dtype), states))
+    assert {v.dtype.name for v in results} == {dtype}
+    results = nest.flatten(cell(gl.cast(X, dtype), nest.map_structure(lambda s: gl.cast(s, "float64"), states)))
+    assert {v.dtype.name for v in results} == {dtype}
+
+
+@pytest.mark.parametrize("kind", ["input", "output", "state"])
+@pytest.mark.parametrize("keep", [0.5, np.float32(0.5), np.float64(0.5), np.array(0.5)], ids=repr)
+@pytest.mark.parametrize("variational", [False, True])
+def test_dropout_wrappers_keep_sixteen_bits(kind, keep, variational):
+    wrapper = rnn_cell.DropoutWrapper(
+        rnn_cell.GRUCell(3),
+        **{f"{kind}_keep_prob": keep},
+        variational_recurrent=variational,
+        dtype="bfloat16",
+        input_size=3,
+    )
+    results = nest.flatten(wrapper(gl.cast(X, "bfloat16"), wrapper.zero_state(2, "bfloat16")))
+    assert {v.dtype.name for v in results} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("variational", [False, True])
+def test_a_dropout_wrapper_that_keeps_nothing_gives_zeros(variational):
+    wrapper = rnn_cell.DropoutWrapper(
+        rnn_cell.GRUCell(3), output_keep_prob=0.0, variational_recurrent=variational, dtype="float64"
+    )
+    np.testing.assert_array_equal(wrapper(X, H)[0], np.zeros((2, 3)))
+
+
+@pytest.mark.parametrize("kind", [RNNCellDropoutWrapper, rnn_cell.DropoutWrapper])
+@pytest.mark.parametrize("keep", [1.5, np.float32(1.5), np.float64(-0.5), np.int64(2)], ids=repr)
+def test_probabilities_of_any_number_type_are_checked(kind, keep):
+    with pytest.raises(ValueError, match="output_keep_prob is not a probability"):
+        kind(rnn_cell.GRUCell(3), output_keep_prob=keep)
+
+
+def test_a_gate_function_that_is_set_later_counts():
+    cell, other = layers.LSTMCell(3), layers.LSTMCell(3, recurrent_activation="hard_sigmoid")
+    cell.build((2, 3))
+    other.build((2, 3))
+    other.set_weights(cell.get_weights())
+    cell.recurrent_activation = other.recurrent_activation
+    np.testing.assert_array_equal(cell(X, [H, C])[0], other(X, [H, C])[0])
+    x = np.stack([X] * 3, 1)
+    np.testing.assert_array_equal(layers.RNN(cell)(x), layers.RNN(other)(x))
+
+
+# --- states to start from ---------------------------------------------------------------------------------------------
+
+
+class _StartingAtOne(rnn_cell.BasicRNNCell):
+    def zero_state(self, batch_size, dtype):
+        return ops.ones((batch_size, 3), dtype)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda cell: cell,
+        lambda cell: rnn_cell.MultiRNNCell([cell]),
+        lambda cell: rnn_cell.ResidualWrapper(cell),
+        lambda cell: rnn_cell.DropoutWrapper(cell),
+        lambda cell: rnn_cell.DeviceWrapper(cell, "cpu"),
+        lambda cell: layers.StackedRNNCells([cell]),
+    ],
+    ids=["cell", "multi", "residual", "dropout", "device", "stacked"],
+)
+def test_a_changed_zero_state_is_where_a_cell_starts(around):
+    cell = around(_StartingAtOne(3))
+    for arguments in ({"batch_size": 2, "dtype": "float32"}, {"inputs": np.zeros((2, 5), "float32")}):
+        (state,) = nest.flatten(cell.get_initial_state(**arguments))
+        np.testing.assert_array_equal(state, np.ones((2, 3), "float32"))
+    x = np.zeros((2, 1, 3), "float32")
+    first, _ = gl.nn.dynamic_rnn(cell, x, dtype="float32")
+    np.testing.assert_allclose(layers.RNN(cell)(x), first[:, 0], rtol=1e-6)
+    assert np.abs(first).min() > 0
+
+
+def test_a_stack_of_legacy_and_modern_cells_starts_at_zero():
+    stack = rnn_cell.MultiRNNCell([rnn_cell.GRUCell(3), layers.GRUCell(2)])
+    assert [s.shape for s in stack.zero_state(2, "float32")] == [(2, 3), (2, 2)]
+    assert [s.shape for s in stack.get_initial_state(batch_size=2, dtype="float32")] == [(2, 3), (2, 2)]
+
+
+def test_a_legacy_device_wrapper_makes_every_state_on_its_device(monkeypatch):
+    devices = []
+
+    class Noting(rnn_cell.BasicRNNCell):
+        def zero_state(self, batch_size, dtype):
+            devices.append(gl.current_device())
+            return super().zero_state(batch_size, dtype)
+
+    entered = []
+    from gpulayers.nn import wrappers_legacy
+
+    original = wrappers_legacy.on_device
+    monkeypatch.setattr(wrappers_legacy, "on_device", lambda name: entered.append(name) or original(name))
+    wrapper = rnn_cell.DeviceWrapper(Noting(3), "cpu")
+    wrapper.zero_state(2, "float32")
+    wrapper.get_initial_state(batch_size=2, dtype="float32")
+    assert entered == ["cpu"] * 2 and [d.kind for d in devices] == ["cpu"] * 2

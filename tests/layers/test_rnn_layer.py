@@ -542,3 +542,91 @@ def test_second_gradients_of_a_loop_that_draws_are_refused():
         total = gl.reduce_sum(slope * slope)
     with pytest.raises(gl.errors.GradientError, match="draws random numbers.*unroll=True"):
         outer.gradient(total, tensor)
+
+
+# --- constants --------------------------------------------------------------------------------------------------------
+
+
+class _Scaling(layers.GRUCell):
+    def call(self, inputs, states, training=None, *, constants=None):
+        output, states = super().call(inputs, states, training)
+        return output * (1 if constants is None else constants[0]), states
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda cell: cell,
+        lambda cell: [cell],
+        lambda cell: RNNCellResidualWrapper(cell, lambda inputs, outputs: outputs),
+        lambda cell: [RNNCellResidualWrapper(cell, lambda inputs, outputs: outputs)],
+        lambda cell: [RNNCellResidualWrapper(RNNCellResidualWrapper(cell, lambda i, o: o), lambda i, o: o)],
+    ],
+    ids=["cell", "stacked", "wrapped", "wrapped in a stack", "wrapped twice"],
+)
+def test_constants_reach_the_cells_that_take_them(around):
+    layer = layers.RNN(around(_Scaling(3)))
+    x, scale = numbers(2, 4, 3, dtype=np.float32), np.float32(3) * np.ones((2, 1), "float32")
+    for constants in (scale, [scale], (scale,)):
+        np.testing.assert_allclose(layer(x, constants=constants), 3 * layer(x), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: layers.GRUCell(3),
+        lambda: RNNCellResidualWrapper(layers.GRUCell(3)),
+        lambda: gl.nn.rnn_cell.BasicRNNCell(3),
+    ],
+    ids=["modern", "wrapped", "legacy"],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_constants_for_a_cell_that_takes_none(make):
+    cell = make()
+    layer = layers.RNN(cell)
+    with pytest.raises(ValueError, match="does not take constants"):
+        layer(numbers(2, 4, 3), constants=np.ones(2))
+    assert not layer.built and not cell.built
+
+
+# --- building by hand -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("shape", [(2, 4, 3), [None, None, 3], gl.TensorShape((None, 4, 3))], ids=str)
+def test_layers_and_wrappers_are_built_for_any_form_of_a_shape(shape):
+    for cell in (layers.GRUCell(3), gl.nn.rnn_cell.GRUCell(3), [layers.GRUCell(2), layers.GRUCell(3)]):
+        layer = layers.RNN(cell)
+        layer.build(shape)
+        assert layer.built and layer.cell.built and layer(numbers(2, 4, 3)).shape == (2, 3)
+    for cell in (layers.GRUCell(3), gl.nn.rnn_cell.GRUCell(3)):
+        wrapper = RNNCellResidualWrapper(cell)
+        wrapper.build(list(shape)[1:])
+        assert cell.built and wrapper.weights
+
+
+# --- unrolling --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize("time_major", [False, True])
+def test_unrolling_needs_a_known_number_of_steps(activation, time_major):
+    with Graph().as_default():
+        layer = layers.RNN(layers.GRUCell(3, activation=activation), unroll=True, time_major=time_major)
+        with pytest.raises(ValueError, match="Cannot unroll"):
+            layer(placeholder("float32", (None, 2, 3) if time_major else (2, None, 3)))
+
+
+def test_unrolling_takes_the_number_of_steps_from_the_inputs_where_the_masks_is_unknown():
+    layer = layers.RNN(layers.GRUCell(3, activation="relu"), unroll=True)
+    x, mask = numbers(2, 4, 3, dtype=np.float32), np.array([[1, 1, 0, 0], [0, 1, 1, 1]], bool)
+    with Graph().as_default():
+        fed, fed_mask = placeholder("float32", (2, 4, 3)), placeholder("bool", (2, None))
+        y = layer(fed, mask=fed_mask)
+        with Session() as session:
+            session.run(gl.global_variables_initializer())
+            found, weights = session.run([y, layer.weights], {fed: x, fed_mask: mask})
+    eager = layers.RNN(layers.GRUCell(3, activation="relu"))
+    eager.build((2, 4, 3))
+    eager.set_weights(weights)
+    np.testing.assert_allclose(found, eager(x, mask=mask), rtol=1e-5, atol=1e-6)
