@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from gpulayers.nn import registry
 from gpulayers.nn.building import build_cell
 from gpulayers.nn.cells_modern import activation_config, get_activation
 from gpulayers.nn.fused import FusedCell, Sequence, is_tanh, keeps
+from gpulayers.nn.residual import check_cell_depths
 from gpulayers.nn.states import (
     LSTMStateTuple,
     as_tensor,
@@ -499,12 +501,22 @@ class MultiRNNCell(RNNCell):
 
     def build(self, input_shape: Any) -> None:
         """Build the cells, each in its scope, for the output size of the one below."""
-        shape = TensorShape(input_shape)
-        for index, cell in enumerate(self._cells):
+        self._check_depths(input_shape)
+        for index, (cell, shape) in enumerate(self._with_shapes(input_shape)):
             with variable_scope(f"cell_{index}"):
                 build_cell(cell, shape, np.dtype(self.dtype or "float32"))
-            shape = TensorShape((shape[0] if shape.rank else None, *size_of(cell.output_size)))
         self.built = True
+
+    def _with_shapes(self, input_shape: Any) -> Iterator[tuple[Any, TensorShape]]:
+        """Give each cell with the shape of its inputs, lowest first."""
+        shape = TensorShape(input_shape)
+        for cell in self._cells:
+            yield cell, shape
+            shape = TensorShape((shape[0] if shape.rank else None, *size_of(cell.output_size)))
+
+    def _check_depths(self, shape: Any) -> None:
+        for cell, own in self._with_shapes(shape):
+            check_cell_depths(cell, own)
 
     def _fused_cells(self) -> list[Any] | None:
         """Return the cells, if running each over the whole sequence is the same as calling this one at each step."""

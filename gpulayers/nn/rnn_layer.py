@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from gpulayers import nest, ops
-from gpulayers.device import asarray, is_array
+from gpulayers.device import asarray
 from gpulayers.dtypes import TensorShape, as_dtype
 from gpulayers.errors import LayerError, ShapeError, message
 from gpulayers.layers.config_part import as_shape_structure
@@ -105,19 +105,21 @@ class RNN(Layer):
     def build(self, input_shape: Any) -> None:
         """Build the cell for one step of the inputs; a stateful layer makes its states here."""
         input_shape = as_shape_structure(input_shape, self._name)
+        first = nest.flatten(input_shape)[0]
+        if self.stateful:
+            self._check_batch(first)
         steps = nest.map_structure(self._step_shape, input_shape)
         build_cell(self.cell, steps, self.compute_dtype or "float32")
         if self.stateful:
-            self._make_states(nest.flatten(input_shape)[0])
+            self._make_states(first)
         self.built = True
 
     def _step_shape(self, shape: Any) -> TensorShape:
         dims = tuple(TensorShape(shape))
         return TensorShape((dims[1 if self.time_major else 0], *dims[2:]))
 
-    def _make_states(self, shape: TensorShape) -> None:
-        batch = shape[1 if self.time_major else 0]
-        if batch is None:
+    def _check_batch(self, shape: TensorShape) -> None:
+        if shape[1 if self.time_major else 0] is None:
             raise ShapeError(
                 message(
                     self._name,
@@ -127,6 +129,9 @@ class RNN(Layer):
                     "Pass batch_input_shape to the layer, or give the Input a batch_size.",
                 )
             )
+
+    def _make_states(self, shape: TensorShape) -> None:
+        batch = shape[1 if self.time_major else 0]
         dims: list[int | None] = [None] * len(shape)
         dims[1 if self.time_major else 0] = batch
         self.input_spec = InputSpec(shape=tuple(dims))
@@ -155,7 +160,18 @@ class RNN(Layer):
                 wrong = f"the cell {cell_name(self.cell)} does not take constants"
                 raise LayerError(message(self._name, wrong, "a cell whose call has the argument `constants`"))
             kwargs["constants"] = list(constants) if isinstance(constants, list | tuple) else [constants]
+        if not self.built:
+            self._check_before_build(inputs, kwargs.get("mask"), initial_state)
         return super().__call__(inputs, **kwargs)
+
+    def _check_before_build(self, inputs: Any, mask: Any, initial_state: Any) -> None:
+        """Refuse a mask and states that do not fit while nothing is built and no batch size is kept."""
+        first = nest.flatten(inputs)[0]
+        if len(getattr(first, "shape", ())) < 3:
+            return  # the input spec says it
+        self._fitting_mask(mask, inputs)
+        if initial_state is not None:
+            self._checked(nest.flatten(initial_state), tuple(first.shape)[1 if self.time_major else 0])
 
     def call(
         self, inputs: Any, mask: Any = None, training: Any = None, initial_state: Any = None, constants: Any = None
@@ -190,7 +206,8 @@ class RNN(Layer):
         packed = nest.pack_sequence_as(self.cell.state_size, states)
         return [result, *(packed if nest.is_nested(packed) else [packed])]
 
-    def _time_major_mask(self, mask: Any, inputs: Any) -> Any:
+    def _fitting_mask(self, mask: Any, inputs: Any) -> Any:
+        """Return the mask as a tensor, None if there is none. Raises ShapeError for one that does not fit."""
         mask = next((m for m in nest.flatten(mask) if m is not None), None)
         if mask is None:
             return None
@@ -198,6 +215,12 @@ class RNN(Layer):
         expected = tuple(nest.flatten(inputs)[0].shape)[:2]
         if not TensorShape(mask.shape).is_compatible_with(expected):
             raise ShapeError(message(self._name, "the mask does not fit the inputs", expected, tuple(mask.shape)))
+        return mask
+
+    def _time_major_mask(self, mask: Any, inputs: Any) -> Any:
+        mask = self._fitting_mask(mask, inputs)
+        if mask is None:
+            return None
         mask = mask if mask.dtype == bool else ops.cast(mask, bool)
         return mask if self.time_major else ops.transpose(mask)
 
@@ -228,12 +251,18 @@ class RNN(Layer):
         return states
 
     def _keep(self, last: list[Any]) -> None:
-        for variable, value in zip(self._kept.variables, last, strict=True):
-            if is_symbolic(value):
+        if is_symbolic(last):
+            for variable, value in zip(self._kept.variables, last, strict=True):
                 self.add_update(variable.assign(value))
-            else:
-                array = as_value(value)
-                variable.store(variable.accept(array if is_array(array) else asarray(array)))
+        else:
+            self._store(last)
+
+    def _store(self, values: list[Any]) -> None:
+        """Keep these states: all of them, or none if one does not fit."""
+        kept = self._kept.variables
+        arrays = [variable.accept(value) for variable, value in zip(kept, values, strict=True)]
+        for variable, array in zip(kept, arrays, strict=True):
+            variable.store(array)
 
     @property
     def states(self) -> list[Any]:
@@ -268,8 +297,7 @@ class RNN(Layer):
                         self._name, f"State {index} is incompatible with the layer", tuple(variable.shape), array.shape
                     )
                 )
-        for variable, array in zip(kept, arrays, strict=True):
-            variable.store(variable.accept(array))
+        self._store(arrays)
 
     # --- shapes, masks, configuration ---------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from gpulayers import nest
@@ -14,6 +15,7 @@ from gpulayers.nn import registry
 from gpulayers.nn.building import build_cell
 from gpulayers.nn.fused import keeps
 from gpulayers.nn.keywords import takes_keyword
+from gpulayers.nn.residual import check_cell_depths
 from gpulayers.nn.states import cell_output_shape, require_cell, size_of, starting_state
 
 __all__ = ["StackedRNNCells"]
@@ -65,13 +67,23 @@ class StackedRNNCells(Layer):
 
     def build(self, input_shape: Any) -> None:
         """Build each cell for the output size of the one below."""
+        self._check_depths(input_shape)
+        for cell, shape in self._with_shapes(input_shape):
+            build_cell(cell, shape, self.compute_dtype or "float32")
+        self.built = True
+
+    def _with_shapes(self, input_shape: Any) -> Iterator[tuple[Any, Any]]:
+        """Give each cell with the shape of its inputs, lowest first."""
         shape = nest.flatten(as_shape_structure(input_shape, self._name))[0]
         for cell in self.cells:
-            build_cell(cell, shape, self.compute_dtype or "float32")
+            yield cell, shape
             width = getattr(cell, "output_size", None)
             width = nest.flatten(cell.state_size)[0] if width is None else width
             shape = TensorShape((shape[0], *size_of(width)))
-        self.built = True
+
+    def _check_depths(self, shape: Any) -> None:
+        for cell, own in self._with_shapes(shape):
+            check_cell_depths(cell, own)
 
     def call(
         self, inputs: Any, states: Any, constants: Any = None, training: Any = None, **kwargs: Any

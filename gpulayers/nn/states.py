@@ -20,6 +20,7 @@ __all__ = [
     "cell_name",
     "cell_output_shape",
     "check_states",
+    "has_attribute",
     "initial_state",
     "on_the_device",
     "require_cell",
@@ -198,7 +199,7 @@ def cell_name(cell: Any) -> str:
 
 def require_cell(cell: Any, name: str, needs: tuple[str, ...], error: type[Exception] = TypeError) -> None:
     """Raise `error`, listing what is missing, unless `cell` has all attributes in `needs` (``a or b``: one of them)."""
-    missing = [need for need in needs if not any(_has(cell, option) for option in need.split(" or "))]
+    missing = [need for need in needs if not any(has_attribute(cell, option) for option in need.split(" or "))]
     if missing:
         raise error(
             message(
@@ -210,10 +211,11 @@ def require_cell(cell: Any, name: str, needs: tuple[str, ...], error: type[Excep
         )
 
 
-def _has(cell: Any, attribute: str) -> bool:
+def has_attribute(cell: Any, attribute: str) -> bool:
+    """Say whether a cell has an attribute; a property that only a base class has, to be filled in, does not count."""
     if attribute == "__call__":
         return callable(cell)
     try:
         return hasattr(cell, attribute)
-    except NotImplementedError:  # a property of a base class that a subclass has not filled in
+    except NotImplementedError:
         return False

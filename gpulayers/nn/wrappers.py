@@ -19,7 +19,7 @@ from gpulayers.nn import registry
 from gpulayers.nn.building import build_inside
 from gpulayers.nn.dropout_maths import DropoutSettings, default_filter
 from gpulayers.nn.fused import FusedCell, keeps
-from gpulayers.nn.residual import apply_residual, check_depths
+from gpulayers.nn.residual import apply_residual, check_addition, check_cell_depths, check_depths
 from gpulayers.nn.states import cell_output_shape, initial_state, on_the_device
 from gpulayers.trace import FunctionGraph
 from gpulayers.trace.graph import new_placeholder
@@ -73,8 +73,13 @@ class _CellWrapper(Layer):
 
     def build(self, input_shape: Any) -> None:
         """Build the cell, unless it is built already: its variables are never made anew."""
-        build_inside(self.cell, input_shape, self.compute_dtype or "float32")
+        shape = as_shape_structure(input_shape, self._name)
+        self._check_depths(shape)
+        build_inside(self.cell, shape, self.compute_dtype or "float32")
         self.built = True
+
+    def _check_depths(self, shape: Any) -> None:
+        check_cell_depths(self.cell, shape)
 
     def _run_cell(self, inputs: Any, state: Any, training: Any, keywords: dict[str, Any]) -> tuple[Any, Any]:
         if training is not None and self._forwards_training:
@@ -162,6 +167,11 @@ class RNNCellResidualWrapper(_CellWrapper):
             return own
         check_depths(own, shape)
         return shape
+
+    def _check_depths(self, shape: Any) -> None:
+        super()._check_depths(shape)
+        if self._residual_fn is None and keeps(self, "call"):
+            check_addition(shape, self.cell)
 
     def _fused_form(self) -> tuple[Any, bool] | None:
         """Return the cell whose fused sequence computes this wrapper, and True: inputs are added. None if none does."""

@@ -7,13 +7,15 @@ from typing import Any
 
 from gpulayers.device import device as on_device
 from gpulayers.device import parse_device
+from gpulayers.dtypes import TensorShape
 from gpulayers.errors import message
+from gpulayers.layers.config_part import as_shape_structure
 from gpulayers.nn import registry
 from gpulayers.nn.building import build_cell
 from gpulayers.nn.cells_legacy import RNNCell
 from gpulayers.nn.dropout_maths import DropoutSettings
 from gpulayers.nn.fused import FusedCell, keeps
-from gpulayers.nn.residual import apply_residual
+from gpulayers.nn.residual import apply_residual, check_addition, check_cell_depths
 from gpulayers.nn.states import require_cell, starting_state
 from gpulayers.nn.wrappers import dropout_config
 
@@ -30,7 +32,11 @@ class _LegacyWrapper(RNNCell):
         self.cell = cell
 
     def _build_as_cell(self, shape: Any, dtype: Any) -> None:
+        self._check_depths(as_shape_structure(shape, self._name))
         build_cell(self.cell, shape, dtype)
+
+    def _check_depths(self, shape: Any) -> None:
+        check_cell_depths(self.cell, shape)
 
     @property
     def wrapped_cell(self) -> Any:
@@ -94,8 +100,15 @@ class ResidualWrapper(_LegacyWrapper):
         self._residual_fn = residual_fn
 
     def _around_cell(self, inputs: Any, state: Any, cell: Callable[[Any, Any], Any]) -> Any:
+        if not getattr(self.cell, "built", True) and hasattr(inputs, "shape"):
+            self._check_depths(TensorShape(inputs.shape))
         output, new_state = cell(inputs, state)
         return apply_residual(self._residual_fn, inputs, output), new_state
+
+    def _check_depths(self, shape: Any) -> None:
+        super()._check_depths(shape)
+        if self._residual_fn is None and keeps(self, "_around_cell"):
+            check_addition(shape, self.cell)
 
     def _fused_form(self) -> tuple[Any, bool] | None:
         plain = keeps(self, "_around_cell") and self._residual_fn is None

@@ -630,3 +630,47 @@ def test_unrolling_takes_the_number_of_steps_from_the_inputs_where_the_masks_is_
     eager.build((2, 4, 3))
     eager.set_weights(weights)
     np.testing.assert_allclose(found, eager(x, mask=mask), rtol=1e-5, atol=1e-6)
+
+
+# --- calls that fail leave nothing behind -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"mask": np.ones((2, 3), bool)}, {"initial_state": np.ones((2, 4), "float32")}],
+    ids=["mask", "initial_state"],
+)
+def test_a_first_call_that_fails_does_not_settle_the_batch_size(wrong):
+    layer = layers.GRU(3, stateful=True)
+    with pytest.raises(ValueError):
+        layer(numbers(2, 4, 3), **wrong)
+    assert not layer.built and not layer.cell.built
+    assert layer(numbers(5, 4, 3)).shape == (5, 3)
+
+
+def test_a_stateful_layer_without_a_batch_size_builds_nothing():
+    layer = layers.GRU(3, stateful=True)
+    with Graph().as_default(), pytest.raises(ValueError, match="batch size"):
+        layer(placeholder("float32", (None, 4, 3)))
+    assert not layer.built and not layer.cell.built
+
+
+def test_states_are_kept_together_or_not_at_all():
+    layer = layers.LSTM(3, stateful=True)
+    layer(numbers(2, 4, 3))
+    before = [state.copy() for state in layer.states]
+    with pytest.raises(ValueError):
+        layer.reset_states([np.ones((2, 3)), np.full((2, 3), "one")])
+    for old, now in zip(before, layer.states, strict=True):
+        np.testing.assert_array_equal(old, now)
+
+    class Widening(layers.Layer):
+        state_size = (3, 3)
+
+        def call(self, inputs, states):
+            return inputs, (states[0] + 1, ops.concatenate([states[1], states[1]], -1))
+
+    layer = layers.RNN(Widening(), stateful=True)
+    with pytest.raises(ValueError):
+        layer(numbers(2, 1, 3))
+    assert not any(state.any() for state in layer.states)
