@@ -28,13 +28,16 @@ class Outline:
 def build_cell(cell: Any, shape: Any, dtype: Any) -> None:
     """Build `cell` for inputs of `shape` as its first call would: in its own scope, under its own name.
 
-    A cell that is built stays as it is. Objects that are not layers are left alone.
+    A cell that is built stays as it is. Objects that are not layers are left alone, and so are legacy cells without a
+    `build` of their own: those may make variables in their first call, which is the one that opens their scope anew.
     """
     own = getattr(cell, "_build_as_cell", None)
     if own is not None:
         own(shape, dtype)
         return
     if not isinstance(cell, CoreLayer) or cell.built:
+        return
+    if isinstance(cell, LegacyLayer) and type(cell).build is CoreLayer.build:
         return
     around = cell._around_call(signature_of(cell.call), {}, symbolic=False)
     shape = as_shape_structure(shape, cell.name)

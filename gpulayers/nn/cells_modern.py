@@ -142,9 +142,7 @@ class _ModernCell(FusedCell, Layer):
         nested = nest.is_nested(state)
         flat = list(state) if isinstance(state, list | tuple) else nest.flatten(state)
         states = cast_states(check_states(self._name, flat, self.state_size), inputs)
-        masks = held_masks(self)
-        if masks is None:
-            masks = self.sequence_masks(inputs, states, training)
+        masks = held_masks(self, lambda: self.sequence_masks(inputs, states, training)) if self._drops else (None, None)
         if masks[0] is None and masks[1] is None and self.fuses():
             output, states = recurrent_step(
                 self._kind,

@@ -147,10 +147,16 @@ class RNN(Layer):
     # --- call ---------------------------------------------------------------------------------------------------------
 
     def __call__(self, inputs: Any, initial_state: Any = None, constants: Any = None, **kwargs: Any) -> Any:
-        """Run the layer; a list stands for ``[inputs, state, ...]``, whose inputs may be nested."""
-        if isinstance(inputs, list | tuple):
-            given = list(inputs[1:])
-            inputs, initial_state = inputs[0], given if given and initial_state is None else initial_state
+        """Run the layer; a list stands for ``[inputs, state, ...]``, whose inputs may be nested: a tuple is one input.
+
+        Raises ValueError for states in a list and in `initial_state` at once.
+        """
+        if isinstance(inputs, list):
+            inputs, *given = inputs
+            if given and initial_state is not None:
+                wrong = "the states come twice, in the list of inputs and as initial_state"
+                raise LayerError(message(self._name, wrong, do="Give them in one place."))
+            initial_state = given or initial_state
         if nest.is_nested(inputs) and not self.built:
             self.input_spec = nest.map_structure(lambda _: InputSpec(min_ndim=3), inputs)
         if initial_state is not None:

@@ -15,7 +15,7 @@ from gpulayers.layers.calling import signature_of
 from gpulayers.layers.core import CoreLayer
 from gpulayers.layers.legacy import LegacyLayer
 from gpulayers.layers.modern import Layer
-from gpulayers.nn.dropout_masks import draw_masks, held_masks, holding
+from gpulayers.nn.dropout_masks import draw_masks, holding, is_held, may_drop
 from gpulayers.nn.fused import FusedCell, Sequence, keeps
 from gpulayers.nn.residual import check_depths
 from gpulayers.nn.scan import scan
@@ -139,22 +139,22 @@ def _general(cell: Any, x: Any, states: list[Any], run: Run) -> tuple[Any, list[
     leaves = nest.flatten(x)
     time = tuple(leaves[0].shape)[0]
     stepper = _Stepper(cell, x, run)
-    symbolic = is_symbolic(x, states, run.mask)
-    with holding(_all_masks(cell, x, run.training)):
-        if symbolic and not run.unroll and not (time is not None and _has_losses(cell)):
-            if _has_losses(cell):
+    looped = is_symbolic(x, states, run.mask) and not run.unroll
+    with holding(_all_masks(cell, x, run.training, looped)):
+        found = _scan_steps(stepper, leaves, states, run) if looped else None
+        if found is None:
+            if time is None:
                 raise LayerError(
                     message(
-                        cell.name,
-                        "an activity regularizer inside a loop needs the number of steps",
+                        cell_name(cell),
+                        "losses and updates inside a loop need the number of steps",
                         do="Give the inputs a known time length.",
                     )
                 )
-            flat, states = _scan_steps(stepper, leaves, states, run)
-        else:
             if not time:
                 raise ShapeError(message("RNN", "the time axis is empty", "at least one step", 0))
-            flat, states = _call_steps(stepper, leaves, states, run)
+            found = _call_steps(stepper, leaves, states, run)
+    flat, states = found
     return nest.pack_sequence_as(stepper.output_structure, flat), states
 
 
@@ -214,7 +214,21 @@ def _where(mask: Any, new: Any, old: Any) -> Any:
     return ops.where(ops.reshape(mask, (-1, *[1] * (len(new.shape) - 1))), new, old)
 
 
-def _scan_steps(stepper: _Stepper, leaves: list[Any], states: list[Any], run: Run) -> tuple[list[Any], list[Any]]:
+def _scan_steps(
+    stepper: _Stepper, leaves: list[Any], states: list[Any], run: Run
+) -> tuple[list[Any], list[Any]] | None:
+    """Run the steps as a loop in the graph; None if a step adds losses or updates: they would be those of one step."""
+    inside = _inside(stepper.cell)
+    if any(one.activity_regularizer is not None for one in inside):
+        return None
+    books = [one._loss_book for one in inside]
+    before = [book.state() for book in books]
+    found = _recorded_loop(stepper, leaves, states, run)
+    changed = [book.go_back(old) for book, old in zip(books, before, strict=True)]
+    return None if any(changed) else found
+
+
+def _recorded_loop(stepper: _Stepper, leaves: list[Any], states: list[Any], run: Run) -> tuple[list[Any], list[Any]]:
     if run.mask is None:
         return scan(stepper, leaves, states, run.go_backwards)
     count = len(states)
@@ -260,16 +274,23 @@ def _inside(cell: Any) -> list[Any]:
     return [cell, *cell.submodules] if isinstance(cell, CoreLayer) else []
 
 
-def _has_losses(cell: Any) -> bool:
-    return any(one.activity_regularizer is not None for one in _inside(cell))
+def _all_masks(cell: Any, x: Any, training: Any, looped: bool) -> list[tuple[Any, Any]]:
+    """Draw the dropout masks of all cells inside `cell`, for one layer call.
 
-
-def _all_masks(cell: Any, x: Any, training: Any) -> list[tuple[Any, Any]]:
-    """Draw the dropout masks of all cells inside `cell`, for one layer call."""
-    found = []
+    Cells that are not built yet, or may be called with a `training` of their own, get a place for masks of their first
+    step. A recorded loop has no first step: such cells then draw at every step, and have to be built for training.
+    """
+    found: list[tuple[Any, Any]] = []
     for one in _inside(cell):
-        if getattr(one, "_drops", False) and held_masks(one) is None:
+        if not getattr(one, "_drops", False) or is_held(one):
+            continue
+        if may_drop(training) and one.built:
             batch, dtype = batch_of(x, 1), one.compute_dtype or nest.flatten(x)[0].dtype
             x_nd, h_nu = (ops.zeros((batch, width), as_dtype(dtype)) for width in (one.kernel.shape[0], one.units))
             found.append((one, draw_masks(x_nd, h_nu, training, one.dropout, one.recurrent_dropout)))
+        elif not looped:
+            found.append((one, None))
+        elif may_drop(training):
+            wrong = f"the cell {one.name} inside it drops, and is not built before the loop"
+            raise LayerError(message(cell_name(cell), wrong, do="Build it in the build method of the cell around it."))
     return found

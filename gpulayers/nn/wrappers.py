@@ -26,6 +26,8 @@ from gpulayers.trace.graph import new_placeholder
 
 __all__ = ["RNNCellDeviceWrapper", "RNNCellDropoutWrapper", "RNNCellResidualWrapper"]
 
+_FILTER = "dropout_state_filter_visitor"
+
 
 class _CellWrapper(Layer):
     """What the modern wrappers share: they call the cell's `call`, and have its sizes and variables."""
@@ -216,7 +218,7 @@ class RNNCellResidualWrapper(_CellWrapper):
                     "Register the function with gl.keras.utils.register_serializable and write it again.",
                 )
             )
-        settings["residual_fn"] = serialization.find(function, custom_objects, what="residual_fn")
+        settings["residual_fn"] = registry.find_function(function, "residual_fn", custom_objects)
         return settings
 
 
@@ -294,6 +296,10 @@ class RNNCellDropoutWrapper(_CellWrapper):
     def get_config(self) -> dict[str, Any]:  # noqa: D102
         return {**super().get_config(), **dropout_config(self._dropout, self._variational, self._input_size)}
 
+    @classmethod
+    def _read_settings(cls, settings: dict[str, Any], custom_objects: dict[str, Any] | None) -> dict[str, Any]:
+        return read_dropout_config(settings, custom_objects)
+
 
 def dropout_config(settings: DropoutSettings, variational: bool, input_size: Any) -> dict[str, Any]:
     """Return the configuration entries of a dropout wrapper."""
@@ -301,8 +307,13 @@ def dropout_config(settings: DropoutSettings, variational: bool, input_size: Any
     config = {f"{kind}_keep_prob": settings.keep[kind] for kind in ("input", "output", "state")}
     config |= {"variational_recurrent": variational, "input_size": input_size, "seed": settings.seed}
     if visitor is not default_filter:
-        config["dropout_state_filter_visitor"] = visitor
+        config[_FILTER] = registry.function_config(visitor)
     return config
+
+
+def read_dropout_config(settings: dict[str, Any], custom_objects: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the constructor's arguments for a dropout wrapper's configuration: the filter's name gives the filter."""
+    return {**settings, _FILTER: registry.find_function(settings.get(_FILTER), _FILTER, custom_objects)}
 
 
 class RNNCellDeviceWrapper(_CellWrapper):

@@ -17,7 +17,7 @@ from gpulayers.nn.dropout_maths import DropoutSettings
 from gpulayers.nn.fused import FusedCell, keeps
 from gpulayers.nn.residual import apply_residual, check_addition, check_cell_depths
 from gpulayers.nn.states import require_cell, starting_state
-from gpulayers.nn.wrappers import dropout_config
+from gpulayers.nn.wrappers import dropout_config, read_dropout_config
 
 __all__ = ["DeviceWrapper", "DropoutWrapper", "ResidualWrapper"]
 
@@ -80,12 +80,19 @@ class _LegacyWrapper(RNNCell):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Any:
-        """Make a wrapper of a configuration whose ``cell`` was replaced by a live cell. ValueError if it was not."""
+        """Make a wrapper of a configuration whose ``cell`` was replaced by a live cell. ValueError if it was not.
+
+        `custom_objects`: functions by name, besides the registered ones.
+        """
         if isinstance(config.get("cell"), dict):
             raise ValueError(
                 message(cls.__name__, "the cell is a configuration", "a live cell", config["cell"].get("class_name"))
             )
-        return cls(**config)
+        return cls(**cls._read_settings(config, custom_objects))
+
+    @classmethod
+    def _read_settings(cls, settings: dict[str, Any], custom_objects: dict[str, Any] | None) -> dict[str, Any]:
+        return settings
 
 
 class ResidualWrapper(_LegacyWrapper):
@@ -118,7 +125,14 @@ class ResidualWrapper(_LegacyWrapper):
 
     def get_config(self) -> dict[str, Any]:  # noqa: D102
         config = super().get_config()
-        return config if self._residual_fn is None else {**config, "residual_fn": self._residual_fn}
+        if self._residual_fn is not None:
+            config["residual_fn"] = registry.function_config(self._residual_fn)
+        return config
+
+    @classmethod
+    def _read_settings(cls, settings: dict[str, Any], custom_objects: dict[str, Any] | None) -> dict[str, Any]:
+        function = registry.find_function(settings.get("residual_fn"), "residual_fn", custom_objects)
+        return {**settings, "residual_fn": function}
 
 
 class DropoutWrapper(_LegacyWrapper):
@@ -160,6 +174,10 @@ class DropoutWrapper(_LegacyWrapper):
 
     def get_config(self) -> dict[str, Any]:  # noqa: D102
         return {**super().get_config(), **dropout_config(self._dropout, self._variational, self._input_size)}
+
+    @classmethod
+    def _read_settings(cls, settings: dict[str, Any], custom_objects: dict[str, Any] | None) -> dict[str, Any]:
+        return read_dropout_config(settings, custom_objects)
 
 
 class DeviceWrapper(_LegacyWrapper):

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -290,7 +291,7 @@ def test_multi_cell():
     above, second = cells[1](below, zero[1])
     np.testing.assert_array_equal(output, above)
     np.testing.assert_array_equal(states[0].c, first.c)
-    assert [w.name for w in multi.weights][0] == "multi_rnn_cell/cell_0/basic_lstm_cell/kernel:0"
+    assert [w.name for w in multi.weights][0] == f"{multi.scope_name}/cell_0/basic_lstm_cell/kernel:0"
     assert len(multi.trainable_weights) == 6
     twin = rnn_cell.MultiRNNCell.from_config(multi.get_config())
     assert [type(c) for c in twin.cells] == [type(c) for c in cells]
@@ -671,3 +672,44 @@ def test_a_legacy_device_wrapper_makes_every_state_on_its_device(monkeypatch):
     wrapper.zero_state(2, "float32")
     wrapper.get_initial_state(batch_size=2, dtype="float32")
     assert entered == ["cpu"] * 2 and [d.kind for d in devices] == ["cpu"] * 2
+
+
+# --- functions in configurations --------------------------------------------------------------------------------------
+
+
+@gl.keras.utils.register_serializable("CellTests")
+def _thrice_the_inputs(inputs, outputs):
+    return 3 * inputs + outputs
+
+
+@gl.keras.utils.register_serializable("CellTests")
+def _drop_nothing(state):
+    return False
+
+
+def test_a_registered_residual_fn_of_a_legacy_wrapper_survives_json():
+    cell = rnn_cell.GRUCell(3)
+    wrapper = rnn_cell.ResidualWrapper(cell, _thrice_the_inputs)
+    config = json.loads(gl.keras.utils.to_json(wrapper.get_config()))
+    assert config["residual_fn"] == "CellTests>_thrice_the_inputs"
+    twin = rnn_cell.ResidualWrapper.from_config({**config, "cell": cell})
+    np.testing.assert_array_equal(twin(X, H)[0], wrapper(X, H)[0])
+    other = rnn_cell.ResidualWrapper.from_config(
+        {**config, "cell": cell, "residual_fn": "own"}, custom_objects={"own": lambda inputs, outputs: 0 * outputs}
+    )
+    assert not other(X, H)[0].any()
+    with pytest.raises(ValueError, match="unheard"):
+        rnn_cell.ResidualWrapper.from_config({**config, "cell": cell, "residual_fn": "unheard"})
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_a_registered_state_filter_survives_json(kind):
+    cell = rnn_cell.GRUCell(3)
+    wrapper = kind(cell, state_keep_prob=0.001, dropout_state_filter_visitor=_drop_nothing)
+    config = json.loads(gl.keras.utils.to_json(wrapper.get_config()))
+    assert config["dropout_state_filter_visitor"] == "CellTests>_drop_nothing"
+    twin = kind.from_config({**config, "cell": cell})
+    x, h = X.astype("float32"), H.astype("float32")
+    np.testing.assert_array_equal(twin(x, h)[1], cell(x, h)[1])
+    plain = kind.from_config({**kind(cell).get_config(), "cell": cell})
+    np.testing.assert_array_equal(plain(x, h)[1], cell(x, h)[1])

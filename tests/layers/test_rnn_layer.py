@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -260,6 +261,38 @@ def test_a_list_of_inputs_brings_its_states():
     x, states = numbers(2, 4, 3, dtype=np.float32), [numbers(2, 3, dtype=np.float32)] * 2
     np.testing.assert_array_equal(layer([x, *states]), layer(x, initial_state=states))
     assert not np.allclose(layer(x), layer(x, initial_state=states))
+
+
+def test_states_given_twice_are_refused():
+    x, state = numbers(2, 4, 3, dtype=np.float32), numbers(2, 3, dtype=np.float32)
+    layer = layers.GRU(3)
+    with pytest.raises(ValueError, match="the states come twice"):
+        layer([x, state], initial_state=state)
+    np.testing.assert_array_equal(layer([x], initial_state=state), layer([x, state]))
+
+
+class _Two(NamedTuple):
+    a: object
+    b: object
+
+
+@pytest.mark.parametrize(
+    "pack", [lambda a, b: (a, b), _Two, lambda a, b: {"a": a, "b": b}], ids=["tuple", "named", "dict"]
+)
+def test_nested_inputs_need_no_list_around_them(pack):
+    class Adding(layers.Layer):
+        state_size = output_size = 3
+
+        def call(self, inputs, states):
+            a, b = nest.flatten(inputs)
+            return a + b + states[0], [a]
+
+    x, state = numbers(2, 4, 3, dtype=np.float32), numbers(2, 3, dtype=np.float32)
+    layer = layers.RNN(Adding(), return_sequences=True)
+    y = layer(pack(x, 2 * x))
+    np.testing.assert_allclose(y[:, 1:], 3 * x[:, 1:] + x[:, :-1], rtol=1e-6)
+    np.testing.assert_allclose(layer([pack(x, 2 * x), state])[:, 0], 3 * x[:, 0] + state, rtol=1e-6)
+    assert layer.compute_output_shape(pack((2, 4, 3), (2, 4, 3))) == (2, 4, 3)
 
 
 @pytest.mark.parametrize("states", [[np.zeros((2, 3))], [np.zeros((2, 3)), np.zeros((2, 4))], [np.zeros((3, 3))] * 2])
@@ -674,3 +707,93 @@ def test_states_are_kept_together_or_not_at_all():
     with pytest.raises(ValueError):
         layer(numbers(2, 1, 3))
     assert not any(state.any() for state in layer.states)
+
+
+# --- what a cell holds inside -----------------------------------------------------------------------------------------
+
+
+class _Holding(layers.Layer):
+    """A user's cell around one of ours, which it builds itself or leaves to the first call."""
+
+    state_size = output_size = 64
+
+    def __init__(self, builds=False, own_training=False):
+        super().__init__()
+        self.inner, self.builds, self.own_training = layers.GRUCell(64, dropout=0.5), builds, own_training
+
+    def build(self, input_shape):
+        if self.builds:
+            self.inner.build(input_shape)
+
+    def call(self, inputs, states):
+        return self.inner(inputs, states, **({"training": True} if self.own_training else {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"builds": True}, {"own_training": True}], ids=str)
+def test_a_cell_inside_a_users_cell_drops_by_one_mask(options, monkeypatch):
+    layer = layers.RNN(_Holding(**options))
+    x = numbers(4, 6, 64, dtype=np.float32)
+    drawn = []
+    original = gl.nn.dropout_masks.dropout_mask
+    monkeypatch.setattr(gl.nn.dropout_masks, "dropout_mask", lambda *given: drawn.append(given) or original(*given))
+    layer(x)
+    assert len(drawn) == layer.cell.own_training
+    drawn.clear()
+    layer(x, training=True)
+    assert len(drawn) == 1
+
+
+def test_a_cell_inside_a_users_cell_in_a_graph():
+    x = numbers(4, 6, 64, dtype=np.float32)
+    with Graph().as_default():
+        fed = placeholder("float32", (4, 6, 64))
+        outputs = [layers.RNN(_Holding())(fed), layers.RNN(_Holding(builds=True))(fed, training=True)]
+        with pytest.raises(ValueError, match="not built before the loop"):
+            layers.RNN(_Holding())(fed, training=True)
+        with Session() as session:
+            session.run(gl.global_variables_initializer())
+            for value in session.run(outputs, {fed: x}):
+                assert value.shape == (4, 64) and np.isfinite(value).all()
+
+
+class _Costly(layers.Layer):
+    """A user's cell that adds a loss, or an update, at every step."""
+
+    state_size = output_size = 3
+
+    def __init__(self, updates=False):
+        super().__init__()
+        self.updating = updates
+        self.count = self.add_weight("count", (), initializer="zeros", trainable=False)
+
+    def call(self, inputs, states):
+        if self.updating:
+            self.add_update(self.count.assign_add(1.0))
+        else:
+            self.add_loss(ops.sum(inputs), inputs=inputs)
+        return inputs, states
+
+
+def test_losses_of_every_step_in_a_graph():
+    x = numbers(2, 4, 3, dtype=np.float32)
+    with Graph().as_default():
+        fed = placeholder("float32", (2, 4, 3))
+        layer = layers.RNN(_Costly())
+        layer(fed)
+        with Session() as session:
+            np.testing.assert_allclose(session.run(layer.losses, {fed: x}), x.sum((0, 2)), rtol=1e-5)
+        layer = layers.RNN(_Costly(updates=True))
+        layer(fed)
+        with Session() as session:
+            session.run(gl.global_variables_initializer())
+            session.run(layer.updates, {fed: x})
+            assert session.run(layer.cell.count) == 4
+
+
+@pytest.mark.parametrize("updates", [False, True])
+def test_losses_in_a_loop_of_unknown_length_are_refused_and_leave_nothing(updates):
+    with Graph().as_default():
+        layer = layers.RNN(_Costly(updates))
+        with pytest.raises(ValueError, match="losses and updates inside a loop need the number of steps"):
+            layer(placeholder("float32", (2, None, 3)))
+        assert not layer.losses and not layer.updates
