@@ -713,3 +713,34 @@ def test_a_registered_state_filter_survives_json(kind):
     np.testing.assert_array_equal(twin(x, h)[1], cell(x, h)[1])
     plain = kind.from_config({**kind(cell).get_config(), "cell": cell})
     np.testing.assert_array_equal(plain(x, h)[1], cell(x, h)[1])
+
+
+# --- the face of TensorFlow 1 -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["GRU", "LSTM"])
+def test_cells_and_layers_of_version_1_have_its_defaults(name):
+    old = gl.compat.v1.keras.layers
+    cell, layer = getattr(old, f"{name}Cell")(3), getattr(old, name)(3)
+    for config in (cell.get_config(), layer.get_config()):
+        assert config["recurrent_activation"] == "hard_sigmoid" and config["implementation"] == 1
+        assert config.get("reset_after", False) is False
+    x = np.stack([X] * 3, 1).astype("float32")
+    expected = layer(x)
+    changes = {"recurrent_activation": "hard_sigmoid", **({"reset_after": False} if name == "GRU" else {})}
+    modern = getattr(layers, name)(3, **changes)
+    modern.build(x.shape)
+    modern.set_weights(layer.get_weights())
+    np.testing.assert_allclose(modern(x), expected, rtol=1e-6)
+    for twin in (type(layer).from_config(layer.get_config()), layers.RNN.from_config(layers.RNN(cell).get_config())):
+        assert twin.cell.recurrent_activation is ops.activations.hard_sigmoid and twin.cell.implementation == 1
+        twin.build(x.shape)
+        twin.set_weights(layer.get_weights())
+        np.testing.assert_allclose(twin(x), expected, rtol=1e-6)
+    assert getattr(old, f"{name}Cell")(3, "relu", "tanh").get_config()["recurrent_activation"] == "tanh"
+
+
+def test_the_rest_of_version_1s_keras_is_the_same():
+    old = gl.compat.v1.keras
+    assert old.layers.SimpleRNNCell is layers.SimpleRNNCell and old.layers.RNN is layers.RNN
+    assert old.Model is gl.keras.Model and old.layers.__all__ == layers.__all__
