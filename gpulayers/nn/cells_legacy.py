@@ -26,10 +26,13 @@ from gpulayers.nn.states import (
     cast_states,
     cell_output_shape,
     check_states,
+    output_and_state,
     require_cell,
     require_legacy_floating,
     size_of,
     starting_state,
+    step_batch,
+    step_depth,
     zeros_for,
 )
 from gpulayers.ops.recurrent import recurrent_sequence, recurrent_step
@@ -87,6 +90,11 @@ class RNNCell(LegacyLayer):
         return self.zero_state(*batch_and_dtype(inputs, batch_size, dtype))
 
 
+def _warn_of_legacy(cell: Any, stacklevel: int) -> None:
+    text = f"{type(cell).__name__} is a legacy cell; the modern one is in gl.keras.layers."
+    warnings.warn(text, DeprecationWarning, stacklevel=stacklevel)
+
+
 class _BasicCell(FusedCell, RNNCell):
     """What the single cells share: checks of inputs, fused steps and sequences, one kernel over [inputs, state]."""
 
@@ -97,11 +105,7 @@ class _BasicCell(FusedCell, RNNCell):
     def __init__(
         self, num_units: int, activation: Any, reuse: Any, name: Any, dtype: Any, kwargs: dict[str, Any]
     ) -> None:
-        warnings.warn(
-            f"{type(self).__name__} is a legacy cell; the modern one is in gl.keras.layers.",
-            DeprecationWarning,
-            stacklevel=3,
-        )
+        _warn_of_legacy(self, stacklevel=4)
         super().__init__(name=name, dtype=dtype, _reuse=reuse, **kwargs)
         self._num_units = int(num_units)
         self._activation = ops.tanh if activation is None else get_activation(activation)
@@ -121,12 +125,6 @@ class _BasicCell(FusedCell, RNNCell):
         require_legacy_floating(self._name, inputs)
         super()._build_for(inputs)
 
-    def _depth(self, input_shape: Any) -> int:
-        shape = TensorShape(input_shape)
-        if not shape.rank or shape[-1] is None:
-            raise ShapeError(f"{self._name}: Expected inputs.shape[-1] to be known, saw shape: {shape}.")
-        return int(shape[-1])
-
     def _settings_fuse(self) -> bool:
         return is_tanh(self._activation)
 
@@ -136,7 +134,8 @@ class _BasicCell(FusedCell, RNNCell):
 
     def advance(self, inputs: Any, state: Any, training: Any, residual: bool) -> tuple[Any, Any]:  # noqa: D102
         require_legacy_floating(self._name, inputs)
-        states = cast_states(check_states(self._name, nest.flatten(state), self.state_size), inputs)
+        batch = step_batch(self._name, inputs)
+        states = cast_states(check_states(self._name, nest.flatten(state), self.state_size, batch), inputs)
         if self.fuses():
             output, new_states = self._fused(recurrent_step, inputs, states, {"residual": residual})
         else:
@@ -189,7 +188,7 @@ class BasicRNNCell(_BasicCell):
         super().__init__(num_units, activation, reuse, name, dtype, kwargs)
 
     def build(self, input_shape: Any) -> None:  # noqa: D102
-        depth, units = self._depth(input_shape), self._num_units
+        depth, units = step_depth(self._name, input_shape), self._num_units
         self.kernel = self.add_variable("kernel", (depth + units, units))
         self.bias = self.add_variable("bias", (units,), initializer="zeros")
         self.built = True
@@ -226,7 +225,7 @@ class GRUCell(_BasicCell):
         self._bias_initializer = initializers.get(bias_initializer)
 
     def build(self, input_shape: Any) -> None:  # noqa: D102
-        rows, units = self._depth(input_shape) + self._num_units, self._num_units
+        rows, units = step_depth(self._name, input_shape) + self._num_units, self._num_units
         given, gate_bias = self._kernel_initializer, self._bias_initializer or "ones"
         self._gate_kernel = self.add_variable("gates/kernel", (rows, 2 * units), initializer=given)
         self._gate_bias = self.add_variable("gates/bias", (2 * units,), initializer=gate_bias)
@@ -325,7 +324,7 @@ class BasicLSTMCell(_LegacyLSTM):
         self._forget_bias, self._state_is_tuple = forget_bias, bool(state_is_tuple)
 
     def build(self, input_shape: Any) -> None:  # noqa: D102
-        depth, units = self._depth(input_shape), self._num_units
+        depth, units = step_depth(self._name, input_shape), self._num_units
         self.kernel = self.add_variable("kernel", (depth + units, 4 * units))
         self.bias = self.add_variable("bias", (4 * units,), initializer="zeros")
         self.built = True
@@ -388,7 +387,7 @@ class LSTMCell(_LegacyLSTM):
         return self._num_proj or self._num_units
 
     def build(self, input_shape: Any) -> None:  # noqa: D102
-        depth, units, given = self._depth(input_shape), self._num_units, self._initializer_given
+        depth, units, given = step_depth(self._name, input_shape), self._num_units, self._initializer_given
         self.kernel = self.add_variable(
             "kernel",
             (depth + self.output_size, 4 * units),
@@ -458,6 +457,7 @@ class MultiRNNCell(RNNCell):
     """
 
     def __init__(self, cells: Any, state_is_tuple: bool = True, **kwargs: Any) -> None:
+        _warn_of_legacy(self, stacklevel=3)
         super().__init__(**kwargs)
         if not isinstance(cells, list | tuple):
             raise TypeError(message(self._name, "cells is not a list", "a list or tuple of cells", repr(cells)))
@@ -525,9 +525,8 @@ class MultiRNNCell(RNNCell):
     def _split_state(self, state: Any) -> list[Any]:
         if self._state_is_tuple:
             if not isinstance(state, list | tuple):
-                raise ValueError(
-                    message(self._name, "the state is not a tuple", f"a tuple of {len(self._cells)}", repr(state))
-                )
+                wanted = f"a tuple of {len(self._cells)}"
+                raise ValueError(message(self._name, "the state is not a tuple", wanted, type(state).__name__))
             if len(state) != len(self._cells):
                 raise StructureError(message(self._name, "the number of states differs", len(self._cells), len(state)))
             return list(state)
@@ -539,7 +538,7 @@ class MultiRNNCell(RNNCell):
         current, new_states = inputs, []
         for index, (cell, own) in enumerate(zip(self._cells, self._split_state(state), strict=True)):
             with variable_scope(f"cell_{index}"):
-                current, new_state = cell(current, own)
+                current, new_state = output_and_state(cell, cell(current, own))
             new_states.append(new_state)
         return current, tuple(new_states) if self._state_is_tuple else ops.concatenate(new_states, 1)
 

@@ -5,13 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from gpulayers import constraints, initializers, nest, ops, regularizers, serialization
-from gpulayers.dtypes import TensorShape
-from gpulayers.errors import ShapeError, message
+from gpulayers.errors import message
 from gpulayers.layers.modern import Layer
 from gpulayers.nn import registry
 from gpulayers.nn.dropout_masks import Masks, draw_masks, held_masks
 from gpulayers.nn.fused import FusedCell, Sequence, gate_name, is_tanh
-from gpulayers.nn.states import cast_states, cell_output_shape, check_states, initial_state, require_floating
+from gpulayers.nn.states import (
+    cast_states,
+    cell_output_shape,
+    check_states,
+    initial_state,
+    require_floating,
+    step_batch,
+    step_depth,
+)
 from gpulayers.ops import activations
 from gpulayers.ops.recurrent import recurrent_sequence, recurrent_step
 from gpulayers.ops.recurrent_composed import composed_step
@@ -85,10 +92,7 @@ class _ModernCell(FusedCell, Layer):
 
     def build(self, input_shape: Any) -> None:
         """Make kernel (D, gates*U), recurrent_kernel (U, gates*U) and bias. ValueError for an unknown depth D."""
-        shape = TensorShape(input_shape)
-        depth = shape[-1] if shape.rank else None
-        if depth is None:
-            raise ShapeError(message(self._name, "the depth of the inputs is unknown", "a known last size", shape))
+        depth = step_depth(self._name, input_shape)
         columns = self._gates * self.units
         self.kernel = self._weight("kernel", (depth, columns))
         self.recurrent_kernel = self._weight("recurrent_kernel", (self.units, columns))
@@ -141,7 +145,8 @@ class _ModernCell(FusedCell, Layer):
         require_floating(self._name, inputs)
         nested = nest.is_nested(state)
         flat = list(state) if isinstance(state, list | tuple) else nest.flatten(state)
-        states = cast_states(check_states(self._name, flat, self.state_size), inputs)
+        batch = step_batch(self._name, inputs)
+        states = cast_states(check_states(self._name, flat, self.state_size, batch), inputs)
         masks = held_masks(self, lambda: self.sequence_masks(inputs, states, training)) if self._drops else (None, None)
         if masks[0] is None and masks[1] is None and self.fuses():
             output, states = recurrent_step(

@@ -49,7 +49,7 @@ def check_cell_depths(cell: Any, shape: Any) -> None:
 
 def check_addition(shape: Any, cell: Any) -> None:
     """Raise ShapeError unless a tensor of `shape` fits the output of `cell`, as far as that is one known tensor."""
-    size = cell.output_size if has_attribute(cell, "output_size") else None
+    size = cell.output_size if has_attribute(cell, "output_size") else None  # the width of a state would be a guess
     if size is None or nest.is_nested(size) or not isinstance(shape, TensorShape) or not shape.rank:
         return
     width = size_of(size)

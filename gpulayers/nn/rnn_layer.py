@@ -18,7 +18,16 @@ from gpulayers.nn import registry
 from gpulayers.nn.building import build_cell
 from gpulayers.nn.keywords import takes_keyword
 from gpulayers.nn.stacked import StackedRNNCells
-from gpulayers.nn.states import as_tensor, batch_of, cell_name, on_the_device, require_cell, size_of, starting_state
+from gpulayers.nn.states import (
+    as_tensor,
+    batch_of,
+    cell_name,
+    on_the_device,
+    output_size_of,
+    require_cell,
+    size_of,
+    starting_state,
+)
 from gpulayers.nn.unroll import Run, is_symbolic, run_cell
 from gpulayers.trace import as_value
 from gpulayers.variables import Variable
@@ -157,6 +166,8 @@ class RNN(Layer):
                 wrong = "the states come twice, in the list of inputs and as initial_state"
                 raise LayerError(message(self._name, wrong, do="Give them in one place."))
             initial_state = given or initial_state
+        if _is_made_of_numbers(kwargs.get("mask")):
+            kwargs["mask"] = as_tensor(kwargs["mask"])
         if nest.is_nested(inputs) and not self.built:
             self.input_spec = nest.map_structure(lambda _: InputSpec(min_ndim=3), inputs)
         if initial_state is not None:
@@ -204,6 +215,9 @@ class RNN(Layer):
 
     def _result(self, outputs: Any, states: list[Any]) -> Any:
         if not self.return_sequences:
+            if tuple(nest.flatten(outputs)[0].shape)[0] == 0:
+                wrong = "the time axis is empty, so there is no last output"
+                raise ShapeError(message(self._name, wrong, "at least one step", 0, "Use return_sequences=True."))
             result = nest.map_structure(lambda o: o[-1], outputs)
         else:
             result = outputs if self.time_major else nest.map_structure(_swapped, outputs)
@@ -232,14 +246,19 @@ class RNN(Layer):
 
     # --- states -------------------------------------------------------------------------------------------------------
 
+    def get_initial_state(self, inputs: Any) -> list[Any]:
+        """Return the list of states that the cell starts from, for `inputs` as the layer takes them."""
+        batch, dtype = batch_of(inputs, 1 if self.time_major else 0), nest.flatten(inputs)[0].dtype
+        state = starting_state(self.cell, None, batch, dtype)
+        return list(state) if isinstance(state, list | tuple) else [state]
+
     def _starting_states(self, inputs: Any, given: Any) -> list[Any]:
         axis = 1 if self.time_major else 0
         if given is not None:
             return self._checked(nest.flatten(given), batch_of(inputs, axis))
         if self.stateful:
             return [v if is_symbolic(inputs) else v.read() for v in self._kept.variables]
-        first = nest.flatten(inputs)[0]
-        return nest.flatten(starting_state(self.cell, None, batch_of(inputs, axis), first.dtype))
+        return nest.flatten(self.get_initial_state(inputs))
 
     def _checked(self, states: list[Any], batch: Any) -> list[Any]:
         sizes = nest.flatten(self.cell.state_size)
@@ -317,12 +336,10 @@ class RNN(Layer):
             raise ShapeError(message(self._name, "not the shape of sequences", "rank 3 or more", shape))
         batch, time = (shape[1], shape[0]) if self.time_major else (shape[0], shape[1])
         states = [TensorShape((batch, *size_of(size))) for size in nest.flatten(self.cell.state_size)]
-        size = getattr(self.cell, "output_size", None)
-        width = size_of(nest.flatten(self.cell.state_size)[0]) if size is None else size_of(size)
+        leading: tuple[Any, ...] = (batch,)
         if self.return_sequences:
-            output = TensorShape((time, batch, *width) if self.time_major else (batch, time, *width))
-        else:
-            output = TensorShape((batch, *width))
+            leading = (time, batch) if self.time_major else (batch, time)
+        output = nest.map_structure(lambda s: TensorShape((*leading, *size_of(s))), output_size_of(self.cell))
         return [output, *states] if self.return_state else output
 
     def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
@@ -341,6 +358,11 @@ class RNN(Layer):
     def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Any:
         """Make the layer and its cell from the dictionary of `get_config`, which is not modified."""
         return cls(**{**config, "cell": registry.make_cell(config["cell"], custom_objects)})
+
+
+def _is_made_of_numbers(mask: Any) -> bool:
+    """Say whether a mask is lists of numbers, one mask, rather than a structure of masks."""
+    return nest.is_nested(mask) and all(isinstance(one, bool | int | np.generic) for one in nest.flatten(mask))
 
 
 def _swapped(x: Any) -> Any:

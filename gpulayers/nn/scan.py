@@ -86,7 +86,8 @@ def _loop(body: _Body, values: Sequence[Any], sequences: int, reverse: bool) -> 
     collected: list[list[Any]] = []
     time = len(slices[0])
     if not time:
-        raise ShapeError(message("scan", "the time axis is empty", "at least one step", 0))
+        batch = tuple(values[0].shape)[1]
+        return [*(ops.zeros((0, batch, *tuple(o.shape)[1:]), o.dtype) for o in body.outputs), *states]
     for t in range(time - 1, -1, -1) if reverse else range(time):
         outputs, states = body.run([x[t] for x in slices], states, captured)
         collected.append(outputs)
@@ -202,7 +203,7 @@ def scan(
 
     All are flat lists of tensors. Returns the outputs, stacked along a new first axis in processing order, and the last
     states; a state keeps the floating dtype that it starts with. Raises ValueError if one changes its shape, or its
-    dtype otherwise, and, when run, for an empty time axis.
+    dtype otherwise.
     """
     tensors = [v for v in [*sequences, *states] if isinstance(v, GraphTensor)]
     outer = active_graph() or tensors[0].graph

@@ -16,7 +16,14 @@ from gpulayers.nn.building import build_cell
 from gpulayers.nn.fused import keeps
 from gpulayers.nn.keywords import takes_keyword
 from gpulayers.nn.residual import check_cell_depths
-from gpulayers.nn.states import cell_output_shape, require_cell, size_of, starting_state
+from gpulayers.nn.states import (
+    cell_output_shape,
+    output_and_state,
+    output_size_of,
+    require_cell,
+    size_of,
+    starting_state,
+)
 
 __all__ = ["StackedRNNCells"]
 
@@ -49,10 +56,7 @@ class StackedRNNCells(Layer):
     @property
     def output_size(self) -> Any:
         """The last cell's."""
-        last = self.cells[-1]
-        if getattr(last, "output_size", None) is not None:
-            return last.output_size
-        return nest.flatten(last.state_size)[0]
+        return output_size_of(self.cells[-1])
 
     def _in_state_order(self) -> list[Any]:
         return self.cells[::-1] if self.reverse_state_order else self.cells
@@ -77,9 +81,7 @@ class StackedRNNCells(Layer):
         shape = nest.flatten(as_shape_structure(input_shape, self._name))[0]
         for cell in self.cells:
             yield cell, shape
-            width = getattr(cell, "output_size", None)
-            width = nest.flatten(cell.state_size)[0] if width is None else width
-            shape = TensorShape((shape[0], *size_of(width)))
+            shape = TensorShape((shape[0], *size_of(output_size_of(cell))))
 
     def _check_depths(self, shape: Any) -> None:
         for cell, own in self._with_shapes(shape):
@@ -97,9 +99,8 @@ class StackedRNNCells(Layer):
         current, new_states = inputs, []
         for cell, state in zip(self.cells, own, strict=True):
             nested = nest.is_nested(state)
-            current, new_state = cell(
-                current, state if nested else [state], **self._keywords(cell, constants, training, kwargs)
-            )
+            result = cell(current, state if nested else [state], **self._keywords(cell, constants, training, kwargs))
+            current, new_state = output_and_state(cell, result)
             flat = nest.flatten(new_state)
             new_states.append(nest.pack_sequence_as(cell.state_size, flat))
         return current, tuple(new_states[::-1] if self.reverse_state_order else new_states)

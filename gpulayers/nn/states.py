@@ -23,11 +23,15 @@ __all__ = [
     "has_attribute",
     "initial_state",
     "on_the_device",
+    "output_and_state",
+    "output_size_of",
     "require_cell",
     "require_floating",
     "require_legacy_floating",
     "size_of",
     "starting_state",
+    "step_batch",
+    "step_depth",
     "zeros_for",
 ]
 
@@ -149,8 +153,46 @@ def on_the_device(values: Any) -> Any:
     return nest.map_structure(lambda v: asarray(v) if isinstance(v, np.ndarray | np.generic) else v, values)
 
 
-def cell_output_shape(name: str, input_shape: Any, output_size: Any) -> TensorShape:
-    """Return the shape (N, output_size) of a cell's output for inputs of a shape (N, D).
+def output_size_of(cell: Any) -> Any:
+    """Return the sizes of a cell's output: its `output_size`, or the width of its first state where it has none."""
+    size = cell.output_size if has_attribute(cell, "output_size") else None
+    return nest.flatten(cell.state_size)[0] if size is None else size
+
+
+def output_and_state(cell: Any, result: Any) -> tuple[Any, Any]:
+    """Return what a call of `cell` returned. Raises LayerError unless that is a pair."""
+    if not isinstance(result, list | tuple) or len(result) != 2:
+        wrong = "the cell did not return its output and its new state"
+        raise LayerError(message(cell_name(cell), wrong, "a pair", type(result).__name__))
+    return result[0], result[1]
+
+
+def step_batch(name: str, inputs: Any) -> int | None:
+    """Return the batch size of one step's inputs (N, D), None where it is unknown. ShapeError for another rank."""
+    shape = getattr(inputs, "shape", None)
+    if shape is not None and type(shape) is not tuple:
+        shape = TensorShape(shape)
+        if shape.rank is None:
+            return None
+    if shape is None or len(shape) != 2:
+        got = type(inputs).__name__ if shape is None else tuple(shape)
+        raise ShapeError(message(name, "the inputs are not those of one step", "one tensor (batch, depth)", got))
+    return shape[0]
+
+
+def step_depth(name: str, input_shape: Any) -> int:
+    """Return the depth of one step's inputs of a shape (N, D). ShapeError where it is unknown or the rank is lower."""
+    shape = TensorShape(input_shape)
+    if shape.rank is not None and shape.rank < 2:
+        raise ShapeError(message(name, "the inputs are not those of one step", "one tensor (batch, depth)", shape))
+    if shape.rank is None or shape[-1] is None:
+        wrong = "the depth of the inputs is unknown"
+        raise ShapeError(f"{name}: {wrong}. Expected inputs.shape[-1] to be known, saw shape: {shape}.")
+    return int(shape[-1])
+
+
+def cell_output_shape(name: str, input_shape: Any, output_size: Any) -> Any:
+    """Return the shape (N, output_size) of a cell's output for inputs of a shape (N, D); nested as `output_size` is.
 
     Raises TypeError for something that is no shape, ValueError for one without a known depth or of another rank.
     """
@@ -159,7 +201,7 @@ def cell_output_shape(name: str, input_shape: Any, output_size: Any) -> TensorSh
         shape = nest.flatten(shape)[0]
     if shape.rank is None or shape.rank < 2 or shape[-1] is None:
         raise ShapeError(message(name, "not the shape of one step", "(batch, depth), the depth known", shape))
-    return TensorShape((shape[0], *size_of(output_size)))
+    return _map_sizes(lambda size: TensorShape((shape[0], *size)), output_size)
 
 
 def check_states(name: str, states: list[Any], sizes: Any, batch: Any = None) -> list[Any]:
@@ -169,7 +211,7 @@ def check_states(name: str, states: list[Any], sizes: Any, batch: Any = None) ->
     """
     wanted = sizes if type(sizes) is list else nest.flatten(sizes)
     states = on_the_device(states)
-    if len(states) == len(wanted) and batch is None and all(map(_plainly_fits, states, wanted)):
+    if len(states) == len(wanted) and all(_plainly_fits(*pair, batch) for pair in zip(states, wanted, strict=True)):
         return states
     if len(states) != len(wanted):
         raise StructureError(
@@ -184,12 +226,12 @@ def check_states(name: str, states: list[Any], sizes: Any, batch: Any = None) ->
     return states
 
 
-def _plainly_fits(value: Any, size: Any) -> bool:
-    """Say, at the price of a look, that a state is an array or tensor (N, size)."""
+def _plainly_fits(value: Any, size: Any, batch: Any) -> bool:
+    """Say, at the price of a look, that a state is an array or tensor (N, size). A `batch` of None fits any N."""
     if not (isinstance(value, Recordable) or is_array(value)) or type(size) is not int:
         return False
     shape = value.shape
-    return type(shape) is tuple and len(shape) == 2 and shape[1] == size
+    return type(shape) is tuple and len(shape) == 2 and shape[1] == size and (batch is None or shape[0] == batch)
 
 
 def cell_name(cell: Any) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from gpulayers import nest, ops
 from gpulayers.dtypes import TensorShape, as_dtype, is_floating
 from gpulayers.errors import LayerError, ShapeError, StructureError, message
-from gpulayers.layers.calling import signature_of
+from gpulayers.layers.calling import probing, signature_of
 from gpulayers.layers.core import CoreLayer
 from gpulayers.layers.legacy import LegacyLayer
 from gpulayers.layers.modern import Layer
@@ -19,8 +19,9 @@ from gpulayers.nn.dropout_masks import draw_masks, holding, is_held, may_drop
 from gpulayers.nn.fused import FusedCell, Sequence, keeps
 from gpulayers.nn.residual import check_depths
 from gpulayers.nn.scan import scan
-from gpulayers.nn.states import batch_of, cell_name
-from gpulayers.trace import GraphTensor, active_graph, autocast
+from gpulayers.nn.states import batch_of, cell_name, output_and_state
+from gpulayers.trace import FunctionGraph, GraphTensor, active_graph, autocast
+from gpulayers.trace.graph import new_placeholder
 
 __all__ = ["Run", "is_symbolic", "run_cell"]
 
@@ -151,9 +152,7 @@ def _general(cell: Any, x: Any, states: list[Any], run: Run) -> tuple[Any, list[
                         do="Give the inputs a known time length.",
                     )
                 )
-            if not time:
-                raise ShapeError(message("RNN", "the time axis is empty", "at least one step", 0))
-            found = _call_steps(stepper, leaves, states, run)
+            found = _call_steps(stepper, leaves, states, run) if time else (_no_steps(stepper, leaves, states), states)
     flat, states = found
     return nest.pack_sequence_as(stepper.output_structure, flat), states
 
@@ -171,9 +170,11 @@ class _Stepper:
 
     def __call__(self, slices: list[Any], states: list[Any]) -> tuple[list[Any], list[Any]]:
         state = nest.pack_sequence_as(self.cell.state_size, states)
-        output, new_state = self.cell(
-            nest.pack_sequence_as(self.input_structure, slices), [state] if self.listed else state, **self.keywords
-        )
+        inputs = nest.pack_sequence_as(self.input_structure, slices)
+        result = self.cell(inputs, [state] if self.listed else state, **self.keywords)
+        output, new_state = output_and_state(self.cell, result)
+        if any(leaf is None for leaf in nest.flatten(output)):
+            raise LayerError(message(cell_name(self.cell), "the output of a step is None", "tensors"))
         new_states = nest.flatten(new_state)
         if len(new_states) != len(states):
             wrong = "the cell returned another number of states"
@@ -196,6 +197,16 @@ def _call_steps(stepper: _Stepper, leaves: list[Any], states: list[Any], run: Ru
         states = new_states
         collected.append(outputs)
     return [ops.stack(list(column), 0) for column in zip(*collected, strict=True)], states
+
+
+def _no_steps(stepper: _Stepper, leaves: list[Any], states: list[Any]) -> list[Any]:
+    """Return the outputs of no steps (0, N, ...), of the shapes and dtypes that a step has: one that is not kept."""
+    graph = FunctionGraph()
+    slices = [new_placeholder(graph, x.dtype, tuple(x.shape)[1:], "step") for x in leaves]
+    carried = [new_placeholder(graph, s.dtype, s.shape, "state") for s in states]
+    with probing(), graph.as_default():
+        outputs, _ = stepper(slices, carried)
+    return [ops.zeros((0, batch_of(leaves, 1), *tuple(o.shape)[1:]), o.dtype) for o in outputs]
 
 
 def _held(

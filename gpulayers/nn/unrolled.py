@@ -134,6 +134,7 @@ def _checked_lengths(lengths: Any, x: Any, name: str) -> Any:
     given = lengths
     if not (isinstance(lengths, Recordable) or is_array(lengths)):
         lengths = np.asarray(lengths)
+        lengths = lengths if lengths.size else lengths.astype(np.int32)  # an empty list has no dtype
     if lengths.dtype.kind not in "iu":
         raise DTypeError(message(name, "sequence_length is not made of integers", "an integer dtype", lengths.dtype))
     time, batch = tuple(x.shape)[:2]

@@ -20,7 +20,7 @@ from gpulayers.nn.building import build_inside
 from gpulayers.nn.dropout_maths import DropoutSettings, default_filter
 from gpulayers.nn.fused import FusedCell, keeps
 from gpulayers.nn.residual import apply_residual, check_addition, check_cell_depths, check_depths
-from gpulayers.nn.states import cell_output_shape, initial_state, on_the_device
+from gpulayers.nn.states import cell_output_shape, initial_state, on_the_device, output_and_state, output_size_of
 from gpulayers.trace import FunctionGraph
 from gpulayers.trace.graph import new_placeholder
 
@@ -63,7 +63,7 @@ class _CellWrapper(Layer):
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """Return the shape (N, output_size) for inputs (N, D). TypeError for no shape, ValueError for an unknown D."""
-        return cell_output_shape(self._name, input_shape, self.output_size)
+        return cell_output_shape(self._name, input_shape, output_size_of(self.cell))
 
     def zero_state(self, batch_size: Any, dtype: Any) -> Any:
         """Return the cell's `zero_state`. Raises AttributeError for a modern cell, which has none."""
@@ -86,7 +86,7 @@ class _CellWrapper(Layer):
     def _run_cell(self, inputs: Any, state: Any, training: Any, keywords: dict[str, Any]) -> tuple[Any, Any]:
         if training is not None and self._forwards_training:
             keywords = {**keywords, "training": training}
-        return self.cell.call(inputs, on_the_device(state), **keywords)
+        return output_and_state(self.cell, self.cell.call(inputs, on_the_device(state), **keywords))
 
     def get_config(self) -> dict[str, Any]:  # noqa: D102
         return {**super().get_config(), "cell": registry.cell_config(self.cell)}
@@ -167,6 +167,7 @@ class RNNCellResidualWrapper(_CellWrapper):
         own = as_shape_structure(input_shape, self._name)
         if not isinstance(own, TensorShape):
             return own
+        nest.assert_same_structure(own, shape)
         check_depths(own, shape)
         return shape
 

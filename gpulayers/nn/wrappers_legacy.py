@@ -16,7 +16,7 @@ from gpulayers.nn.cells_legacy import RNNCell
 from gpulayers.nn.dropout_maths import DropoutSettings
 from gpulayers.nn.fused import FusedCell, keeps
 from gpulayers.nn.residual import apply_residual, check_addition, check_cell_depths
-from gpulayers.nn.states import require_cell, starting_state
+from gpulayers.nn.states import output_and_state, require_cell, starting_state
 from gpulayers.nn.wrappers import dropout_config, read_dropout_config
 
 __all__ = ["DeviceWrapper", "DropoutWrapper", "ResidualWrapper"]
@@ -109,7 +109,7 @@ class ResidualWrapper(_LegacyWrapper):
     def _around_cell(self, inputs: Any, state: Any, cell: Callable[[Any, Any], Any]) -> Any:
         if not getattr(self.cell, "built", True) and hasattr(inputs, "shape"):
             self._check_depths(TensorShape(inputs.shape))
-        output, new_state = cell(inputs, state)
+        output, new_state = output_and_state(self.cell, cell(inputs, state))
         return apply_residual(self._residual_fn, inputs, output), new_state
 
     def _check_depths(self, shape: Any) -> None:
@@ -170,7 +170,7 @@ class DropoutWrapper(_LegacyWrapper):
         self._variational, self._input_size = bool(variational_recurrent), input_size
 
     def _around_cell(self, inputs: Any, state: Any, cell: Callable[[Any, Any], Any]) -> Any:
-        return self._dropout.around(inputs, state, cell)
+        return self._dropout.around(inputs, state, lambda i, s: output_and_state(self.cell, cell(i, s)))
 
     def get_config(self) -> dict[str, Any]:  # noqa: D102
         return {**super().get_config(), **dropout_config(self._dropout, self._variational, self._input_size)}

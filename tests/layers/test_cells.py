@@ -744,3 +744,40 @@ def test_the_rest_of_version_1s_keras_is_the_same():
     old = gl.compat.v1.keras
     assert old.layers.SimpleRNNCell is layers.SimpleRNNCell and old.layers.RNN is layers.RNN
     assert old.Model is gl.keras.Model and old.layers.__all__ == layers.__all__
+
+
+# --- what does not fit one step ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: layers.GRUCell(3),
+        lambda: layers.GRUCell(3, implementation=1),
+        lambda: rnn_cell.GRUCell(3),
+        lambda: rnn_cell.BasicRNNCell(3, activation="relu"),
+    ],
+    ids=["fused", "composed", "legacy", "legacy composed"],
+)
+def test_inputs_and_states_of_other_sizes(make):
+    cell = make()
+    with pytest.raises(ValueError, match=r"the shape of state 0 does not fit. Expected \(2, 3\); got \(1, 3\)"):
+        cell(X, H[:1])
+    with pytest.raises(ValueError, match=r"not those of one step|expected ndim=2"):
+        cell(np.stack([X] * 2), H)
+    cell = make()
+    with pytest.raises(ValueError, match=r"not those of one step.*\(batch, depth\)"):
+        gl.nn.dynamic_rnn(cell, X, dtype="float32")
+    assert not cell.built
+
+
+def test_a_stack_of_legacy_cells_warns_like_its_cells():
+    with pytest.warns(DeprecationWarning, match="MultiRNNCell is a legacy cell") as caught:
+        stack = rnn_cell.MultiRNNCell([layers.GRUCell(3)])
+    assert caught[0].filename == __file__
+    with pytest.raises(ValueError, match="the state is not a tuple. Expected a tuple of 1; got ndarray"):
+        stack(X, H)
+    with pytest.warns(DeprecationWarning, match="GRUCell is a legacy cell") as caught:
+        rnn_cell.GRUCell(3)
+    assert caught[0].filename == __file__

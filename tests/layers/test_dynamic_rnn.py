@@ -246,3 +246,14 @@ def test_a_cell_may_make_its_variables_in_call(around, names, how):
             above = below + states[i] if i or residual else states[i]
         np.testing.assert_allclose(found[:, t], above, rtol=1e-4, atol=1e-5)
     assert np.abs(slope).sum() > 0
+
+
+def test_an_empty_batch_has_an_empty_list_of_lengths():
+    outputs, state = dynamic_rnn(layers.GRUCell(4), X[:0], sequence_length=[], dtype="float32")
+    assert outputs.shape == (0, 5, 4) and state.shape == (0, 4)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+def test_no_steps(activation):
+    outputs, state = dynamic_rnn(layers.GRUCell(3, activation=activation), X[:, :0], dtype="float32")
+    assert outputs.shape == (3, 0, 3) and not state.any()

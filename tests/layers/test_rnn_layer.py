@@ -797,3 +797,101 @@ def test_losses_in_a_loop_of_unknown_length_are_refused_and_leave_nothing(update
         with pytest.raises(ValueError, match="losses and updates inside a loop need the number of steps"):
             layer(placeholder("float32", (2, None, 3)))
         assert not layer.losses and not layer.updates
+
+
+# --- no steps, nested outputs, errors ---------------------------------------------------------------------------------
+
+
+def _wide(inputs, outputs):
+    return ops.concatenate([inputs, outputs], -1)
+
+
+@pytest.mark.parametrize(
+    ("make", "width"),
+    [
+        (lambda: layers.GRUCell(3), 3),
+        (lambda: layers.GRUCell(3, activation="relu", dropout=0.5), 3),
+        (lambda: [layers.GRUCell(2), layers.GRUCell(3, activation="relu")], 3),
+        (lambda: RNNCellResidualWrapper(layers.GRUCell(3)), 3),
+        (lambda: RNNCellResidualWrapper(layers.GRUCell(3), _wide), 6),
+        (lambda: Counting(), 3),
+    ],
+    ids=["fused", "composed", "stacked", "residual", "wider", "a user's"],
+)
+def test_no_steps_are_alike_for_all_cells(make, width):
+    x = np.zeros((2, 0, 3), np.float32)
+    layer = layers.RNN(make(), return_sequences=True, return_state=True)
+    output, *states = layer(x, training=True)
+    assert output.shape == (2, 0, width) and output.dtype == np.float32 and not any(s.any() for s in states)
+    with pytest.raises(ValueError, match="there is no last output"):
+        layers.RNN(make())(x)
+    with Graph().as_default():
+        fed = placeholder("float32", (2, None, 3))
+        layer = layers.RNN(make(), return_sequences=True, return_state=True)
+        results = layer(fed)
+        slopes = gradients(ops.sum(results[0]), layer.trainable_weights) if layer.trainable_weights else []
+        with Session() as session:
+            session.run(gl.global_variables_initializer())
+            output, *states = session.run(results, {fed: x})
+            assert output.shape == (2, 0, width) and not any(s.any() for s in states)
+            assert not any(np.any(slope) for slope in session.run(slopes, {fed: x}))
+
+
+def test_nested_outputs_have_nested_shapes():
+    class Forking(layers.Layer):
+        state_size, output_size = 3, {"a": 3, "b": gl.TensorShape((2, 4))}
+
+        def call(self, inputs, states):
+            return {"a": inputs, "b": ops.zeros((2, 2, 4))}, states
+
+    cell = Forking()
+    for sequences in (False, True):
+        layer = layers.RNN(cell, return_sequences=sequences, return_state=True)
+        shapes, actual = layer.compute_output_shape((2, 4, 3)), layer(numbers(2, 4, 3))
+        assert nest.map_structure(tuple, shapes) == nest.map_structure(lambda v: v.shape, actual)
+    wrapper = RNNCellResidualWrapper(cell, lambda inputs, outputs: outputs)
+    assert wrapper.compute_output_shape((2, 3)) == {"a": (2, 3), "b": (2, 2, 4)}
+    with pytest.raises(ValueError, match="nested"):
+        RNNCellResidualWrapper(cell).compute_output_shape((2, 3))
+
+
+def test_initial_states_of_a_layer_are_a_list():
+    x = numbers(2, 4, 3, dtype=np.float32)
+    (state,) = layers.GRU(5).get_initial_state(x)
+    assert state.shape == (2, 5) and state.dtype == np.float32
+    assert [s.shape for s in layers.LSTM(5, time_major=True).get_initial_state(x)] == [(4, 5)] * 2
+
+    class Started(layers.GRU):
+        def get_initial_state(self, inputs):
+            return [np.ones((2, 3), "float32")]
+
+    layer = Started(3)
+    np.testing.assert_array_equal(layer(x), layer(x, initial_state=np.ones((2, 3), "float32")))
+
+
+def test_a_mask_may_be_a_list():
+    layer, x = layers.GRU(3, return_sequences=True), numbers(2, 4, 3)
+    mask = [[True, True, False, False], [False, True, True, True]]
+    np.testing.assert_array_equal(layer(x, mask=mask), layer(x, mask=np.array(mask)))
+    np.testing.assert_array_equal(layer(x, mask=np.array(mask).astype(int).tolist()), layer(x, mask=np.array(mask)))
+    with pytest.raises(ValueError, match=r"mask does not fit the inputs. Expected \(2, 4\); got \(2, 2\)"):
+        layer(x, mask=[[True, False]] * 2)
+
+
+def test_what_a_step_returns_is_checked():
+    class Returning(layers.Layer):
+        state_size = output_size = 3
+
+        def __init__(self, result):
+            super().__init__()
+            self.result = result
+
+        def call(self, inputs, states):
+            return self.result
+
+    x = numbers(2, 4, 3)
+    for cell in (Returning(x[:, 0]), RNNCellResidualWrapper(Returning(None)), [Returning(x)]):
+        with pytest.raises(ValueError, match="did not return its output and its new state. Expected a pair"):
+            layers.RNN(cell)(x)
+    with pytest.raises(ValueError, match="the output of a step is None"):
+        layers.RNN(RNNCellResidualWrapper(layers.GRUCell(3), lambda inputs, outputs: None))(x)
