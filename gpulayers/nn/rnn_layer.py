@@ -184,7 +184,8 @@ class RNN(Layer):
     def _check_before_build(self, inputs: Any, mask: Any, initial_state: Any) -> None:
         """Refuse a mask and states that do not fit while nothing is built and no batch size is kept."""
         first = nest.flatten(inputs)[0]
-        if len(getattr(first, "shape", ())) < 3:
+        rank = TensorShape(getattr(first, "shape", ())).rank
+        if rank is None or rank < 3:
             return  # the input spec says it
         self._fitting_mask(mask, inputs)
         if initial_state is not None:
@@ -362,7 +363,8 @@ class RNN(Layer):
 
 def _is_made_of_numbers(mask: Any) -> bool:
     """Say whether a mask is lists of numbers, one mask, rather than a structure of masks."""
-    return nest.is_nested(mask) and all(isinstance(one, bool | int | np.generic) for one in nest.flatten(mask))
+    leaves = nest.flatten(mask) if nest.is_nested(mask) else []
+    return bool(leaves) and all(isinstance(one, bool | int | np.generic) for one in leaves)
 
 
 def _swapped(x: Any) -> Any:
