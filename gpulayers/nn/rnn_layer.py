@@ -69,14 +69,17 @@ class RNN(Layer):
     - those of `Layer`.
 
     Called with inputs (N, T, ...), `mask` (N, T), `training`, `initial_state` (in the structure of the cell's
-    `state_size`, or flat) and `constants`, which are handed to the cell. Where the mask is false a row keeps its state
-    and repeats its previous output, zeros before its first step.
+    `state_size`, or flat) and `constants`, one or a list, which are handed to the cell as a list. A list of inputs is
+    ``[inputs, state, ...]``; nested inputs are a tuple or dictionary. Where the mask is false a row keeps its state and
+    repeats its previous output, zeros before its first step. Without steps the outputs are empty, the states as given.
 
     Cells of this library run as one fused operation over the whole sequence, with or without a residual wrapper; any
     other cell is called step by step. Both give the same numbers.
 
-    Raises ValueError: no `call` or `state_size`, inputs of rank below 3, states that do not fit, a stateful layer
-    without a fixed batch size or called with another one, unrolling over an unknown length.
+    Raises ValueError: no `call` or `state_size`, inputs of rank below 3, states or a mask that do not fit, constants
+    for a cell that takes none, a stateful layer without a fixed batch size or called with another one, unrolling over
+    an unknown length, losses or updates of a cell in a graph's loop of unknown length, no steps where the last output
+    is wanted.
     Source: ``tf.keras.layers.RNN``.
 
     >>> import numpy as np, gpulayers as gl
