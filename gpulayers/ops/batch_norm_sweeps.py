@@ -1,9 +1,8 @@
 """Batch normalisation of large NumPy arrays in blocks: sums, and one affine sweep each way.
 
-Sums are taken of ``x - pivot``, in the working dtype inside a block and in float64 across blocks. The pivot is 0, which
-costs no subtraction, where a sample of the array and then the sums themselves show every channel's mean within a few
-standard deviations of 0; else it is the sample's mean, and the sums are taken again if even that lies too far away. The
-pivot stays in the normalise step, ``y = (x - pivot) * a + b``.
+Sums are taken of ``x - pivot``, in the working dtype inside a block and in float64 across blocks. The pivot is 0 first,
+which costs no subtraction. Where the sums show a channel's mean more than a few standard deviations away from 0, they
+are taken again with the means as pivots, which then stay in the normalise step, ``y = (x - pivot) * a + b``.
 """
 
 from __future__ import annotations
@@ -21,11 +20,9 @@ from gpulayers.ops.host_threads import run_tasks
 
 __all__ = ["Affine", "backward_apply", "backward_sums", "clear", "moments", "near_zero", "normalise"]
 
-FAR_PIVOT = 16.0  # (mean - pivot)^2 / variance above which float32 sums and factors lose digits: take a nearer pivot
+FAR_PIVOT = 16.0  # (mean - pivot)^2 / variance above which float32 factors lose digits: keep the pivot
+FAR_SUMS = 4.0  # and above which float32 sums do: take them again around the mean
 REPEATED = 1 << 20  # elements that a table may be blown up to
-SAMPLE = 4096  # elements of the sample, and at least
-SAMPLE_ROWS = 8  # from so many places: neighbours are often alike, but each place costs a trip to memory
-SAMPLE_EACH = 16  # of every statistic: fewer often look far from 0 by chance
 PIECE = 2048  # elements of a row summed at once, where it has two of them
 
 
@@ -190,37 +187,18 @@ def _power_sums(x: Any, layout: Layout, pivot: Any, dtype: Any) -> Any:
     return _two_sums(view, (Operand(view, x), _pivot_table(view, pivot, dtype)), pair, dtype, x.itemsize)
 
 
-def _first_pivot(x: Any, layout: Layout, dtype: Any) -> Any:
-    """Return 0 where a sample's means are near it, beside its standard deviations; else the sample's means."""
-    rows, groups, spread, channels, inner, _ = layout
-    wanted = max(SAMPLE_EACH, SAMPLE // (groups * channels))  # values per statistic, from several rows if there are any
-    many = min(rows, max(SAMPLE_ROWS, -(-wanted // (spread * inner))))
-    apart = min(many, SAMPLE_ROWS)
-    places = min(spread, -(-wanted // many))
-    neighbours = min(inner, -(-wanted // (many * places)))
-    middle = (inner - neighbours) // 2
-    six = x.reshape(layout[:5])[: rows // apart * apart].reshape(apart, -1, *layout[1:5])
-    six = six[:, : many // apart, :, :: -(-spread // places), :, middle : middle + neighbours]
-    sample = np.array(six.transpose(0, 1, 3, 5, 2, 4), dtype, order="C").reshape(-1, groups * channels)
-    mean = np.add.reduce(sample, axis=0) / len(sample)
-    sample -= mean
-    variance = np.einsum("rc,rc->c", sample, sample) / len(sample)
-    near = (mean * mean <= FAR_PIVOT / 4 * variance).all()
-    pivot = np.zeros_like(mean) if near else np.where(np.isfinite(mean), mean, 0)
-    return pivot.reshape(groups, channels)
-
-
 def moments(x: Any, layout: Layout, dtype: Any) -> tuple[Any, Any, Any]:
     """Return (pivot, mean - pivot, biased variance), each of shape (groups, channels).
 
     `x` is contiguous. `pivot` has `dtype`, which the arithmetic is done in (float32 or float64); the others are
     float64.
     """
-    pivot = _first_pivot(x, layout, dtype)
+    pivot = np.zeros((layout.groups, layout.channels), dtype)
     offset, variance = _from_sums(_power_sums(x, layout, pivot, dtype), layout)
-    if (offset * offset > FAR_PIVOT * variance).any():
-        better = (pivot + offset).astype(dtype)
-        pivot = np.where(np.isfinite(better), better, pivot)
+    near = offset * offset <= FAR_SUMS * variance
+    if not (near & np.isfinite(variance)).all():
+        mean = offset.astype(dtype)
+        pivot = np.where(np.isfinite(mean), mean, pivot)
         offset, variance = _from_sums(_power_sums(x, layout, pivot, dtype), layout)
     return pivot, offset, variance
 
