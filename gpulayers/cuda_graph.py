@@ -154,7 +154,7 @@ class _Step:
             if _cupy.is_device_array(leaf):
                 buffer[...] = leaf
             else:
-                buffer.set(leaf)
+                buffer.set(np.asarray(leaf))  # which takes no scalar
         self.seen.replays.before_replay()
         self.graph.launch()
         self.seen.count_changes()

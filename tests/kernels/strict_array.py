@@ -93,8 +93,12 @@ class StrictArray:
 
     def set(self, host: np.ndarray) -> None:
         _to_device()
-        if host.dtype != self.dtype or host.shape != self.shape:
-            raise TypeError(f"{host.dtype}{host.shape} array cannot be set to {self.dtype}{self.shape} array")
+        if not isinstance(host, np.ndarray):
+            raise TypeError("Only numpy.ndarray can be set to cupy.ndarray")
+        if host.dtype != self.dtype:
+            raise TypeError(f"{host.dtype} array cannot be set to {self.dtype} array")
+        if host.shape != self.shape:
+            raise ValueError(f"Shape mismatch. Old shape: {self.shape}, new shape: {host.shape}")
         np.copyto(self._memory, host)
 
     def item(self, *index: Any) -> Any:

@@ -18,6 +18,12 @@ class FakeArray(np.ndarray):
     """Stands for cupy.ndarray."""
 
     def set(self, host):
+        if not isinstance(host, np.ndarray):
+            raise TypeError("Only numpy.ndarray can be set to cupy.ndarray")
+        if host.dtype != self.dtype:
+            raise TypeError(f"{host.dtype} array cannot be set to {self.dtype} array")
+        if host.shape != self.shape:
+            raise ValueError(f"Shape mismatch. Old shape: {self.shape}, new shape: {host.shape}")
         np.copyto(self, host)
 
 
@@ -104,6 +110,14 @@ def test_host_arguments_are_copied_into_the_buffers(machine):
     for number in range(5):
         out = graph(np.full(2, float(number)), machine.array([0.0]))
     assert out.tolist() == [8.0, 8.0] and graph.reason == ""
+
+
+def test_numpys_scalars_are_copied_into_the_buffers(machine):
+    double = doubling(machine, {"host": 0, "device": 0})
+    graph = gl.cuda_graph(lambda x, bias: double(x)["out"])
+    for number in range(5):
+        out = graph(np.float32(number), machine.array([0.0]))
+    assert out == 8.0 and out.dtype == np.float32 and graph.reason == ""
 
 
 @pytest.mark.parametrize("error", [NotImplementedError("cuBLAS calls during capture"), RuntimeError("invalidated")])
