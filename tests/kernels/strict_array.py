@@ -323,6 +323,13 @@ def _creator_of(function: Any, known: frozenset[str] | None = None) -> Any:
     return create
 
 
+def _where(condition: Any, x: Any, y: Any) -> StrictArray:
+    """As `cupy.where`, whose list of dtypes has no bfloat16: float32 is the first that both sides fit into."""
+    result = _call(np.where, condition, x, y)
+    sides = [getattr(side, "dtype", None) for side in (x, y)]
+    return result.astype(np.float32) if any(dtype is not None and dtype.kind == "V" for dtype in sides) else result
+
+
 def _as_strided(x: StrictArray, shape: Any = None, strides: Any = None) -> StrictArray:
     return StrictArray._wrap(np.lib.stride_tricks.as_strided(x._memory, shape, strides))
 
@@ -365,7 +372,7 @@ def _fill() -> None:
         setattr(xp, name, _creator(name))
     for function in (asnumpy, asarray, array, empty, empty_like):
         setattr(xp, function.__name__, function)
-    xp.ndarray = StrictArray
+    xp.ndarray, xp.where = StrictArray, _where
     xp.newaxis = None
     xp.add.reduceat = _creator_of(np.add.reduceat)
     xp.lib = types.SimpleNamespace(stride_tricks=types.SimpleNamespace(as_strided=_as_strided))

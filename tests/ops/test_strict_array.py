@@ -94,3 +94,33 @@ def test_half_precision(name: str) -> None:
     result = getattr(ops, name)(x, *arguments)
     assert isinstance(result, StrictArray)
     assert result.dtype == np.float16
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: ops.multiply(x, 0.5),
+        lambda x: ops.subtract(1.0, x),
+        lambda x: ops.add(x, 1),
+        lambda x: ops.maximum(x, 0.0),
+        lambda x: ops.where(ops.greater(x, 0.0), x, ops.negative(x)),
+        lambda x: ops.where(ops.isnan(x), 0.0, x),
+        lambda x: ops.relu(x),
+        lambda x: ops.random_uniform((3,), -2.0, 2.0, x.dtype, seed=1) + x,
+    ],
+    ids=["times", "from", "integer", "maximum", "where of arrays", "where of a number", "relu", "uniform"],
+)
+def test_bfloat16_stays_bfloat16(call: Any) -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    host = np.asarray([-1.5, 0.25, 2.0], ml_dtypes.bfloat16)
+    with device("cpu"):
+        want = call(host)
+    x = xp.asarray(host)
+    found = call(x)
+    assert isinstance(found, StrictArray)
+    assert found.dtype == want.dtype == host.dtype
+    np.testing.assert_array_equal(asnumpy(found).astype("f"), want.astype("f"))
+    with GradientTape() as tape:
+        total = call(tape.watch(x))
+    gradient = tape.gradient(total, x)
+    assert gradient.dtype == host.dtype
