@@ -26,7 +26,6 @@ __all__ = [
     "cublas",
     "cupy",
     "installed",
-    "is_capturable",
     "is_device_array",
     "unusable_reason",
     "using",
@@ -101,12 +100,6 @@ def cublas(module: Any) -> Cublas | None:
         return getattr(module, "cublas", None)
     own: StreamCublas | None = getattr(_own, "cublas", None)
     return (None if own is None else own.get()) or _cublas()
-
-
-def is_capturable(module: Any) -> bool:
-    """Say whether `cublas` of `module` may be called while a CUDA graph is being captured."""
-    own: StreamCublas | None = getattr(_own, "cublas", None)
-    return own is not None and module is sys.modules.get("cupy") and own.get() is not None
 
 
 @functools.cache

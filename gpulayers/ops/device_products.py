@@ -6,6 +6,7 @@ a matrix is any 2-D array whose elements are neighbours along one axis, so colum
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -33,24 +34,36 @@ def product_into(xp: Any) -> Product:
     """
     cublas = _cupy.cublas(xp)
     if cublas is None:
-        return lambda a, b, out, add: _by_matmul(xp, a, b, out, add)
+        return lambda a, b, out, add: _add_by_matmul(xp, a, b, out, add)
     return lambda a, b, out, add: _by_gemm(cublas, a, b, out, add)
 
 
 def matmul(xp: Any, a: Any, b: Any, out: Any = None) -> Any:
-    """Return ``xp.matmul(a, b, out)``; in a step that becomes a CUDA graph by ``gemmEx``: CuPy's is refused there.
+    """Return ``xp.matmul(a, b, out)``; by ``gemmEx`` where `b` is a matrix or a vector of the same floating dtype.
 
-    That takes arrays of one floating dtype, `b` a matrix or a vector; batches of matrices on the right are CuPy's.
+    CuPy's is refused in a step that becomes a CUDA graph, and has no bfloat16 for batches of matrices: where `b` is
+    one, bfloat16 is multiplied as float32 and rounded once.
     """
-    if not (_cupy.is_capturable(xp) and a.ndim and b.ndim in (1, 2) and a.dtype == b.dtype and a.dtype.name in _TYPES):
-        return xp.matmul(a, b, out=out)
+    if not (a.ndim and b.ndim in (1, 2) and a.dtype == b.dtype and a.dtype.name in _TYPES and _cupy.cublas(xp)):
+        return _by_matmul(xp, a, b, out)
     if a.shape[-1] != b.shape[0]:
         return xp.matmul(a, b)  # its error
     right = b if b.ndim == 2 else b.reshape(-1, 1)
-    left = a if a.ndim == 2 else a.reshape(-1, a.shape[-1])
+    left = a if a.ndim == 2 else a.reshape(math.prod(a.shape[:-1]), a.shape[-1])
     product = xp.empty((left.shape[0], right.shape[1]), dtype=a.dtype) if out is None else out
     product_into(xp)(_lined(xp, left), _lined(xp, right), product, False)
     return product.reshape(a.shape[:-1] + b.shape[1:]) if out is None else out
+
+
+def _by_matmul(xp: Any, a: Any, b: Any, out: Any) -> Any:
+    """Return ``xp.matmul(a, b, out)``, batches of bfloat16 by way of float32."""
+    if max(a.ndim, b.ndim) < 3 or a.dtype.kind != "V" or b.dtype != a.dtype:
+        return xp.matmul(a, b, out=out)
+    product = xp.matmul(a.astype(np.float32), b.astype(np.float32)).astype(a.dtype)
+    if out is None:
+        return product
+    out[...] = product
+    return out
 
 
 def _lined(xp: Any, matrix: Any) -> Any:
@@ -62,7 +75,7 @@ def _lined(xp: Any, matrix: Any) -> Any:
     return matrix
 
 
-def _by_matmul(xp: Any, a: Any, b: Any, out: Any, add: bool) -> None:
+def _add_by_matmul(xp: Any, a: Any, b: Any, out: Any, add: bool) -> None:
     product = xp.matmul(a.astype(out.dtype, copy=False), b.astype(out.dtype, copy=False))
     if add:
         out += product

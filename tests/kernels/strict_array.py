@@ -233,6 +233,8 @@ def _operator(name: str) -> Any:
             return NotImplemented
         if capture is not None and name in ("__matmul__", "__rmatmul__"):
             raise NotImplementedError("calling cuBLAS API during stream capture is currently unsupported")
+        if name == "__matmul__" and isinstance(other, StrictArray):
+            return _matmul(self, other)
         function, value = getattr(self._memory, name), _unwrap(other)
         result = function(value)
         if result is NotImplemented or capture is None:
@@ -330,6 +332,18 @@ def _where(condition: Any, x: Any, y: Any) -> StrictArray:
     return result.astype(np.float32) if any(dtype is not None and dtype.kind == "V" for dtype in sides) else result
 
 
+def _matmul(a: StrictArray, b: StrictArray, out: StrictArray | None = None, **keywords: Any) -> StrictArray:
+    """As `cupy.matmul`, which knows bfloat16 for matrices and vectors, not for batches (``_routines_linalg.pyx``)."""
+    if np.result_type(a.dtype, b.dtype).kind != "V":
+        return _call(np.matmul, a, b, **keywords, **({} if out is None else {"out": out}))
+    if max(a.ndim, b.ndim) > 2:
+        raise TypeError(a.dtype, b.dtype)
+    product = _call(np.matmul, a, b, **keywords).astype(np.result_type(a.dtype, b.dtype))  # NumPy's is float32
+    if out is not None:
+        out[...] = product
+    return product if out is None else out
+
+
 def _as_strided(x: StrictArray, shape: Any = None, strides: Any = None) -> StrictArray:
     return StrictArray._wrap(np.lib.stride_tricks.as_strided(x._memory, shape, strides))
 
@@ -372,7 +386,7 @@ def _fill() -> None:
         setattr(xp, name, _creator(name))
     for function in (asnumpy, asarray, array, empty, empty_like):
         setattr(xp, function.__name__, function)
-    xp.ndarray, xp.where = StrictArray, _where
+    xp.ndarray, xp.where, xp.matmul = StrictArray, _where, _matmul
     xp.newaxis = None
     xp.add.reduceat = _creator_of(np.add.reduceat)
     xp.lib = types.SimpleNamespace(stride_tricks=types.SimpleNamespace(as_strided=_as_strided))

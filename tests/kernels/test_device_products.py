@@ -7,7 +7,7 @@ import pytest
 
 from gpulayers import _cupy
 from gpulayers.errors import ShapeError
-from gpulayers.ops.device_products import product_into
+from gpulayers.ops.device_products import matmul, product_into
 from tests.kernels.fake_cublas import HANDLE, fake_cublas
 from tests.kernels.strict_array import xp
 
@@ -112,6 +112,25 @@ def test_the_handle_is_asked_for_at_each_product(monkeypatch):
     for _ in range(2):
         product(xp.ones((2, 2)), xp.ones((2, 2)), xp.empty((2, 2)), False)
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("library", [True, False])
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [((2, 3), (3, 4)), ((3,), (3, 4)), ((2, 3), (3,)), ((3,), (3,)), ((5, 2, 3), (3, 4)), ((5, 2, 3), (3,)),
+     ((5, 2, 3), (5, 3, 4)), ((2, 3), (5, 3, 4)), ((3,), (5, 3, 4)), ((0, 2, 3), (3, 4)), ((5, 2, 0), (0, 4))],
+)  # fmt: skip
+def test_matmul_of_any_shapes(dtype, library, left, right, monkeypatch):
+    functions, found = fake_cublas()
+    if library:
+        monkeypatch.setattr(xp, "cublas", found, raising=False)
+    a, b = draw(left, np.dtype(dtype), 1), draw(right, np.dtype(dtype), 2)
+    product = matmul(xp, xp.asarray(a), xp.asarray(b))
+    want = np.matmul(a.astype(np.float64), b.astype(np.float64))
+    assert product.shape == want.shape and product.dtype == a.dtype
+    np.testing.assert_allclose(product.get().astype(np.float64), want, atol=DTYPES[dtype])
+    assert bool(functions.calls) == (library and len(right) < 3 and want.size > 0 and left[-1] > 0)
 
 
 def test_the_installed_cupy_has_this_signature():
