@@ -294,8 +294,8 @@ def cuda_graph(function: Callable[..., Any], *, plain_calls: int = _PLAIN_CALLS)
 
     CuPy's own products cannot be captured, because its wrappers set the stream before each call and refuse one that is
     capturing. Those of this library (`matmul` with a matrix or vector on the right, `Dense`, convolutions, recurrent
-    cells and sequences) call cuBLAS through a handle of the step's own, that got its stream and workspace (4 MiB, on
-    Hopper 32) before; `einsum` and products of batches of matrices are CuPy's. cuBLAS may choose another algorithm for
+    cells and sequences) call cuBLAS through a handle of the step's own, that got its stream and workspace (4 to 32
+    MiB) before; `einsum` and products of batches of matrices are CuPy's. cuBLAS may choose another algorithm for
     another handle, so a product in a captured step agrees with that of a plain program to rounding.
 
     After a refused capture the function has run once more than the step on the device. A step is captured anew when a

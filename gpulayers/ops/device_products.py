@@ -2,6 +2,8 @@
 
 The array modules' ``matmul`` can do neither: it overwrites its ``out``, and copies operands whose rows have gaps. Here
 a matrix is any 2-D array whose elements are neighbours along one axis, so columns of a wider buffer need no copy.
+
+Same bits on every run while the handle, with its workspace, serves one stream at a time: that is cuBLAS's condition.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ def product_into(xp: Any) -> Product:
 
     `a` (m, k), `b` (k, n), `out` (m, n): arrays of module `xp`, `out` with neighbouring elements along its last axis.
     16-bit products are summed in float32 and rounded once, with `add` after the addition; their `out` may be float32.
+    cuBLAS may cut a long sum into parts: it is told to add those in float32 too, not in the dtype of `out`.
     Where `xp` has no cuBLAS its ``matmul`` makes the product first, rounded to the dtype of `out`.
     """
     cublas = _cupy.cublas(xp)
@@ -100,9 +103,12 @@ def _by_gemm(cublas: _cupy.Cublas, a: Any, b: Any, out: Any, add: bool) -> None:
     wide = "float64" if a.dtype == np.float64 else "float32"
     functions, handle = cublas.functions, cublas.handle()
     operations = (functions.CUBLAS_OP_N, functions.CUBLAS_OP_T)
-    mode = functions.getPointerMode(handle)
+    mode, math_mode = functions.getPointerMode(handle), functions.getMathMode(handle)
+    narrow = out.dtype.itemsize == 2 and not math_mode & _cupy.SUM_IN_FULL_PRECISION
     functions.setPointerMode(handle, functions.CUBLAS_POINTER_MODE_HOST)
-    try:  # it sets the handle's stream to the current one itself
+    try:  # gemmEx sets the handle's stream to the current one itself
+        if narrow:
+            functions.setMathMode(handle, math_mode | _cupy.SUM_IN_FULL_PRECISION)
         functions.gemmEx(
             handle, operations[transposed_b], operations[transposed_a], columns, rows, inner,
             _ONE[wide].ctypes.data, b.data.ptr, _TYPES[b.dtype.name], leading_b,
@@ -113,6 +119,8 @@ def _by_gemm(cublas: _cupy.Cublas, a: Any, b: Any, out: Any, add: bool) -> None:
         )  # fmt: skip
     finally:
         functions.setPointerMode(handle, mode)
+        if narrow:
+            functions.setMathMode(handle, math_mode)
 
 
 def _layout(matrix: Any) -> tuple[bool, int]:

@@ -209,7 +209,7 @@ class WrappedCublas(FakeCublas):
 
     def create(self) -> int:
         handle = HANDLE + len(self.streams)
-        self.streams[handle] = 0
+        self.streams[handle] = self.math_modes[handle] = 0
         return handle
 
     def destroy(self, handle: int) -> None:
@@ -226,7 +226,7 @@ class WrappedCublas(FakeCublas):
 
     def gemmEx(self, handle: int, *arguments: int) -> None:  # noqa: N802
         self.setStream(handle, self._machine.current.ptr)
-        super().gemmEx(HANDLE, *arguments)
+        super().gemmEx(handle, *arguments)
 
 
 class Library:
@@ -245,7 +245,7 @@ class Library:
 
         def product() -> None:
             self._wrapped.pointer_mode, mode = CUBLAS_POINTER_MODE_HOST, self._wrapped.pointer_mode
-            FakeCublas.gemmEx(self._wrapped, HANDLE, *arguments)
+            FakeCublas.gemmEx(self._wrapped, handle, *arguments)
             self._wrapped.pointer_mode = mode
 
         if self._machine.work is not None:
