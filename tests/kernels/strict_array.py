@@ -348,6 +348,19 @@ def _as_strided(x: StrictArray, shape: Any = None, strides: Any = None) -> Stric
     return StrictArray._wrap(np.lib.stride_tricks.as_strided(x._memory, shape, strides))
 
 
+def _reduceat(array: StrictArray, indices: StrictArray, axis: int = 0) -> StrictArray:
+    """As `cupy.add.reduceat`: differences of one running sum (``_routines_indexing.pyx``), for ascending indices."""
+
+    def differences(memory: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        running = np.cumsum(memory, axis, memory.dtype)
+        running = np.concatenate([np.zeros_like(running.take([0], axis)), running], axis)
+        ends = np.append(starts[1:], memory.shape[axis])
+        with np.errstate(invalid="ignore"):
+            return running.take(ends, axis) - running.take(starts, axis)
+
+    return _call(differences, array, indices)
+
+
 class _Generator:
     """The methods of `cupy.random.Generator` that are used, on the emulated device.
 
@@ -388,7 +401,7 @@ def _fill() -> None:
         setattr(xp, function.__name__, function)
     xp.ndarray, xp.where, xp.matmul = StrictArray, _where, _matmul
     xp.newaxis = None
-    xp.add.reduceat = _creator_of(np.add.reduceat)
+    xp.add.reduceat = _reduceat
     xp.lib = types.SimpleNamespace(stride_tricks=types.SimpleNamespace(as_strided=_as_strided))
     xp.random = types.SimpleNamespace(default_rng=_Generator)
 
