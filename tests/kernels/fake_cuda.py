@@ -116,6 +116,7 @@ class Machine:
         self.current: Any = None
         self.serial, self.allocators, self.log = 0, [], []
         self.capacity, self.allocated, self.leaked = 1 << 40, 0, []
+        self.devices, self.device = 1, 0
         self.default_pool = MemoryPool(self)
         self._memory: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._generators: dict[int, tuple[Any, Any]] = {}
@@ -307,13 +308,20 @@ def fake_cuda(machine: Machine) -> SimpleNamespace:
 
     class Device:
         def __init__(self, number: int) -> None:
-            self.id = number
+            self.id, self.outer = number, []
 
-        def __enter__(self) -> None:
-            pass
+        def use(self) -> None:
+            if self.id >= machine.devices:
+                raise CUDARuntimeError(101)
+            machine.device = self.id
+
+        def __enter__(self) -> Any:
+            self.outer.append(machine.device)
+            self.use()
+            return self
 
         def __exit__(self, *_: Any) -> None:
-            pass
+            machine.device = self.outer.pop()
 
     @contextmanager
     def using_allocator(allocator: Any) -> Any:
@@ -333,7 +341,8 @@ def fake_cuda(machine: Machine) -> SimpleNamespace:
         using_allocator=using_allocator,
         get_current_stream=lambda: machine.current,
         runtime=SimpleNamespace(
-            getDevice=lambda: 0,
+            getDevice=lambda: machine.device,
+            getDeviceCount=lambda: machine.devices,
             getDeviceProperties=lambda device: {"major": 9},
             CUDARuntimeError=CUDARuntimeError,
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import gc
 import sys
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import gpulayers as gl
-from gpulayers import _cupy
+from gpulayers import _cupy, graph_memory
 from gpulayers.trace.stored import StoredValue
 from tests.kernels.fake_cuda import Machine, fake_cuda
 
@@ -48,6 +49,7 @@ def machine(monkeypatch):
     module = fake_cupy(machine)
     monkeypatch.setitem(sys.modules, "cupy", module)
     monkeypatch.setattr(_cupy, "cupy", lambda: module)
+    monkeypatch.setattr(graph_memory, "_released", collections.deque())
     machine.array = module.array
     machine.Stream = module.cuda.Stream
     return machine
@@ -104,12 +106,11 @@ def test_each_shape_dtype_and_value_has_its_graph(machine):
         assert graph.captures == number
 
 
-def test_each_device_has_its_graph(machine, monkeypatch):
+def test_each_device_has_its_graph(machine):
     """Streams and memory belong to a device: the buffers of one are not where arrays of another are expected."""
     graph, x = gl.cuda_graph(doubling(machine, {"host": 0, "device": 0})), machine.array([1.0])
-    results = []
-    for device in (0, 1, 0):
-        monkeypatch.setattr(_cupy.cupy().cuda.runtime, "getDevice", lambda device=device: device)
+    results, machine.devices = [], 2
+    for machine.device in (0, 1, 0):
         results.append([graph(x)["out"] for _ in range(4)][-1])
     assert graph.captures == 2 and results[0] is results[2] and results[1] is not results[0]
 
