@@ -183,8 +183,11 @@ class _Step:
                 continue
             if _cupy.is_device_array(leaf):
                 buffer[...] = leaf
-            else:
-                buffer.set(np.asarray(leaf))  # which takes no scalar
+                continue
+            host = np.asarray(leaf, buffer.dtype)  # `set` takes no scalar and no other order of bytes
+            buffer.set(host)
+            if _cupy.cupy().cuda.pinned_memory.is_memory_pinned(host.ctypes.data):
+                stream.synchronize()  # copied later, from memory that the caller may write meanwhile
         self.seen.replays.before_replay()
         self.graph.launch()
         self.seen.count_changes()
@@ -275,7 +278,8 @@ def cuda_graph(function: Callable[..., Any], *, plain_calls: int = _PLAIN_CALLS)
 
     Returns a `CudaGraph`; its `reason` says why the last call was plain. Results of a replay are the graph's own
     arrays, which the next call overwrites: write ``.copy()`` to keep one. Arguments, host arrays too, are copied into
-    buffers. A graph keeps its buffers and temporaries, in memory of its own, as long as it lives.
+    buffers. A graph keeps its buffers and temporaries, in memory of its own, as long as it lives, and gives them back to
+    the device when it is dropped or captured anew.
 
     A whole training step can be captured: forward, gradients, optimizer. Optimizers count and compute their learning
     rates, schedules and bias corrections on the host before each replay, and the kernels read them from device memory,

@@ -117,6 +117,8 @@ class Machine:
         self.serial, self.allocators, self.log = 0, [], []
         self.capacity, self.allocated, self.leaked = 1 << 40, 0, []
         self.devices, self.device = 1, 0
+        self.pinned: set[int] = set()  # addresses
+        self.copies: list[Any] = []  # from pinned memory, under way
         self.default_pool = MemoryPool(self)
         self._memory: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._generators: dict[int, tuple[Any, Any]] = {}
@@ -270,6 +272,8 @@ def fake_cuda(machine: Machine) -> SimpleNamespace:
 
         def launch(self) -> None:
             machine.log.append("launch")
+            while machine.copies:  # they come before it, but only now
+                machine.copies.pop(0)()
             for function in self.work:
                 function()
 
@@ -296,6 +300,8 @@ def fake_cuda(machine: Machine) -> SimpleNamespace:
         def synchronize(self) -> None:
             assert machine.work is None
             machine.log.append(f"stream {self.ptr} is done")
+            while machine.copies:
+                machine.copies.pop(0)()
 
         def begin_capture(self) -> None:
             assert self.non_blocking and machine.current is self and machine.work is None
@@ -338,6 +344,7 @@ def fake_cuda(machine: Machine) -> SimpleNamespace:
         Memory=functools.partial(Memory, machine),
         MemoryPointer=MemoryPointer,
         MemoryPool=functools.partial(MemoryPool, machine),
+        pinned_memory=SimpleNamespace(is_memory_pinned=lambda address: address in machine.pinned),
         using_allocator=using_allocator,
         get_current_stream=lambda: machine.current,
         runtime=SimpleNamespace(
