@@ -278,8 +278,8 @@ def cuda_graph(function: Callable[..., Any], *, plain_calls: int = _PLAIN_CALLS)
 
     Returns a `CudaGraph`; its `reason` says why the last call was plain. Results of a replay are the graph's own
     arrays, which the next call overwrites: write ``.copy()`` to keep one. Arguments, host arrays too, are copied into
-    buffers. A graph keeps its buffers and temporaries, in memory of its own, as long as it lives, and gives them back to
-    the device when it is dropped or captured anew.
+    buffers. A graph keeps its buffers and temporaries, in memory of its own, as long as it lives; they go back to the
+    device when it is dropped or captured anew.
 
     A whole training step can be captured: forward, gradients, optimizer. Optimizers count and compute their learning
     rates, schedules and bias corrections on the host before each replay, and the kernels read them from device memory,
@@ -298,9 +298,9 @@ def cuda_graph(function: Callable[..., Any], *, plain_calls: int = _PLAIN_CALLS)
 
     CuPy's own products cannot be captured, because its wrappers set the stream before each call and refuse one that is
     capturing. Those of this library (`matmul` with a matrix or vector on the right, `Dense`, convolutions, recurrent
-    cells and sequences) call cuBLAS through a handle of the step's own, that got its stream and workspace (4 to 32
-    MiB) before; `einsum` and products of batches of matrices are CuPy's. cuBLAS may choose another algorithm for
-    another handle, so a product in a captured step agrees with that of a plain program to rounding.
+    cells and sequences) call cuBLAS through a handle of the step's own, that got its stream and workspace (4 to 32 MiB)
+    before; `einsum` and products of batches of matrices are CuPy's. cuBLAS may choose another algorithm for another
+    handle, so a product in a captured step agrees with that of a plain program to rounding.
 
     After a refused capture the function has run once more than the step on the device. A step is captured anew when a
     variable was assigned a new array outside, changed on the host, or is lent to somebody who may still read it, and

@@ -140,6 +140,8 @@ def parse_device(name: str | Device) -> Device:
 def _parse(name: str | Device) -> Device:
     """Return the device of this name, `_CURRENT_GPU` for a GPU without a number."""
     if isinstance(name, Device):
+        if name.kind != "gpu":
+            return name
         kind, index = name.kind, str(name.number)
     elif isinstance(name, str):
         kind, _, index = name.lower().removeprefix("/").removeprefix("device:").partition(":")
