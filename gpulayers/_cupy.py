@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import functools
 import importlib
+import os
 import sys
 import threading
 import warnings
@@ -28,6 +29,7 @@ __all__ = [
     "cupy",
     "installed",
     "is_device_array",
+    "tf32",
     "unusable_reason",
     "using",
 ]
@@ -121,6 +123,12 @@ def _cublas_module() -> Any:
         return importlib.import_module("cupy_backends.cuda.libs").cublas
     except (ImportError, AttributeError, RuntimeError):  # a CUDA without cuBLAS: CuPy's products say what to install
         return None
+
+
+@functools.cache
+def tf32() -> bool:
+    """Say whether CuPy's environment variable ``CUPY_TF32`` lets float32 products round their factors to TF32."""
+    return int(os.environ.get("CUPY_TF32") or 0) > 0
 
 
 # --- cuBLAS in a capture ----------------------------------------------------------------------------------------------

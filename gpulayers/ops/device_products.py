@@ -32,7 +32,8 @@ def product_into(xp: Any) -> Product:
 
     `a` (m, k), `b` (k, n), `out` (m, n): arrays of module `xp`, `out` with neighbouring elements along its last axis.
     16-bit products are summed in float32 and rounded once, with `add` after the addition; their `out` may be float32.
-    cuBLAS may cut a long sum into parts: it is told to add those in float32 too, not in the dtype of `out`.
+    cuBLAS may cut a long sum into parts: it is told to add those in float32 too, not in the dtype of `out`. float32
+    factors keep all their digits unless the environment variable ``CUPY_TF32`` says that CuPy's may lose some.
     Where `xp` has no cuBLAS its ``matmul`` makes the product first, rounded to the dtype of `out`.
     """
     cublas = _cupy.cublas(xp)
@@ -114,13 +115,22 @@ def _by_gemm(cublas: _cupy.Cublas, a: Any, b: Any, out: Any, add: bool) -> None:
             _ONE[wide].ctypes.data, b.data.ptr, _TYPES[b.dtype.name], leading_b,
             a.data.ptr, _TYPES[a.dtype.name], leading_a,
             (_ONE if add else _ZERO)[wide].ctypes.data, out.data.ptr, _TYPES[out.dtype.name], leading_out,
-            functions.CUBLAS_COMPUTE_64F if wide == "float64" else functions.CUBLAS_COMPUTE_32F,
+            _arithmetic(functions, a.dtype.name),
             functions.CUBLAS_GEMM_DEFAULT,
         )  # fmt: skip
     finally:
         functions.setPointerMode(handle, mode)
         if narrow:
             functions.setMathMode(handle, math_mode)
+
+
+def _arithmetic(functions: Any, dtype: str) -> int:
+    """Return what a product is computed in: TF32 for float32 only where CuPy's own products would use it."""
+    if dtype == "float64":
+        return functions.CUBLAS_COMPUTE_64F
+    return (
+        functions.CUBLAS_COMPUTE_32F_FAST_TF32 if dtype == "float32" and _cupy.tf32() else functions.CUBLAS_COMPUTE_32F
+    )
 
 
 def _layout(matrix: Any) -> tuple[bool, int]:

@@ -173,3 +173,19 @@ def test_on_a_gpu(dtype, add, monkeypatch):
     with cupy.cuda.Stream(non_blocking=True):
         for layouts in (("rows", "rows", "rows"), ("columns", "rows", "part"), ("part by columns", "columns", "part")):
             test_products_and_sums(product_into(cupy), dtype, add, layouts)
+
+
+@pytest.mark.parametrize(("asked", "float32"), [(None, 68), ("0", 68), ("1", 77)])
+def test_float32_products_use_tf32_where_cupy_is_told_to(monkeypatch, asked, float32):
+    if asked is None:
+        monkeypatch.delenv("CUPY_TF32", raising=False)
+    else:
+        monkeypatch.setenv("CUPY_TF32", asked)
+    _cupy.tf32.cache_clear()
+    functions, found = fake_cublas()
+    monkeypatch.setattr(xp, "cublas", found, raising=False)
+    for dtype in DTYPES:
+        a = xp.asarray(np.ones((2, 2), dtype))
+        matmul(xp, a, a)
+    _cupy.tf32.cache_clear()
+    assert [call["compute"] for call in functions.calls] == [70, float32, 68, 68]
