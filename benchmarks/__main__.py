@@ -108,7 +108,7 @@ def _measure_all(chosen: list[Any], peers: list[Any], on_gpu: bool, seconds: flo
 
 def _copy_seconds(on_gpu: bool) -> float:
     """Return the median time of a copy that reads and writes 256 MB together."""
-    from benchmarks.measure import copy_function
+    from benchmarks.bytes_moved import copy_function
     from benchmarks.timing_cpu import interleaved
 
     copy = copy_function(COPY_BYTES, on_gpu)

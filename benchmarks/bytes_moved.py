@@ -1,4 +1,4 @@
-"""How many bytes an operation must move at least, and how many it moves given what stays on chip.
+"""How many bytes an operation must move at least, how many given what stays on chip, and a copy that moves as many.
 
 E is the number of elements, s the bytes of one. Per-channel vectors are left out: they are below a tenth of a per cent.
 """
@@ -6,12 +6,15 @@ E is the number of elements, s the bytes of one. Per-channel vectors are left ou
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from benchmarks.shapes import Case, elements
+from gpulayers import _cupy
 
-__all__ = ["itemsize", "minimum_bytes", "regime_bytes"]
+__all__ = ["copy_function", "itemsize", "minimum_bytes", "regime_bytes"]
 
 
 def itemsize(case: Case) -> int:
@@ -77,3 +80,13 @@ def regime_bytes(case: Case, on_chip: int) -> int:
         return least
     again = _norm(case)[case.mode][1] * elements(case) * itemsize(case)
     return least + max(0, again - on_chip) if again else least
+
+
+def copy_function(total: int, on_gpu: bool) -> Callable[[], Any]:
+    """Return a copy that reads and writes `total` bytes together."""
+    xp = _cupy.cupy() if on_gpu else np
+    source = xp.ones(max(total // 8, 1), dtype="float32")
+    target = xp.empty_like(source)
+    if on_gpu:
+        return lambda: target.data.copy_from_device_async(source.data, source.nbytes)
+    return lambda: np.copyto(target, source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from typing import Any
 
@@ -74,10 +75,10 @@ PARAMETERS = [9408, 64, 64] + [4096, 64, 64, 36864, 64, 64, 16384, 256, 256] * 1
 
 def split_parameters(flat: np.ndarray) -> list[np.ndarray]:
     """Cut a flat array into 161 pieces, of sizes found in residual networks; five equal ones hold what is left."""
-    sizes = np.minimum(np.cumsum(PARAMETERS), flat.size)
-    pieces = [piece for piece in np.split(flat, sizes) if piece.size]
-    last = pieces.pop()
-    return [*pieces, *np.array_split(last, 5)]
+    ends = [min(end, flat.size) for end in itertools.accumulate(PARAMETERS)]
+    rest = flat.size - ends[-1]
+    ends += [ends[-1] + rest * k // 5 for k in range(1, 6)]
+    return [flat[start:end] for start, end in itertools.pairwise([0, *ends]) if end > start]
 
 
 def place(case: Case, host: dict[str, np.ndarray], xp: Any) -> dict[str, Any]:

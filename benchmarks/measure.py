@@ -11,14 +11,13 @@ import numpy as np
 import gpulayers as gl
 from benchmarks import data as case_data
 from benchmarks import own, timing_cpu
-from benchmarks.bytes_moved import minimum_bytes, regime_bytes
-from benchmarks.peers import Peer
+from benchmarks.bytes_moved import copy_function, minimum_bytes, regime_bytes
+from benchmarks.peers import Peer, said
 from benchmarks.shapes import Case
 from benchmarks.truth import truth
 from gpulayers import _cupy
-from gpulayers.launch import launcher
 
-__all__ = ["PEER_TOLERANCE", "TOLERANCE", "Row", "Variant", "copy_function", "error_of", "errors_of", "measure"]
+__all__ = ["PEER_TOLERANCE", "TOLERANCE", "Row", "Variant", "error_of", "errors_of", "measure"]
 
 TOLERANCE = {"float64": 1e-9, "float32": 2e-4, "float16": 2e-2, "bfloat16": 8e-2}
 PEER_TOLERANCE = 0.01
@@ -27,12 +26,22 @@ otherwise, because their sum is zero but for rounding, are worth a thousandth in
 
 
 class Variant(NamedTuple):
-    """What was measured of one way to compute a row. Times in seconds; a `reason` and no times if it was skipped."""
+    """What was measured of one variant of a row. Times in seconds; a `reason` and no times if it was skipped.
+
+    `method` says how `times` were taken (on a GPU, see `benchmarks.timing_gpu`), and `uncaptured` why it is no graph.
+    `ways` has the times by method, where there are several: of ours, those by the method of every peer.
+    """
 
     times: timing_cpu.Quantiles | None
     error: float | None = None
     reason: str = ""
     method: str = ""
+    uncaptured: str = ""
+    ways: dict[str, timing_cpu.Quantiles] = {}  # noqa: RUF012  (a default that nobody changes)
+
+    def by(self, method: str) -> timing_cpu.Quantiles | None:
+        """Return the times that were taken by this method."""
+        return self.ways.get(method, self.times if method == self.method else None)
 
 
 class Row(NamedTuple):
@@ -91,47 +100,6 @@ def error_of(results: dict[str, Any], wanted: dict[str, Any], to_numpy: Callable
     return errors_of(results, wanted, to_numpy).largest
 
 
-def copy_function(total: int, on_gpu: bool) -> Callable[[], Any]:
-    """Return a copy that reads and writes `total` bytes together."""
-    xp = _cupy.cupy() if on_gpu else np
-    source = xp.ones(max(total // 8, 1), dtype="float32")
-    target = xp.empty_like(source)
-    if on_gpu:
-        return lambda: target.data.copy_from_device_async(source.data, source.nbytes)
-    return lambda: np.copyto(target, source)
-
-
-class _Counting:
-    """A launcher that counts the launches of another."""
-
-    def __init__(self, inner: Any) -> None:
-        self._inner, self.count = inner, 0
-
-    def prepare(self, *args: Any) -> Any:
-        launch = self._inner.prepare(*args)
-
-        def counted(*args: Any) -> None:
-            self.count += 1
-            launch(*args)
-
-        return counted
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-
-def _launches(function: Callable[[], Any], like: Any) -> int:
-    """Return how many kernels of ours one call launches."""
-    inner = launcher.launcher_of(like)
-    counting = _Counting(inner)
-    launcher.register_launcher("gpu", counting)
-    try:
-        function()
-    finally:
-        launcher.register_launcher("gpu", inner)
-    return counting.count
-
-
 def _prepared_peers(case: Case, host: dict[str, Any], peers: list[Peer], on_gpu: bool) -> dict[str, Any]:
     """Return for each peer its function, or why there is none."""
     found: dict[str, Any] = {}
@@ -142,7 +110,7 @@ def _prepared_peers(case: Case, host: dict[str, Any], peers: list[Peer], on_gpu:
         try:
             found[peer.name] = peer.module.prepare(case, case_data.place(case, host, np), on_gpu)
         except Exception as error:  # a peer that fails is a skipped entry with its reason, like one that is missing
-            found[peer.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            found[peer.name] = said(error)
     return found
 
 
@@ -157,7 +125,7 @@ def _checked(functions: dict[str, Any], wanted: Any, peers: list[Peer], limit: f
                 wrong = f"its result is wrong: the norm of the error is {found.norm:.3g} of the result's"
                 errors[peer.name] = found.largest if found.norm <= limit else wrong
             except Exception as error:
-                errors[peer.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                errors[peer.name] = said(error)
     return errors
 
 
@@ -183,34 +151,25 @@ def measure(case: Case, peers: list[Peer], on_gpu: bool, on_chip: int, seconds: 
             del functions[name]
     minimum = minimum_bytes(case)
     functions["copy"] = copy_function(minimum, on_gpu)
-    times, methods, launches, host_times = _timed(case, functions, peers, host, own_data, on_gpu, seconds, least)
-    variants = {name: Variant(times[name], errors.get(name), "", methods.get(name, "")) for name in functions}
+    modules = {peer.name: peer.module for peer in peers if peer.name in functions}
+    uncaptured: dict[str, str] = {}
+    launches = host_times = None
+    if on_gpu:
+        from benchmarks import measure_gpu, timing_gpu
+
+        launches = measure_gpu.launches(functions["gpulayers"], next(iter(own_data.values())))
+        capturers = measure_gpu.capturers(case, host, functions["gpulayers"], modules)
+        row_bytes = sum(value.nbytes for value in host.values())
+        ways, uncaptured = measure_gpu.timed(functions, capturers, modules, (row_bytes, minimum), seconds, least)
+        host_times = timing_gpu.host_seconds(functions["gpulayers"])
+    else:
+        finish = {name: module.finish for name, module in modules.items() if hasattr(module, "finish")}
+        times = timing_cpu.interleaved(functions, finish, seconds, least)
+        ways = {name: {"": found} for name, found in times.items()}
+    variants = {}
+    for name, found in ways.items():
+        method, first = next(iter(found.items()))
+        variants[name] = Variant(first, errors.get(name), "", method, uncaptured.get(name, ""), found)
     variants.update({name: Variant(None, None, reason) for name, reason in prepared.items() if isinstance(reason, str)})
     gc.collect()
     return Row(case, minimum, regime_bytes(case, on_chip), variants, launches, host_times)
-
-
-def _timed(
-    case: Case, functions: dict[str, Any], peers: list[Peer], host: dict[str, Any], own_data: dict[str, Any],
-    on_gpu: bool, seconds: float, least: int,
-) -> tuple[Any, ...]:  # fmt: skip
-    finish = {
-        peer.name: peer.module.finish for peer in peers if peer.name in functions and hasattr(peer.module, "finish")
-    }
-    if not on_gpu:
-        return timing_cpu.interleaved(functions, finish, seconds, least), {}, None, None
-    from benchmarks import timing_gpu
-
-    cupy = _cupy.cupy()
-    row_bytes = sum(value.nbytes for value in host.values())
-    l2_bytes = cupy.cuda.Device().attributes["L2CacheSize"]
-    copies = timing_gpu.copies_needed(row_bytes, l2_bytes)
-    rotations = {"copy": [copy_function(minimum_bytes(case), True) for _ in range(copies)]}
-    if case.op.startswith(("batch_norm", "residual_add")):  # CuPy captures no cuBLAS, and optimizers count on the host
-        sets = [case_data.place(case, host, cupy) for _ in range(copies - 1)]
-        rotations["gpulayers"] = [functions["gpulayers"], *(own.prepare(case, given, cupy) for given in sets)]
-    launches = _launches(functions["gpulayers"], own_data["x"]) if "x" in own_data else None
-    times, methods = timing_gpu.interleaved(functions, rotations, finish, seconds, least)
-    if not timing_gpu.is_cold(min(row_bytes, minimum_bytes(case)), l2_bytes, copies):
-        methods = {name: "graph, L2 warm" if way == "graph" else way for name, way in methods.items()}
-    return times, methods, launches, timing_gpu.host_seconds(functions["gpulayers"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,25 +30,30 @@ def record(row: Row) -> dict[str, Any]:
     """Return a row as plain data with every figure that is reported; times in microseconds."""
     case, own, copy = row.case, row.variants["gpulayers"], row.variants["copy"]
     time, copy_time = own.times.p50, copy.times.p50
+    share_of_copy = copy_time / own.by(copy.method).p50
+    measured = {name: variant for name, variant in row.variants.items() if variant.times is not None}
     ratios, skipped, peer_times, peer_errors = {}, {}, {}, {}
+    in_us = lambda times: [round(t * 1e6, 3) for t in times[:3]]
     for name, variant in row.variants.items():
         if name in _OURS:
             continue
         if variant.times is None:
             skipped[name] = variant.reason
         else:
-            ratios[name] = variant.times.p50 / time
-            peer_times[name] = [round(t * 1e6, 3) for t in variant.times[:3]]
+            ratios[name] = variant.times.p50 / own.by(variant.method).p50
+            peer_times[name] = in_us(variant.times)
             peer_errors[name] = variant.error
     return {
         "op": case.op, "mode": case.mode, "layout": case.layout, "shape": list(case.shape), "dtype": case.dtype,
         "regime": case.regime, "count": case.count, "groups": case.groups, "minimum_bytes": row.minimum,
         "regime_bytes": row.regime, "p20_us": own.times.p20 * 1e6, "p50_us": time * 1e6, "p80_us": own.times.p80 * 1e6,
         "samples": own.times.samples, "copy_us": copy_time * 1e6, "gb_per_s": row.minimum / time / 1e9,
-        "percent_of_copy": 100 * copy_time / time,
-        "percent_of_floor": 100 * copy_time * row.regime / row.minimum / time,
+        "percent_of_copy": 100 * share_of_copy, "percent_of_floor": 100 * share_of_copy * row.regime / row.minimum,
         "launches": row.launches, "host_us": None if row.host is None else row.host.p50 * 1e6,
-        "method": own.method, "error": own.error, "ratios": ratios, "peer_us": peer_times, "peer_errors": peer_errors,
+        "methods": {name: variant.method for name, variant in measured.items()},
+        "own_us": {method: in_us(times) for method, times in own.ways.items()},
+        "uncaptured": {name: variant.uncaptured for name, variant in measured.items() if variant.uncaptured},
+        "error": own.error, "ratios": ratios, "peer_us": peer_times, "peer_errors": peer_errors,
         "skipped": skipped,
     }  # fmt: skip
 
@@ -97,6 +103,12 @@ def table(records: Sequence[dict[str, Any]], peers: Sequence[str]) -> str:
     return "\n".join(shown)
 
 
+def _ratio_of_sums(rows: Sequence[dict[str, Any]], name: str) -> float:
+    """Return a peer's total over ours, which is taken for each row as the peer's time was: by their ratio."""
+    theirs = [(r["count"] * r["peer_us"][name][1], r["ratios"][name]) for r in rows]
+    return sum(time for time, _ in theirs) / sum(time / ratio for time, ratio in theirs)
+
+
 def totals(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the ResNet-50 lists' sums, each row weighted by how often the network has it, for each pass and layout.
 
@@ -110,12 +122,13 @@ def totals(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for (regime, op, mode, layout, dtype), rows in lists.items():
         ours = sum(r["count"] * r["p50_us"] for r in rows)
         names = [name for name in rows[0]["ratios"] if all(name in r["ratios"] for r in rows)]
-        peers = {name: sum(r["count"] * r["p50_us"] * r["ratios"][name] for r in rows) / ours for name in names}
         copy = sum(r["count"] * r["copy_us"] for r in rows)
+        beside = sum(r["count"] * r["copy_us"] * 100 / r["percent_of_copy"] for r in rows)  # ours, timed as the copy
         layers = sum(r["count"] for r in rows)
         found.append({
             "list": regime, "op": op, "mode": mode, "layout": layout, "dtype": dtype, "layers": layers,
-            "total_us": ours, "percent_of_copy": 100 * copy / ours, "ratios": peers,
+            "total_us": ours, "percent_of_copy": 100 * copy / beside,
+            "ratios": {name: _ratio_of_sums(rows, name) for name in names},
         })  # fmt: skip
     return found
 
@@ -129,6 +142,17 @@ def totals_text(records: Sequence[dict[str, Any]]) -> str:
         time = f"{one['total_us'] / 1e3:.1f} ms, {one['percent_of_copy']:.0f} % of the copy"
         lines.append(f"{name}: {time}; peers' times over ours: {ratios}")
     return "\n".join(lines)
+
+
+def methods_text(records: Sequence[dict[str, Any]]) -> str:
+    """Return a line for each variant: in how many rows it was timed by which method. Empty where there is but one."""
+    counts: dict[str, Counter[str]] = {}
+    for one in records:
+        for name, method in one.get("methods", {}).items():
+            counts.setdefault(name, Counter())[method] += bool(method)
+    counts = {name: found for name, found in counts.items() if found.total()}
+    parts = {name: ", ".join(f"{method} {n}" for method, n in found.items()) for name, found in counts.items()}
+    return "\n".join(f"{name}: {text} rows" for name, text in parts.items())
 
 
 def markdown(records: Sequence[dict[str, Any]], peers: Sequence[str]) -> str:
@@ -151,10 +175,13 @@ def text_report(header: dict[str, str], records: Sequence[dict[str, Any]], skipp
     lines += ["", table(records, peers), ""]
     if total := totals_text(records):
         lines += ["Totals, each shape weighted by how often the network has it:", total, ""]
+    if ways := methods_text(records):
+        lines += ["Timed by (benchmarks/timing_gpu.py), a ratio being of times by one method:", ways, ""]
     lines.append(
         "Columns: min MB, the bytes that must be moved; % copy, the time of a copy of as many bytes in the same run "
-        "over ours; % floor, the same for the bytes of the regime; error, the largest difference from float64 over the "
-        "largest value; / peer, the peer's median time over ours (above 1: gpulayers is faster)."
+        "over ours; % floor, the same for the bytes of the regime; launches, of our own kernels: those of cuBLAS and "
+        "CuPy are not counted; error, the largest difference from float64 over the largest value; / peer, the peer's "
+        "median time over ours (above 1: gpulayers is faster)."
     )
     return "\n".join(lines) + "\n"
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.peers.remote import Remote
 
-__all__ = ["NAMES", "Peer", "close", "find"]
+__all__ = ["NAMES", "Peer", "close", "find", "said"]
 
 NAMES = ("plain", "chainer_style", "torch", "torch_other_layout", "torch_compile", "jax_jit", "tensorflow", "thinc")
 
@@ -25,6 +25,11 @@ class Peer:
 
     def __init__(self, name: str, module: Any, reason: str) -> None:
         self.name, self.module, self.reason = name, module, reason
+
+
+def said(error: Exception) -> str:
+    """Return an error as one short line: a skipped entry of the report, with this reason."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _known(name: str) -> str:

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peers.plain_peer import modules, to_numpy, unavailable
+from benchmarks.peers.plain_peer import capture, modules, to_numpy, unavailable
 from benchmarks.shapes import Case, axis_of
 from benchmarks.truth import EPSILON
 
-__all__ = ["prepare", "to_numpy", "unavailable", "version"]
+__all__ = ["capture", "prepare", "to_numpy", "unavailable", "version"]
 
 
 def version() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from benchmarks.shapes import Case, axis_of
 from benchmarks.truth import EPSILON, LIMITS
 
-__all__ = ["prepare", "to_numpy", "unavailable", "version"]
+__all__ = ["capture", "prepare", "to_numpy", "unavailable", "version"]
 
 
 def unavailable(on_gpu: bool) -> str:
@@ -22,6 +23,13 @@ def version() -> str:
 
 def to_numpy(value: Any) -> np.ndarray:
     return value if isinstance(value, np.ndarray) else value.get()
+
+
+def capture(prepare: Callable[[], Any], copies: int, calls: int) -> Any:
+    """Return the calls as one graph of CuPy, or why it refuses: products are such a reason."""
+    from benchmarks import timing_gpu  # a worker has no CuPy
+
+    return timing_gpu.capture([prepare() for _ in range(copies)], calls)
 
 
 def modules(data: dict[str, Any], on_gpu: bool) -> tuple[Any, dict[str, Any]]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from benchmarks.peers.torch_peer import prepare_in_layout, to_numpy, version
+from benchmarks.peers.torch_peer import capture, finish, prepare_in_layout, to_numpy, version
 from benchmarks.peers.torch_peer import unavailable as torch_unavailable
 from benchmarks.shapes import Case
 
-__all__ = ["prepare", "to_numpy", "unavailable", "version"]
+__all__ = ["capture", "finish", "prepare", "to_numpy", "unavailable", "version"]
 
 
 def unavailable(on_gpu: bool) -> str:

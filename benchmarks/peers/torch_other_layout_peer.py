@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.peers.torch_peer import prepare_in_layout, to_numpy, unavailable, version
+from benchmarks.peers.torch_peer import capture, finish, prepare_in_layout, to_numpy, unavailable, version
 from benchmarks.shapes import Case
 
-__all__ = ["prepare", "to_numpy", "unavailable", "version"]
+__all__ = ["capture", "finish", "prepare", "to_numpy", "unavailable", "version"]
 
 
 def prepare(case: Case, data: dict[str, Any], on_gpu: bool) -> Any:

@@ -6,6 +6,8 @@ accumulation. PyTorch has no batch renormalisation and no several axes; ghost ba
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ import numpy as np
 from benchmarks.shapes import Case
 from benchmarks.truth import EPSILON
 
-__all__ = ["prepare", "prepare_in_layout", "to_numpy", "unavailable", "version"]
+__all__ = ["capture", "finish", "prepare", "prepare_in_layout", "to_numpy", "unavailable", "version"]
 
 
 def unavailable(on_gpu: bool) -> str:
@@ -33,6 +35,54 @@ def to_numpy(value: Any) -> np.ndarray:
     if value.dtype.itemsize == 2:
         value = value.float()
     return value.cpu().numpy()
+
+
+def finish(results: Any) -> None:
+    """Wait for the device where there is one."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+class _Graph:
+    """Captured calls, with the memory they work on, until `close`."""
+
+    def __init__(self, graph: Any, *held: Any) -> None:
+        self._graph, self._held = graph, held
+
+    def launch(self) -> None:
+        """Run all calls once, on the current stream."""
+        self._graph.replay()
+
+    def close(self) -> None:
+        """Give the memory back to the device: the other libraries' pools cannot take it from PyTorch's."""
+        import torch
+
+        torch.cuda.synchronize()
+        self._graph.reset()
+        self._graph, self._held = None, ()
+        torch.cuda.empty_cache()
+
+
+def capture(prepare: Callable[[], Any], copies: int, calls: int) -> Any:
+    """Return `calls` calls of what ``prepare()`` makes `copies` times as one graph, as many results being kept.
+
+    Everything is done on the stream that is captured: a gradient runs on the stream of its forward pass.
+    """
+    import torch
+
+    stream = torch.cuda.Stream()
+    graph, held = torch.cuda.CUDAGraph(), deque(maxlen=copies)
+    with torch.cuda.stream(stream):
+        functions = [prepare() for _ in range(copies)]
+        for function in functions * 2:  # compiles, allocates workspaces
+            held.append(function())
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        for number in range(calls):
+            held.append(functions[number % copies]())
+    return _Graph(graph, functions, held)
 
 
 def _tensors(data: dict[str, Any], on_gpu: bool) -> dict[str, Any]:

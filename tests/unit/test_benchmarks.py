@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import data, machine, measure, own, peers, report, shapes, timing_cpu, timing_gpu
+import gpulayers as gl
+from benchmarks import data, machine, measure, measure_gpu, own, peers, report, shapes, timing_cpu, timing_gpu
 from benchmarks.__main__ import main
 from benchmarks.bytes_moved import minimum_bytes, regime_bytes
 from benchmarks.measure import Row, Variant, error_of
@@ -627,62 +628,92 @@ def test_the_probe_without_a_gpu_says_so(monkeypatch, capsys):
     assert "no GPU is usable" in capsys.readouterr().err
 
 
-class FakeStream:
-    """A stream of a CuPy double; `refuse` makes captures fail as CuPy's do for cuBLAS."""
+class FakeCuda:
+    """What `timing_gpu.capture` asks CuPy for, in a log; `refuse` makes captures fail as CuPy's do for cuBLAS."""
 
-    log: list = []
-    refuse = False
+    def __init__(self, refuse=False):
+        self.log, self.pools, self.refuse, self.capturing = [], [], refuse, False
 
-    def __init__(self, non_blocking=False):
-        pass
-
-    def __enter__(self):
+    def Stream(self, non_blocking=False):  # noqa: N802
         return self
 
-    def __exit__(self, *_):
-        pass
+    ptr = 7
+    __enter__ = __exit__ = lambda *_: None
 
     def synchronize(self):
-        pass
+        self.log.append("synchronize")
+
+    def get_current_stream(self):
+        return types.SimpleNamespace(synchronize=lambda: self.log.append("inputs are there"))
 
     def begin_capture(self):
+        self.capturing = True
         self.log.append("begin")
 
     def end_capture(self):
+        self.capturing = False
         self.log.append("end")
         if self.refuse:
             raise RuntimeError("the capture is invalid")
         return types.SimpleNamespace(launch=lambda: self.log.append("launch"))
 
+    def MemoryPool(self):  # noqa: N802
+        return types.SimpleNamespace(malloc=None, free_all_blocks=lambda: self.log.append(f"freed beside {LIVE[0]}"))
+
+    def using_allocator(self, allocator):
+        return self
+
+
+LIVE = [0]  # results that somebody holds
+
+
+class Result:
+    """A result, counted while it lives."""
+
+    def __init__(self):
+        LIVE[0] += 1
+
+    def __del__(self):
+        LIVE[0] -= 1
+
+
+@pytest.fixture
+def side():
+    """Forget the stream of captures, before a double's and after it."""
+    timing_gpu._side.cache_clear()
+    yield
+    timing_gpu._side.cache_clear()
+
 
 @pytest.mark.parametrize("refuse", [False, True])
-def test_rotating_sets_are_captured_or_left(monkeypatch, refuse):
-    calls = []
+def test_rotating_sets_are_captured_or_left(monkeypatch, side, refuse):
+    """Inputs are waited for, as many results as sets are kept, and the pool is emptied when nobody holds any."""
+    cuda, calls, most = FakeCuda(refuse), [], []
+    LIVE[0] = 0
 
     def make(number):
         def function():
-            if refuse and "begin" in FakeStream.log:
+            if refuse and cuda.capturing:
                 raise NotImplementedError("cuBLAS")
             calls.append(number)
+            cuda.log.append("call")
+            most.append(LIVE[0])
+            return {"y": Result()}
 
         return function
 
-    monkeypatch.setattr(FakeStream, "log", [])
-    monkeypatch.setattr(FakeStream, "refuse", refuse)
-    cuda = types.SimpleNamespace(
-        Stream=FakeStream,
-        MemoryPool=lambda: types.SimpleNamespace(malloc=None),
-        using_allocator=lambda allocator: FakeStream(),
-    )
     monkeypatch.setattr(_cupy, "cupy", lambda: types.SimpleNamespace(cuda=cuda))
-    replay = timing_gpu.capture([make(0), make(1), make(2)])
-    assert FakeStream.log == ["begin", "end"]
+    graph = timing_gpu.capture([make(0), make(1), make(2)])
+    assert cuda.log[:5] == ["inputs are there", "call", "call", "call", "synchronize"] and max(most) <= 3
+    assert [what for what in cuda.log if what in ("begin", "end")] == ["begin", "end"]
     if refuse:
-        assert replay is None and calls == [0, 1, 2]
+        assert graph == "NotImplementedError: cuBLAS" and calls == [0, 1, 2]
     else:
         assert calls == [0, 1, 2] + [number % 3 for number in range(timing_gpu.CALLS_PER_GRAPH)]
-        replay()
-        assert FakeStream.log[-1] == "launch"
+        graph.launch()
+        assert cuda.log[-1] == "launch" and LIVE[0] == 3
+        graph.close()
+    assert cuda.log[-1] == "freed beside 0"
 
 
 def test_samples_are_interleaved_and_cold(monkeypatch):
@@ -711,19 +742,175 @@ def test_samples_are_interleaved_and_cold(monkeypatch):
     )
     monkeypatch.setattr(_cupy, "cupy", lambda: types.SimpleNamespace(cuda=cuda))
     monkeypatch.setattr(timing_gpu, "make_flush", lambda: call("flush", 100.0))
-    monkeypatch.setattr(timing_gpu, "capture", lambda sets: call("graph", 64 * 2.0) if len(sets) > 1 else None)
     monkeypatch.setattr(timing_gpu, "WARM_UP", 0.01)
+    monkeypatch.setattr(timing_gpu, "time_once", lambda function, repeats, finish: finish and finish(function()) or 9.0)
     functions = {"ours": call("ours", 3.0), "theirs": call("theirs", 5.0), "elsewhere": call("elsewhere", 7.0)}
+    functions["captured"] = call("captured", 4.0)
+    graphs = {name: types.SimpleNamespace(launch=call("graph", 64 * 2.0)) for name in ("ours", "captured")}
     finished = []
-    times, methods = timing_gpu.interleaved(
-        functions, {"ours": [functions["ours"]] * 2, "theirs": [None]}, {"elsewhere": finished.append}, 0.0, least=4
-    )
-    assert methods == {"ours": "graph", "theirs": "flushed", "elsewhere": "clock"}
-    assert times["ours"].p50 == pytest.approx(2e-3) and times["theirs"].p50 == pytest.approx(5e-3)
-    assert [times[name].samples for name in functions] == [4, 20, 4] and len(finished) == 4
-    assert log.count("graph") == 4
-    assert all(log[i - 2 : i] == ["flush", "event"] for i, what in enumerate(log) if what == "graph")
+    found = timing_gpu.interleaved(functions, graphs, {"elsewhere": finished.append}, 0.0, 4, "ours")
+    assert {name: list(ways) for name, ways in found.items()} == {
+        "ours": ["graph", "flushed", "clock"], "theirs": ["flushed"], "elsewhere": ["clock"], "captured": ["graph"],
+    }  # fmt: skip
+    assert found["ours"]["graph"].p50 == found["captured"]["graph"].p50 == pytest.approx(2e-3)
+    assert found["ours"]["flushed"].p50 == pytest.approx(3e-3) and found["theirs"]["flushed"].p50 == pytest.approx(5e-3)
+    assert found["ours"]["clock"].p50 == found["elsewhere"]["clock"].p50 == 9.0 and len(finished) >= 4
+    assert {way: times.samples for way, times in found["ours"].items()} == {"graph": 4, "flushed": 20, "clock": 4}
+    measured = [i for i, what in enumerate(log) if what == "graph" and log[i - 1] == "event"]
+    assert len(measured) == 8 and all(log[i - 2] == "flush" for i in measured)
     measured = [i for i, what in enumerate(log) if what == "theirs" and log[i - 1] == "event"]
     assert len(measured) == 20 and all(log[i - 2] == "flush" for i in measured)
     first_rounds = [what for what in log if what in ("graph", "theirs", "elsewhere")]
     assert first_rounds != sorted(first_rounds), "variants take turns"
+
+
+def test_a_peer_in_another_process_is_timed_by_its_own_clock(monkeypatch):
+    """Nothing of its results is fetched for a sample or for warming up."""
+    from benchmarks.peers.remote import RemoteFunction
+
+    asked = []
+
+    def ask(request, **arguments):
+        asked.append((request, arguments))
+        return {"seconds": 0.25}
+
+    monkeypatch.setattr(timing_gpu, "_wait", lambda: None)
+    function = RemoteFunction(types.SimpleNamespace(ask=ask))
+    assert timing_gpu._sample_by_clock(function, lambda: None, None) == [0.25]
+    assert asked == [("seconds", {"repeats": 1})]
+
+
+def test_a_ratio_is_of_times_by_one_method():
+    """The record compares each peer, and the copy, with our time by the same method; totals do, too."""
+    def times(p50):
+        return Quantiles(p50, p50, p50, 5)
+
+    ours = {"graph": times(10e-6), "flushed": times(14e-6), "clock": times(50e-6)}
+    variants = {
+        "gpulayers": Variant(ours["graph"], 1e-7, "", "graph", "", ours),
+        "copy": Variant(times(7e-6), None, "", "flushed"),
+        "torch": Variant(times(20e-6), 1e-7, "", "graph"),
+        "plain": Variant(times(28e-6), 1e-7, "", "flushed", "NotImplementedError: cuBLAS"),
+        "jax_jit": Variant(times(60e-6), 1e-7, "", "clock"),
+    }
+    (case, *_) = (case for case in shapes.resnet50(32) if case.mode == "forward")
+    one = report.record(Row(case, 1_000_000, 1_000_000, variants))
+    assert one["ratios"] == {"torch": pytest.approx(2), "plain": pytest.approx(2), "jax_jit": pytest.approx(1.2)}
+    assert one["percent_of_copy"] == pytest.approx(50)
+    assert one["methods"] == {
+        "gpulayers": "graph", "copy": "flushed", "torch": "graph", "plain": "flushed", "jax_jit": "clock",
+    }  # fmt: skip
+    assert one["own_us"]["clock"] == pytest.approx([50] * 3)
+    assert one["uncaptured"] == {"plain": "NotImplementedError: cuBLAS"}
+    (total,) = report.totals([one, one])
+    assert total["ratios"] == one["ratios"] and total["percent_of_copy"] == pytest.approx(50)
+    text = report.text_report({}, [one, one], {})
+    assert "jax_jit: clock 2 rows" in text and "those of cuBLAS and CuPy are not counted" in text
+
+
+def test_torch_is_captured_on_the_stream_that_prepared_it(monkeypatch):
+    """A gradient runs on the stream of its forward pass; a graph that is closed gives its memory back."""
+    torch = pytest.importorskip("torch")
+    from benchmarks.peers import torch_compile_peer, torch_other_layout_peer, torch_peer
+
+    log, current = [], ["default"]
+
+    class On:
+        def __init__(self, name, *more):
+            self.name, self.more = name, more
+
+        def __enter__(self):
+            self.outer, current[0] = current[0], self.name
+            log.extend(self.more[:1])
+
+        def __exit__(self, *_):
+            current[0] = self.outer
+            log.extend(self.more[1:])
+
+    def prepare():
+        number = log.count("prepare on side")
+        log.append(f"prepare on {current[0]}")
+        return lambda: log.append(f"call {number} on {current[0]}")
+
+    graph = types.SimpleNamespace(replay=lambda: log.append("replay"), reset=lambda: log.append("reset"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: "side")
+    monkeypatch.setattr(torch.cuda, "stream", On)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: On(stream, "begin", "end"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: log.append("empty"))
+    captured = torch_peer.capture(prepare, 2, 5)
+    calls = [f"call {number} on side" for number in (0, 1, 0, 1)]
+    assert log == ["prepare on side"] * 2 + calls + ["synchronize", "begin", *calls, calls[0], "end"]
+    log.clear()
+    captured.launch()
+    captured.close()
+    assert log == ["replay", "synchronize", "reset", "empty"]
+    assert torch_compile_peer.capture is torch_other_layout_peer.capture is torch_peer.capture
+
+
+@pytest.fixture
+def emulated_gpu(monkeypatch, side):
+    """CuPy's part of a measurement on the emulated device: streams and graphs are doubles, kernels run."""
+    from tests.kernels.emulation.build import compiler
+
+    if compiler() is None:
+        pytest.skip("needs g++")
+    from tests.kernels import fake_cuda, strict_array
+
+    class Event:
+        def record(self):
+            self.time = time.perf_counter()
+
+        def synchronize(self):
+            pass
+
+    monkeypatch.setattr(strict_array.launcher, "runs", strict_array.launcher.runs[:1])
+    with fake_cuda.emulated_cuda(monkeypatch) as machine:
+        cuda = strict_array.xp.cuda
+        pools = []
+
+        def pool():
+            pools.append(types.SimpleNamespace(malloc=None, freed=False))
+            pools[-1].free_all_blocks = lambda found=pools[-1]: setattr(found, "freed", True)
+            return pools[-1]
+
+        cuda.Event, cuda.MemoryPool = Event, pool
+        cuda.get_elapsed_time = lambda start, end: (end.time - start.time) * 1e3
+        cuda.Device = lambda: types.SimpleNamespace(synchronize=lambda: None, attributes={"L2CacheSize": 1024})
+        monkeypatch.setattr(timing_gpu, "make_flush", lambda: lambda: None)
+        monkeypatch.setattr(timing_gpu, "WARM_UP", 0.0)
+        monkeypatch.setattr(timing_gpu, "CALLS_PER_GRAPH", 4)
+        for module in (measure, measure_gpu):
+            monkeypatch.setattr(module, "copy_function", lambda total, on_gpu: lambda: None)
+        machine.pools = pools
+        yield machine
+
+
+@pytest.mark.parametrize(
+    ("case", "launches", "plain"),
+    [
+        (Case("batch_norm", "forward", "NHWC", (4, 5, 5, 6), "float32"), 1, "graph"),
+        (Case("momentum", "step", "parameters", (4099,), "float32"), 1, "graph"),
+        (Case("dense", "forward", "NC", (8, 12, 10), "float32"), 0, "flushed"),
+    ],
+    ids=lambda value: getattr(value, "op", None),
+)
+def test_a_whole_row_on_an_emulated_gpu(emulated_gpu, case, launches, plain):
+    """Ours is captured, products and optimizers too; a peer of CuPy's is where it can be; memory is given back."""
+    from benchmarks.peers import plain_peer
+
+    def elsewhere(case, given, on_gpu):
+        function = plain_peer.prepare(case, given, on_gpu)
+        return lambda: function()
+
+    streams = types.SimpleNamespace(
+        prepare=elsewhere, to_numpy=plain_peer.to_numpy, finish=lambda _: None, OWN_STREAMS=True
+    )
+    found = [peers.Peer("plain", plain_peer, ""), peers.Peer("jax_jit", streams, "")]
+    with gl.device("emulated"):
+        one = report.record(measure.measure(case, found, True, 1 << 20, 0.001))
+    assert one["launches"] == launches and one["host_us"] > 0
+    assert one["methods"] == {"gpulayers": "graph", "copy": "graph", "plain": plain, "jax_jit": "clock"}
+    assert set(one["ratios"]) == {"plain", "jax_jit"} and not one["skipped"]
+    assert emulated_gpu.pools and all(pool.freed for pool in emulated_gpu.pools)
