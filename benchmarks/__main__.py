@@ -20,6 +20,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=_batches, default=[32], help="of the ResNet-50 list; several by commas: 32,256")
     parser.add_argument("--dtype", default="float32", choices=["float64", "float32", "float16", "bfloat16"])
     parser.add_argument("--only", default="", help="measure rows whose name or regime contains one of these, by commas")
+    parser.add_argument("--layout", type=str.upper, default="", help="measure rows of this layout only, such as NHWC")
     parser.add_argument("--peers", default="all", help="names by commas, 'all' or 'none'")
     parser.add_argument(
         "--peer-python", action="append", default=[], type=_peer_python, metavar="NAME=PYTHON",
@@ -175,7 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [
         case
         for case in shapes.cases(options.batch, options.dtype)
-        if not wanted or any(word in f"{case.name} {case.regime}" for word in wanted)
+        if (not wanted or any(word in f"{case.name} {case.regime}" for word in wanted))
+        and options.layout in ("", case.layout)
     ]
     if options.list:
         print("\n".join(case.name for case in chosen))

@@ -49,8 +49,10 @@ def minimum_bytes(case: Case) -> int:
     """Return the bytes that no implementation can avoid: every input read once, every output written once.
 
     A ReLU's mask counts as one bit for each element. Backward passes of sequences are given their forward's outputs
-    and no saved gates.
+    and no saved gates. A step of a batch normalisation is its two passes: a network works in between.
     """
+    if case.mode == "step" and case.op.startswith("batch_norm"):
+        return sum(minimum_bytes(case._replace(mode=mode)) for mode in ("forward", "backward"))
     e, s = elements(case), itemsize(case)
     if case.op.startswith("batch_norm"):
         mask = e // 8 if case.op.endswith("residual") and case.mode == "backward" else 0
@@ -75,6 +77,8 @@ def regime_bytes(case: Case, on_chip: int) -> int:
 
     Twice-read arrays that fit cost the minimum; of larger ones, the part that does not fit is read again.
     """
+    if case.mode == "step" and case.op.startswith("batch_norm"):
+        return sum(regime_bytes(case._replace(mode=mode), on_chip) for mode in ("forward", "backward"))
     least = minimum_bytes(case)
     if not case.op.startswith("batch_norm"):
         return least

@@ -30,7 +30,7 @@ def _norm(case: Case, rng: np.random.Generator, dtype: Any) -> dict[str, Any]:
         found[name] = (1 + 0.5 * rng.random(channels)).astype(wide)
     for name in ("beta", "moving_mean", "renorm_mean"):
         found[name] = _random(rng, (channels,), wide, 0.5)
-    if case.mode == "backward":
+    if case.mode in ("backward", "step"):
         found["dy"] = _random(rng, case.shape, dtype)
     if case.op.endswith("residual"):
         found["residual"] = _random(rng, case.shape, dtype)

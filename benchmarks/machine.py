@@ -50,14 +50,17 @@ def class_name(on_gpu: bool) -> str:
 
 
 def commit() -> str:
-    """Return the commit, with ``+changes`` where files that are measured differ from it, or ``unknown``."""
+    """Return the commit, with ``+changes`` where files that are measured differ from it.
+
+    Where git cannot say, as in a copy of the files alone, the environment variable COMMIT does; else ``unknown``.
+    """
     try:
         run = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
         head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **run).stdout.strip()
         measured = ["gpulayers", "kernels", "benchmarks/*.py", "benchmarks/peers"]
         changed = subprocess.run(["git", "status", "--porcelain", "--", *measured], **run).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("COMMIT", "unknown")
     return head + ("+changes" if changed else "")
 
 

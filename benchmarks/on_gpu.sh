@@ -4,15 +4,16 @@
 #
 #   benchmarks/on_gpu.sh --quick                 # at most 5 minutes
 #   benchmarks/on_gpu.sh --full PART             # one of these, at most 8 minutes each:
-#       norm32 compiled norm256 shapes recurrent probes tests sanitizer
+#       norm32 norm256-nhwc norm256-nchw compiled-nhwc compiled-nchw compiled256-nhwc compiled256-nchw
+#       shapes recurrent probes tests sanitizer
 #
-# Environment: PYTHON (python3), OUT (folder for everything that is written; gpulayers-run).
-# What there is when the run is cut off stays in OUT; the archive OUT.tar.gz and the summary are made in any case.
+# Environment: PYTHON (python3), OUT (folder for everything that is written; gpulayers-run), COMMIT (what to report as
+# the commit where git cannot say). In the end OUT holds summary.txt and run.tar.gz with all that was written; when the
+# run is killed before that, the folder OUT/run holds what there is.
 set -uo pipefail
-cd "$(dirname "$0")/.."
 
 usage() {
-    sed -n '2,10p' "$0" | sed 's/^# \{0,1\}//' >&2
+    sed -n '5,13p' "$0" | sed 's/^# \{0,1\}//' >&2
     exit 2
 }
 
@@ -21,19 +22,32 @@ case "${1:-}" in
     --full)
         part=${2:-} limit=470
         case $part in
-            norm32 | compiled | norm256 | shapes | recurrent | probes | tests | sanitizer) ;;
+            norm32 | norm256-nhwc | norm256-nchw | compiled-nhwc | compiled-nchw | compiled256-nhwc | compiled256-nchw) ;;
+            shapes | recurrent | probes | tests | sanitizer) ;;
             *) usage ;;
         esac
         ;;
     *) usage ;;
 esac
 
-python=${PYTHON:-python3}
 out=${OUT:-gpulayers-run}
-mkdir -p "$out"
+case $out in
+    /*) ;;
+    *) out=$PWD/$out ;; # where the caller is, not where this script goes
+esac
+cd "$(dirname "$0")/.." || exit 2
+python=${PYTHON:-python3}
+work=$out/run
+mkdir -p "$out" && rm -f "$out/run.tar.gz" || exit 2
+if ! mkdir "$work"; then
+    echo "on_gpu.sh: $work is what an earlier run left behind. Move it away, or set OUT to another folder." >&2
+    exit 2
+fi
 summary=$out/summary.txt
 : >"$summary"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+COMMIT=$(git rev-parse --short=12 HEAD 2>/dev/null || echo "${COMMIT:-unknown}")
+export COMMIT
 started=$SECONDS
 failed=0
 child=
@@ -42,22 +56,23 @@ say() { printf '%s\n' "$*" | tee -a "$summary"; }
 
 left() { echo $((limit - (SECONDS - started))); }
 
-# The archive and the end of the summary, whatever happened before; runs when the script is stopped, too.
+# The end of the summary and the archive, whatever happened before; runs when the script is stopped, too.
 finish() {
     local status=$?
     trap - EXIT INT TERM
     [ -z "$child" ] || kill "$child" 2>/dev/null
-    tar -czf "$out.tar.gz" -C "$(dirname "$out")" "$(basename "$out")" 2>/dev/null || true
-    say "== $part: $((SECONDS - started)) s, $failed steps failed, exit status $((status ? status : failed > 0)); $out.tar.gz"
+    say "== $part: $((SECONDS - started)) s, $failed steps failed, exit status $((status ? status : failed > 0)); $out"
     if [ "$(wc -l <"$summary")" -gt 100 ]; then # the summary is at most 100 lines: its beginning and its end
-        { head -n 60 "$summary"; echo "..."; tail -n 39 "$summary"; } >"$summary.short" && mv "$summary.short" "$summary"
+        { head -n 60 "$summary"; echo "..."; tail -n 39 "$summary"; } >"$work/short" && mv "$work/short" "$summary"
     fi
+    cp "$summary" "$work/"
+    tar -czf "$out/run.tar.gz" -C "$out" run && rm -rf "$work" # else the folder stays
     exit $((status ? status : failed > 0))
 }
 trap finish EXIT
 trap 'exit 130' INT TERM
 
-# step NAME SECONDS LINES COMMAND...: run with a limit, keep everything in OUT/NAME.txt, show the last LINES lines.
+# step NAME SECONDS LINES COMMAND...: run with a limit, keep everything in OUT/run/NAME.txt, show the last LINES lines.
 step() {
     local name=$1 seconds=$2 lines=$3 status=0
     shift 3
@@ -69,30 +84,34 @@ step() {
     fi
     [ "$seconds" -lt "$most" ] || seconds=$most
     local begin=$SECONDS
-    timeout --kill-after=10 "$seconds" "$@" >"$out/$name.txt" 2>&1 &
+    timeout --kill-after=10 "$seconds" "$@" >"$work/$name.txt" 2>&1 &
     child=$! # in the background, so that a signal to this script is not kept waiting
     wait "$child" || status=$?
     child=
     case $status in
         0) say "== $name: passed, $((SECONDS - begin)) s" ;;
-        124 | 137) say "== $name: cut off after $seconds s (what it wrote is in $out/$name.txt)" && failed=$((failed + 1)) ;;
+        124 | 137) say "== $name: cut off after $seconds s (what it wrote is in run/$name.txt)" && failed=$((failed + 1)) ;;
         *) say "== $name: FAILED with status $status, $((SECONDS - begin)) s" && failed=$((failed + 1)) ;;
     esac
-    local show=$out/$name.txt
+    local show=$work/$name.txt
     # A report that was cut off has printed no table, but wrote one after every row.
-    [ "$status" -eq 0 ] || [ ! -s "$out/$name/report.txt" ] || show=$out/$name/report.txt
+    [ "$status" -eq 0 ] || [ ! -s "$work/$name/report.txt" ] || show=$work/$name/report.txt
     tail -n "$lines" "$show" | cut -c 1-400 | tee -a "$summary"
 }
 
-reason=$("$python" -c '
+# The exit status says whether there is a GPU: warnings of an import are no reason.
+if ! reason=$("$python" -c '
+import sys
 from gpulayers.device import gpu_unavailable_reason
-print(gpu_unavailable_reason())' 2>&1)
-if [ -n "$reason" ]; then
+reason = gpu_unavailable_reason()
+print(reason)
+sys.exit(3 if reason else 0)' 2>"$work/stderr.txt"); then
+    [ -n "$reason" ] || reason=$(tail -n 1 "$work/stderr.txt")
     say "on_gpu.sh: no GPU: ${reason##*$'\n'} Nothing was run."
     exit 3
 fi
 
-say "on_gpu.sh --$part, commit $(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown), $(date -u '+%Y-%m-%d %H:%M UTC')"
+say "on_gpu.sh --$part, commit $COMMIT, $(date -u '+%Y-%m-%d %H:%M UTC')"
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit --format=csv,noheader 2>/dev/null | head -1 |
     tee -a "$summary" || true
 
@@ -124,16 +143,16 @@ sanitize() { # seconds for each tool
 report() { # NAME SECONDS LINES arguments of python -m benchmarks
     local name=$1 seconds=$2 lines=$3
     shift 3
-    step "$name" "$seconds" "$lines" "$python" -m benchmarks --device gpu --out "$out/$name" "$@"
+    step "$name" "$seconds" "$lines" "$python" -m benchmarks --device gpu --out "$work/$name" "$@"
 }
 
 case $part in
     quick) # the limits add up to the time there is, so that no step takes another's place
         step report 15 4 "$python" -m gpulayers.report
-        step probe 40 24 "$python" -m benchmarks.gpu_probe --out "$out/probe.json"
+        step probe 40 24 "$python" -m benchmarks.gpu_probe --out "$work/probe.json"
         gpu_tests 55 tests/kernels tests/unit/test_cuda_graph.py tests/unit/test_report.py
         sanitize 25
-        report resnet50 110 34 --batch 32 --dtype float16 --only "resnet50" --peers torch --seconds 0.1
+        report resnet50 110 34 --batch 32 --dtype float16 --only resnet50 --peers torch --seconds 0.05
         ;;
     norm32)
         for dtype in float16 float32; do
@@ -141,18 +160,18 @@ case $part in
                 --peers torch,torch_other_layout,plain,chainer_style
         done
         ;;
-    compiled) # compiling takes most of it: channels last alone
-        report compiled 460 40 --batch 32 --dtype float16 --only "NHWC 32x" --seconds 0.1 --peers torch_compile,jax_jit
-        ;;
-    norm256)
-        report norm256 460 40 --batch 256 --dtype float16 --only "NHWC 256x" --seconds 0.1 \
-            --peers torch,torch_other_layout
+    norm256-* | compiled-* | compiled256-*)
+        batch=32 peers=torch_compile,jax_jit
+        case $part in *256*) batch=256 ;; esac
+        case $part in norm*) peers=torch,torch_other_layout ;; esac
+        report "$part" 460 60 --batch $batch --dtype float16 --only resnet50 --layout "${part##*-}" --seconds 0.1 \
+            --peers $peers
         ;;
     shapes)
         report shapes 460 90 --dtype float16 --seconds 0.1 --only unet,tabular,speech,tiny,adversarial,unaligned,fused,renorm,ghost,several
         ;;
     recurrent) report recurrent 460 60 --seconds 0.1 --only residual_add,cell,sequence,context,training,optimizer ;;
-    probes) step design 300 60 "$python" -m benchmarks.gpu_probe --design --out "$out/design.json" ;;
+    probes) step design 300 60 "$python" -m benchmarks.gpu_probe --design --out "$work/design.json" ;;
     tests) gpu_tests 460 tests ;;
     sanitizer) sanitize 220 ;;
 esac

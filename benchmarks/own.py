@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -36,21 +37,22 @@ def _norm(case: Case, d: dict[str, Any], xp: Any) -> Function:
         keywords["renorm"] = Renorm(d["renorm_mean"], d["renorm_stddev"], *(np.float32(LIMITS[n]) for n in LIMITS))
     keywords["groups"] = case.groups
 
-    def forward() -> dict[str, Any]:
-        found = batch_norm_arrays.forward(d["x"], d["gamma"], d["beta"], moving=moving, **keywords, **relu, **residual)
-        return found._asdict()
+    def forward() -> Any:
+        return batch_norm_arrays.forward(d["x"], d["gamma"], d["beta"], moving=moving, **keywords, **relu, **residual)
 
     if case.mode == "forward":
-        return forward
-    first = forward()
-    given = {"axis": keywords["axis"], "groups": case.groups}
-    if relu:
-        given.update(mask=first["mask"], residual=True, activation="relu")
+        return lambda: forward()._asdict()
+    given = {"axis": keywords["axis"], "groups": case.groups, **relu, **({"residual": True} if relu else {})}
 
-    def backward() -> dict[str, Any]:
-        return batch_norm_arrays.backward(d["dy"], d["x"], d["gamma"], first["saved"], **given)._asdict()
+    def backward(first: Any) -> dict[str, Any]:
+        mask = {"mask": first.mask} if relu else {}
+        return batch_norm_arrays.backward(d["dy"], d["x"], d["gamma"], first.saved, **given, **mask)._asdict()
 
-    return backward
+    def step() -> dict[str, Any]:
+        first = forward()
+        return {**first._asdict(), **backward(first)}
+
+    return step if case.mode == "step" else functools.partial(backward, forward())
 
 
 def _recurrent(case: Case, d: dict[str, Any]) -> Function:

@@ -36,14 +36,14 @@ def _ceiling(rows: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
 
 
 def _roofline(plt: Any, rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    modes = [mode for mode in ("inference", "forward", "backward") if any(r["mode"] == mode for r in rows)]
+    modes = [mode for mode in ("inference", "forward", "backward", "step") if any(r["mode"] == mode for r in rows)]
     figure, axes = plt.subplots(1, len(modes), figsize=(4.6 * len(modes), 4.8), sharey=True, squeeze=False)
     for axis, mode in zip(axes[0], modes, strict=True):
         chosen = [r for r in rows if r["mode"] == mode]
         axis.plot(*zip(*_ceiling(chosen), strict=True), color="#777777", lw=1.5, label="copy of as many bytes")
         for name, (colour, marker) in _STYLE.items():
             points = [
-                (r["minimum_bytes"] / 1e6, r["gb_per_s"] / (1 if name == "gpulayers" else r["ratios"][name]))
+                (r["minimum_bytes"] / 1e6, r["minimum_bytes"] / (r["peer_us"].get(name) or [0, r["p50_us"]])[1] / 1e3)
                 for r in chosen
                 if name == "gpulayers" or name in r["ratios"]
             ]

@@ -18,7 +18,8 @@ RESNET50 = [
     (112, 64, 1), (56, 256, 4), (56, 64, 6), (28, 512, 5), (28, 128, 8), (14, 1024, 7), (14, 256, 12), (7, 2048, 4),
     (7, 512, 6),
 ]  # fmt: skip
-TRAINING = ("inference", "forward", "backward")
+TRAINING = ("forward", "backward", "step")  # a step: the forward pass, and then the backward pass
+PASSES = ("inference", *TRAINING)
 
 
 class Case(NamedTuple):
@@ -63,7 +64,7 @@ def resnet50(batch: int, layout: str = "NHWC", op: str = "batch_norm", dtype: st
     found = []
     for side, channels, count in RESNET50:
         shape = (batch, side, side, channels) if layout == "NHWC" else (batch, channels, side, side)
-        found += [Case(op, mode, layout, shape, dtype, f"resnet50 N={batch}", count) for mode in TRAINING]
+        found += [Case(op, mode, layout, shape, dtype, f"resnet50 N={batch}", count) for mode in PASSES]
     return found
 
 
@@ -77,11 +78,11 @@ def norm_cases(dtype: str = "float32") -> list[Case]:
         ("NHWC", (31, 56, 56, 64), "unaligned"),
     ]  # fmt: skip
     found = [
-        Case("batch_norm", mode, layout, shape, dtype, regime) for layout, shape, regime in plain for mode in TRAINING
+        Case("batch_norm", mode, layout, shape, dtype, regime) for layout, shape, regime in plain for mode in PASSES
     ]
     for shape in ((32, 56, 56, 64), (32, 14, 14, 1024)):
-        found += [Case("batch_norm_relu_residual", mode, "NHWC", shape, dtype, "fused") for mode in TRAINING]
-    for mode in ("forward", "backward"):
+        found += [Case("batch_norm_relu_residual", mode, "NHWC", shape, dtype, "fused") for mode in PASSES]
+    for mode in TRAINING:
         for shape in ((32, 56, 56, 64), (32, 14, 14, 1024)):
             found.append(Case("batch_norm_renorm", mode, "NHWC", shape, dtype, "renorm"))
         for shape in ((1024, 512), (8192, 1024), (65536, 256)):  # virtual batches of 128

@@ -46,8 +46,9 @@ def _norm_group(case: Case, d: dict[str, Any], rows: slice) -> dict[str, Any]:
         y = np.maximum(y + d["residual"][rows], 0)
     if case.mode == "inference":
         return {"y": y}
+    forward = {"y": y, "mean": flat_mean, "variance": flat_variance}
     if case.mode == "forward":
-        return {"y": y, "mean": flat_mean, "variance": flat_variance}
+        return forward
     dy = d["dy"][rows].astype(np.float64)
     if case.op.endswith("residual"):
         dy = dy * (y > 0)
@@ -55,7 +56,9 @@ def _norm_group(case: Case, d: dict[str, Any], rows: slice) -> dict[str, Any]:
     dx = (g - g.mean(axis=reduced, keepdims=True) - n * (g * n).mean(axis=reduced, keepdims=True)) / stddev
     dgamma, dbeta = ((dy * (n * r + shift)).sum(axis=reduced).ravel(), dy.sum(axis=reduced).ravel())
     found = {"dx": dx, "dgamma": dgamma, "dbeta": dbeta}
-    return {**found, "dresidual": dy} if case.op.endswith("residual") else found
+    if case.op.endswith("residual"):
+        found["dresidual"] = dy
+    return {**forward, **found} if case.mode == "step" else found
 
 
 def _norm(case: Case, d: dict[str, Any]) -> dict[str, Any]:

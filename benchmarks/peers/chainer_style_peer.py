@@ -6,6 +6,7 @@ an array, two reductions, one pass for dx. On a GPU the passes are CuPy elementw
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -70,8 +71,7 @@ def prepare(case: Case, data: dict[str, Any], on_gpu: bool) -> Any:
         variance = x.var(axis=reduced, keepdims=True, dtype=wide)
         return mean, variance, 1 / xp.sqrt(variance + wide.type(EPSILON))
 
-    def forward() -> dict[str, Any]:
-        mean, variance, inverse = moments()
+    def forward(mean: Any, variance: Any, inverse: Any) -> dict[str, Any]:
         y = apply(x, mean, inverse, gamma, beta).astype(x.dtype, copy=False)
         for name, value in (("moving_mean", mean), ("moving_variance", variance)):
             state[name] *= 0.99
@@ -79,15 +79,18 @@ def prepare(case: Case, data: dict[str, Any], on_gpu: bool) -> Any:
         return {"y": y, "mean": mean.ravel(), "variance": variance.ravel()}
 
     if case.mode == "forward":
-        return forward
-    mean, _, inverse = moments()
+        return lambda: forward(*moments())
     dy = d["dy"]
 
-    def backward() -> dict[str, Any]:
+    def backward(mean: Any, variance: Any, inverse: Any) -> dict[str, Any]:
         x_hat = (x - mean) * inverse
         dbeta = dy.sum(axis=reduced, keepdims=True, dtype=wide)
         dgamma = (dy * x_hat).sum(axis=reduced, keepdims=True, dtype=wide)
         dx = gradient(dy, x_hat, gamma, inverse, dbeta, dgamma, wide.type(count) if on_gpu else count)
         return {"dx": dx.astype(x.dtype, copy=False), "dgamma": dgamma.ravel(), "dbeta": dbeta.ravel()}
 
-    return backward
+    def step() -> dict[str, Any]:
+        found = moments()
+        return {**forward(*found), **backward(*found)}
+
+    return step if case.mode == "step" else functools.partial(backward, *moments())

@@ -87,16 +87,26 @@ def _norm(case: Case, d: dict[str, Any]) -> Any:
     def loss(x: Any, gamma: Any, beta: Any, residual: Any) -> Any:
         return norm(x, gamma, beta, residual, *rest[1:])[0]
 
+    def named(found: Any) -> dict[str, Any]:
+        gradients = {"dx": found[0], "dgamma": found[1], "dbeta": found[2]}
+        return {**gradients, "dresidual": found[3]} if found[3] is not None else gradients
+
+    @jax.jit
+    def both(dy: Any, *inputs: Any) -> Any:
+        y, pull, found = jax.vjp(lambda *inputs: norm(*inputs, *rest[1:]), *inputs, has_aux=True)
+        return y, found, pull(dy)
+
+    def step() -> dict[str, Any]:
+        y, found, gradients = both(d["dy"], *arguments[:4])
+        return {"y": y, "mean": found[0], "variance": found[1], **named(gradients)}
+
+    if case.mode == "step":
+        return step
+
     # The linearised function is a pytree: jitted, it is the backward pass alone, on residuals of its own choice.
     _, pull = jax.jit(lambda *a: jax.vjp(loss, *a))(*arguments[:4])
     back = jax.jit(lambda pull, dy: pull(dy))
-
-    def backward() -> dict[str, Any]:
-        found = back(pull, d["dy"])
-        named = {"dx": found[0], "dgamma": found[1], "dbeta": found[2]}
-        return {**named, "dresidual": found[3]} if found[3] is not None else named
-
-    return backward
+    return lambda: named(back(pull, d["dy"]))
 
 
 def _sequence(case: Case, d: dict[str, Any]) -> Any:

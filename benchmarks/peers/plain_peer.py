@@ -74,8 +74,8 @@ def _norm(case: Case, d: dict[str, Any], xp: Any) -> Any:
             shift = xp.clip((mean - d["renorm_mean"].reshape(along)) / old, -LIMITS["dmax"], LIMITS["dmax"])
         return mean, variance, r, shift
 
-    def forward() -> dict[str, Any]:
-        mean, variance, r, shift = moments()
+    def forward(found: Any) -> dict[str, Any]:
+        mean, variance, r, shift = found
         n = (x - mean) / xp.sqrt(variance + EPSILON)
         if case.op == "batch_norm_renorm":
             n = n * r + shift
@@ -88,13 +88,12 @@ def _norm(case: Case, d: dict[str, Any], xp: Any) -> Any:
         return {"y": y, "mean": batch[0].ravel(), "variance": batch[1].ravel()}
 
     if case.mode == "forward":
-        return forward
-    mean, variance, r, shift = moments()
-    y = forward()["y"]
+        return lambda: forward(moments())
     dy_all = d["dy"].reshape(x.shape)
     over = tuple(a for a, n in enumerate(along) if n == 1)
 
-    def backward() -> dict[str, Any]:
+    def backward(found: Any, y: Any) -> dict[str, Any]:
+        mean, variance, r, shift = found
         dy = dy_all * (y > 0) if residual is not None else dy_all
         inverse = 1 / xp.sqrt(variance + EPSILON)
         n = (x - mean) * inverse
@@ -103,14 +102,23 @@ def _norm(case: Case, d: dict[str, Any], xp: Any) -> Any:
         dx = (g - g_mean - n * (g * n).mean(axis=reduced, keepdims=True)) * inverse
         if case.op == "batch_norm_renorm":
             n = n * r + shift
-        found = {
+        gradients = {
             "dx": dx.astype(x.dtype, copy=False).reshape(d["x"].shape),
             "dgamma": (dy * n).sum(axis=over).ravel(),
             "dbeta": dy.sum(axis=over, dtype=wide).ravel(),
         }
-        return {**found, "dresidual": dy} if residual is not None else found
+        return {**gradients, "dresidual": dy} if residual is not None else gradients
 
-    return backward
+    def step() -> dict[str, Any]:
+        found = moments()
+        first = forward(found)
+        return {**first, **backward(found, first["y"])}
+
+    if case.mode == "step":
+        return step
+    found = moments()
+    y = forward(found)["y"]
+    return lambda: backward(found, y)
 
 
 def _sigmoid(xp: Any, x: Any) -> Any:

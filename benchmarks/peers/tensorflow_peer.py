@@ -1,8 +1,8 @@
 """TensorFlow on a CPU, every row as one ``tf.function``: fused batch normalisation (NHWC), or the formulas in its ops.
 
 A backward row times ``tape.gradient`` of a persistent tape, compiled too where TensorFlow allows it: the forward pass
-is outside. Sequences are ``tf.keras.layers.LSTM`` and ``GRU``, cells the cells of these layers. Optimizers are the
-update operations that ``tf.compat.v1.train`` calls, one for each parameter.
+is outside; a step has both in one function. Sequences are ``tf.keras.layers.LSTM`` and ``GRU``, cells the cells of
+these layers. Optimizers are the update operations that ``tf.compat.v1.train`` calls, one for each parameter.
 """
 
 from __future__ import annotations
@@ -99,17 +99,28 @@ def _norm(case: Case, d: dict[str, Any]) -> Any:
     import tensorflow as tf
 
     fused = case.layout == "NHWC" and case.op in ("batch_norm", "batch_norm_relu_residual")
-    call = tf.function((_fused if fused else _formulas)(case, d))
+    norm = (_fused if fused else _formulas)(case, d)
+    call = tf.function(norm)
     inputs = [d["x"], d["gamma"], d["beta"], d.get("residual")]
+    given = [value for value in inputs if value is not None]
+    names = ("dx", "dgamma", "dbeta", "dresidual")
+
+    @tf.function
+    def step(*inputs: Any) -> dict[str, Any]:
+        given = [value for value in inputs if value is not None]
+        with tf.GradientTape() as tape:
+            tape.watch(given)
+            first = norm(*inputs)
+        return {**first, **dict(zip(names, tape.gradient(first["y"], given, d["dy"]), strict=False))}
+
+    if case.mode == "step":
+        return lambda: step(*inputs)
     if case.mode != "backward":
         return lambda: call(*inputs)
-    given = [value for value in inputs if value is not None]
     with tf.GradientTape(persistent=True) as tape:
         tape.watch(given)
         y = call(*inputs)["y"]
-    return lambda: dict(
-        zip(("dx", "dgamma", "dbeta", "dresidual"), tape.gradient(y, given, d["dy"]), strict=False)
-    )
+    return lambda: dict(zip(names, tape.gradient(y, given, d["dy"]), strict=False))
 
 
 def _recurrent(case: Case, data: dict[str, Any], d: dict[str, Any]) -> Any:

@@ -1,7 +1,8 @@
 """PyTorch, eager, in the row's own layout: channels last for NHWC, contiguous for NCHW.
 
 A backward row times ``torch.autograd.grad`` on a graph that is kept, so it includes PyTorch's own dispatch and no
-accumulation. PyTorch has no batch renormalisation and no several axes; ghost batches are a loop over sub-batches.
+accumulation; a step records the graph and goes through it. PyTorch has no batch renormalisation and no several axes;
+ghost batches are a loop over sub-batches.
 """
 
 from __future__ import annotations
@@ -158,15 +159,20 @@ def _norm(case: Case, d: dict[str, Any], contiguous: bool | None, wrap: Any) -> 
         return forward
     inputs = [x.requires_grad_(), gamma.requires_grad_(), beta.requires_grad_()]
     inputs += [] if residual is None else [residual.requires_grad_()]
-    y = call(x, residual, gamma, beta, *moving)
-    dy = d["dy"]
 
-    def backward() -> dict[str, Any]:
-        found = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+    def gradients(y: Any, keep: bool) -> dict[str, Any]:
+        found = torch.autograd.grad(y, inputs, d["dy"], retain_graph=keep)
         named = dict(zip(("dx", "dgamma", "dbeta", "dresidual"), found, strict=False))
         return {name: shown(value) if value.dim() > 1 else value for name, value in named.items()}
 
-    return backward
+    def step() -> dict[str, Any]:
+        y = call(x, residual, gamma, beta, *moving)
+        return {"y": shown(y), **gradients(y, False)}
+
+    if case.mode == "step":
+        return step
+    y = call(x, residual, gamma, beta, *moving)
+    return lambda: gradients(y, True)
 
 
 def _reordered(value: Any, kind: str) -> Any:

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import time
 import types
 from collections import Counter
@@ -41,6 +42,8 @@ SIZE = 32 * 56 * 56 * 64  # 6,422,528 elements
         (BN, 2 * SIZE * 2),
         (BN._replace(mode="inference"), 2 * SIZE * 2),
         (BN._replace(mode="backward"), 3 * SIZE * 2),
+        (BN._replace(mode="step"), 5 * SIZE * 2),
+        (BN._replace(op="batch_norm_relu_residual", mode="step"), 7 * SIZE * 2 + SIZE // 8),
         (BN._replace(op="batch_norm_renorm", mode="backward", dtype="float32"), 3 * SIZE * 4),
         (BN._replace(op="batch_norm_relu_residual"), 3 * SIZE * 2),
         (BN._replace(op="batch_norm_relu_residual", mode="backward"), 4 * SIZE * 2 + SIZE // 8),
@@ -68,6 +71,7 @@ def test_regime_bytes():
     assert regime_bytes(BN, 0) == 3 * tensor
     assert regime_bytes(BN, tensor // 4) == 3 * tensor - tensor // 4
     assert regime_bytes(BN._replace(mode="backward"), tensor) == 4 * tensor  # x and dy would have to stay
+    assert regime_bytes(BN._replace(mode="step"), tensor) == 6 * tensor
     assert regime_bytes(BN._replace(mode="inference"), 0) == 2 * tensor
     add = Case("residual_add", "forward", "ND", (3, 5), "float32")
     assert regime_bytes(add, 0) == minimum_bytes(add)
@@ -125,6 +129,21 @@ def test_parameters_are_cut_without_loss(size):
 
 def test_a_parameter_list_like_a_network():
     assert len(data.split_parameters(np.zeros(25_557_032, np.int8))) == 161
+
+
+@pytest.mark.parametrize("op", ["batch_norm", "batch_norm_relu_residual", "batch_norm_renorm", "batch_norm_ghost"])
+def test_a_step_is_its_forward_and_its_backward(op):
+    """The truth and our results: all of both passes, on the step's own data."""
+    case = small(next(c for c in shapes.cases([8], "float64") if (c.op, c.mode, c.layout[0]) == (op, "step", "N")))
+    host = data.make(case)
+    passes = [truth(case._replace(mode=mode), host) for mode in ("forward", "backward")]
+    wanted = truth(case, host)
+    assert wanted.keys() == passes[0].keys() | passes[1].keys() and {"y", "mean", "dx", "dgamma"} <= wanted.keys()
+    for name, value in {**passes[0], **passes[1]}.items():
+        np.testing.assert_array_equal(wanted[name], value)
+    found = own.prepare(case, data.place(case, host, np), np)()
+    assert wanted.keys() <= found.keys()
+    assert all(error_of({name: found[name]}, {name: wanted[name]}, np.asarray) < 1e-9 for name in wanted)
 
 
 GRADIENT_CASES = [case for case in suite_cases(True) if case.mode == "backward" and case.dtype == "float32"]
@@ -433,8 +452,8 @@ def test_the_command_line(tmp_path, capsys):
     arguments = ["--device", "cpu", "--only", "8x16", "--peers", "plain", "--seconds", "0.01", "--out", str(tmp_path)]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    assert printed.count("8x16") == 3 and "/ plain" in printed
-    assert len(report.load(tmp_path)["rows"]) == 3
+    assert printed.count("8x16") == 4 and "/ plain" in printed
+    assert len(report.load(tmp_path)["rows"]) == 4
     assert main(["--device", "cpu", "--only", "no such row"]) == 1
     assert main(["--list"]) == 0
     assert "batch_norm forward NHWC 32x112x112x64 float32" in capsys.readouterr().out
@@ -450,7 +469,7 @@ def test_a_batch_is_a_positive_number(text, capsys):
 def test_several_batches_are_lists_of_their_own(capsys):
     assert main(["--list", "--batch", "32,256", "--only", "resnet50"]) == 0
     names = capsys.readouterr().out.split()
-    assert [sum(name.startswith(batch) for name in names) for batch in ("32x", "256x")] == [2 * 27, 2 * 27]
+    assert [sum(name.startswith(batch) for name in names) for batch in ("32x", "256x")] == [2 * 36, 2 * 36]
 
 
 def test_progress_without_tqdm(monkeypatch, capsys, tmp_path):
@@ -500,11 +519,49 @@ def test_the_gpu_script_explains_itself(arguments, tmp_path):
     assert done.returncode == 2 and "--full PART" in done.stderr and not (tmp_path / "out").exists()
 
 
+def unpacked(out):
+    """Return the folder that a run of the script has packed, its summary being the one beside it."""
+    assert sorted(path.name for path in out.iterdir()) == ["run.tar.gz", "summary.txt"]
+    with tarfile.open(out / "run.tar.gz") as archive:
+        archive.extractall(out, filter="data")
+    assert (out / "run" / "summary.txt").read_text() == (out / "summary.txt").read_text()
+    return out / "run"
+
+
 @pytest.mark.skipif(not _cupy.unusable_reason(), reason="a GPU answers here")
 def test_the_gpu_script_without_a_gpu(tmp_path):
     done = run_script("--quick", out=tmp_path / "out")
     assert done.returncode == 3 and "no GPU: CuPy" in done.stdout
-    assert (tmp_path / "out.tar.gz").stat().st_size and "no GPU" in (tmp_path / "out" / "summary.txt").read_text()
+    assert "no GPU" in (unpacked(tmp_path / "out") / "summary.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("status", "text"), [(0, "== design: passed"), (3, "no GPU: no driver Nothing"), (1, "no GPU: a warning")]
+)
+def test_the_status_says_whether_there_is_a_gpu(tmp_path, status, text):
+    """Whatever an import warns of is no reason; where nothing is printed, the last of the errors is."""
+    reason = "no driver" if status == 3 else ""
+    answer = f"echo {reason}; echo a warning >&2; exit {status}"
+    python = f'#!/usr/bin/env bash\ncase "$*" in *unavailable*) {answer} ;; esac\n'
+    found, summary, _ = run_pretending(tmp_path, python, "--full", "probes")
+    assert text in summary and found == (3 if status else 0)
+
+
+def test_what_an_earlier_run_left_is_kept(tmp_path):
+    (tmp_path / "out" / "run").mkdir(parents=True)
+    (tmp_path / "out" / "run" / "report.txt").write_text("rows")
+    done = run_script("--quick", out=tmp_path / "out")
+    assert done.returncode == 2 and "left behind" in done.stderr
+    assert (tmp_path / "out" / "run" / "report.txt").read_text() == "rows"
+
+
+def test_a_relative_folder_is_where_the_caller_is(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/usr/bin/env bash\necho\n")
+    python.chmod(0o755)
+    environment = {**os.environ, "OUT": "some/where", "PYTHON": str(python)}
+    done = subprocess.run(["bash", SCRIPT, "--full", "probes"], env=environment, cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0 and (unpacked(tmp_path / "some" / "where") / "design.txt").exists()
 
 
 FAKE_PYTHON = """#!/usr/bin/env bash
@@ -540,8 +597,8 @@ def test_the_gpu_script_keeps_what_it_has(tmp_path, stop):
     printed = process.communicate(timeout=60)[0]
     summary = (out / "summary.txt").read_text()
     assert process.returncode == (130 if stop else 1), printed
-    assert "== report: passed" in summary and (out / "report.txt").read_text().count("line") == 500
-    assert len(summary.splitlines()) <= 100 and (tmp_path / "out.tar.gz").is_file()
+    assert "== report: passed" in summary and (unpacked(out) / "report.txt").read_text().count("line") == 500
+    assert len(summary.splitlines()) <= 100
     if not stop:
         assert "== gpu_tests: FAILED with status 1" in summary and "3 failed" in summary
 
@@ -560,10 +617,37 @@ def run_pretending(tmp_path, text, *arguments, **environment):
     return done.returncode, (out / "summary.txt").read_text(), out
 
 
+PARTS = (
+    "norm32 norm256-nhwc norm256-nchw compiled-nhwc compiled-nchw compiled256-nhwc compiled256-nchw shapes recurrent "
+    "probes tests sanitizer"
+).split()
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_runs_what_its_name_says(tmp_path, part):
+    """The commands of a dry run; those that measure rows are then asked for the rows, by the real program."""
+    text = '#!/usr/bin/env bash\ncase "$*" in *unavailable*) ;; *) echo "asked: $*" ;; esac\n'
+    status, summary, out = run_pretending(tmp_path, text, "--full", part)
+    assert status == 0 and part in SCRIPT.read_text().split("set -uo")[0]
+    asked = [line.split()[1:] for line in summary.splitlines() if line.startswith("asked: -m benchmarks ")]
+    assert bool(asked) == (part not in ("probes", "tests", "sanitizer"))
+    for words in asked:
+        listed = subprocess.run(
+            [sys.executable, *words, "--list", "--device", "cpu"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+        modes, layouts, shapes_of = ({name.split()[k] for name in listed} for k in (1, 2, 3))
+        if part.startswith(("norm", "compiled")):
+            assert modes == {"inference", "forward", "backward", "step"}
+            assert layouts == ({part[-4:].upper()} if "-" in part else {"NHWC", "NCHW"})
+            assert {shape.split("x")[0] for shape in shapes_of} == {"256" if "256" in part else "32"}
+            assert len(listed) == 36 * len(layouts)
+        assert listed
+
+
 def test_the_gpu_script_asks_the_design_questions(tmp_path):
     text = '#!/usr/bin/env bash\ncase "$*" in *unavailable*) echo ;; *) echo "asked: $*" ;; esac\n'
     status, summary, out = run_pretending(tmp_path, text, "--full", "probes")
-    assert status == 0 and f"asked: -m benchmarks.gpu_probe --design --out {out}/design.json" in summary
+    assert status == 0 and f"asked: -m benchmarks.gpu_probe --design --out {out}/run/design.json" in summary
 
 
 def test_a_report_that_failed_shows_the_rows_it_wrote(tmp_path):
