@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import zlib
 from typing import Any
 
@@ -13,19 +14,26 @@ from benchmarks.shapes import Case, axis_of
 __all__ = ["PARAMETERS", "make", "place", "split_parameters"]
 
 
-def _random(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any, scale: float = 1.0) -> np.ndarray:
-    drawn = rng.standard_normal(shape, dtype=np.float32)
+DRAWN = (1 << 22) + 1  # larger arrays repeat what was drawn; odd, so that every channel sees other values
+
+
+def _random(
+    rng: np.random.Generator, shape: tuple[int, ...], dtype: Any, scale: float = 1.0, mean: float = 0.0
+) -> np.ndarray:
+    size = math.prod(shape)
+    drawn = rng.standard_normal(min(size, DRAWN), dtype=np.float32)
     if scale != 1.0:
         drawn *= np.float32(scale)
-    return drawn.astype(dtype, copy=False)
+    if mean:
+        drawn += np.float32(mean)
+    drawn = drawn.astype(dtype, copy=False)
+    return np.resize(drawn, shape) if size > DRAWN else drawn.reshape(shape)
 
 
 def _norm(case: Case, rng: np.random.Generator, dtype: Any) -> dict[str, Any]:
     channels = int(np.prod([case.shape[a] for a in axis_of(case)]))
     wide = np.float32 if dtype.itemsize == 2 else dtype
-    x = rng.standard_normal(case.shape, dtype=np.float32)
-    x += np.float32(0.5)
-    found = {"x": x.astype(dtype, copy=False)}
+    found = {"x": _random(rng, case.shape, dtype, mean=0.5)}
     for name in ("gamma", "moving_variance", "renorm_stddev"):
         found[name] = (1 + 0.5 * rng.random(channels)).astype(wide)
     for name in ("beta", "moving_mean", "renorm_mean"):

@@ -16,6 +16,7 @@ from benchmarks.peers import Peer, said
 from benchmarks.shapes import Case
 from benchmarks.truth import truth
 from gpulayers import _cupy
+from gpulayers.device import array_module
 
 __all__ = ["PEER_TOLERANCE", "TOLERANCE", "Row", "Variant", "error_of", "errors_of", "measure"]
 
@@ -65,8 +66,8 @@ class Errors(NamedTuple):
     norm: float
 
 
-def errors_of(results: dict[str, Any], wanted: dict[str, Any], to_numpy: Callable[[Any], np.ndarray]) -> Errors:
-    """Return the errors of the worst result.
+def errors_of(results: dict[str, Any], wanted: dict[str, Any], to_numpy: Callable[[Any], Any]) -> Errors:
+    """Return the errors of the worst result, computed where `wanted` is: `to_numpy` may return such an array, too.
 
     Raises ValueError where nothing can be compared, or for another shape: a row must never pass by having no result.
     """
@@ -74,25 +75,29 @@ def errors_of(results: dict[str, Any], wanted: dict[str, Any], to_numpy: Callabl
     for name, true in wanted.items():
         if name not in results:
             continue
-        value = results[name]
+        xp, value = array_module(true), results[name]
         parts = value if isinstance(value, list) else [value]
-        found = [np.asarray(to_numpy(part), dtype=np.float64) for part in parts]
-        found = np.concatenate([part.ravel() for part in found]) if isinstance(value, list) else found[0]
+        found = [xp.asarray(to_numpy(part)).astype(np.float64) for part in parts]
+        found = xp.concatenate([part.ravel() for part in found]) if isinstance(value, list) else found[0]
         if found.shape != true.shape:
             raise ValueError(f"benchmarks: {name} has the wrong shape. Expected {true.shape}; got {found.shape}.")
         compared += 1
-        if not np.isfinite(found).all():
+        if not bool(xp.isfinite(found).all()):
             return Errors(float("inf"), float("inf"))
         if true.size:
             difference = found - true
-            norm = max(norm, float(np.linalg.norm(difference) / max(float(np.linalg.norm(true)), 1e-30)))
-            largest = max(largest, float(np.max(np.abs(difference)) / max(float(np.max(np.abs(true))), 1e-30)))
+            norm = max(norm, (_sum_of_squares(difference) / max(_sum_of_squares(true), 1e-60)) ** 0.5)
+            largest = max(largest, float(abs(difference).max()) / max(float(abs(true).max()), 1e-30))
     if not compared:
         raise ValueError(f"benchmarks: nothing to compare. Expected some of {list(wanted)}; got {list(results)}.")
     return Errors(largest, norm)
 
 
-def error_of(results: dict[str, Any], wanted: dict[str, Any], to_numpy: Callable[[Any], np.ndarray]) -> float:
+def _sum_of_squares(array: Any) -> float:
+    return float((array * array).sum())
+
+
+def error_of(results: dict[str, Any], wanted: dict[str, Any], to_numpy: Callable[[Any], Any]) -> float:
     """Return the largest difference from float64, as a fraction of the largest value of the same array.
 
     Raises ValueError as `errors_of` does.
@@ -114,9 +119,15 @@ def _prepared_peers(case: Case, host: dict[str, Any], peers: list[Peer], on_gpu:
     return found
 
 
+def _beside(wanted: dict[str, Any]) -> Callable[[Any], Any]:
+    """Return what brings our results to where the truth is."""
+    there = array_module(next(iter(wanted.values())))
+    return gl.asnumpy if there is np else lambda value: value
+
+
 def _checked(functions: dict[str, Any], wanted: Any, peers: list[Peer], limit: float) -> dict[str, float | str]:
     """Return the error of every variant, or why it failed; for peers, limited by `limit`, that is no failure here."""
-    errors: dict[str, float | str] = {"gpulayers": error_of(functions["gpulayers"](), wanted, gl.asnumpy)}
+    errors: dict[str, float | str] = {"gpulayers": error_of(functions["gpulayers"](), wanted, _beside(wanted))}
     for peer in peers:
         function = functions.get(peer.name)
         if callable(function):
@@ -134,12 +145,14 @@ def measure(case: Case, peers: list[Peer], on_gpu: bool, on_chip: int, seconds: 
     host = case_data.make(case)
     xp = _cupy.cupy() if on_gpu else np
     own_data = case_data.place(case, host, xp)
+    wanted = truth(case, own_data if case.op.startswith("batch_norm") else host)  # before anybody may write
     functions: dict[str, Any] = {"gpulayers": own.prepare(case, own_data, xp)}
     prepared = _prepared_peers(case, host, peers, on_gpu)
     functions.update({name: function for name, function in prepared.items() if callable(function)})
-    wanted = truth(case, host)
     errors = _checked(functions, wanted, peers, max(PEER_TOLERANCE, 5 * TOLERANCE[case.dtype]))
     del wanted
+    if on_gpu:
+        xp.get_default_memory_pool().free_all_blocks()  # the truth takes many times a row's memory, which peers need
     if not errors["gpulayers"] <= TOLERANCE[case.dtype]:
         raise ValueError(
             f"{case.name}: the result is wrong. Expected an error of {TOLERANCE[case.dtype]:g} at most; "

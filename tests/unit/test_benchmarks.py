@@ -112,6 +112,14 @@ def test_suites_cover_every_operation_and_are_small_when_quick():
     assert max(np.prod(case.shape) for case in quick) < 10_000
 
 
+def test_large_arrays_repeat_what_was_drawn():
+    drawn = data._random(np.random.default_rng(0), (3, data.DRAWN), np.float16, mean=0.5)
+    assert drawn.shape == (3, data.DRAWN) and drawn.dtype == np.float16 and np.array_equal(drawn[0], drawn[2])
+    assert drawn[0].mean(dtype=float) == pytest.approx(0.5, abs=0.01) and np.unique(drawn[0, :1000]).size > 500
+    whole = data._random(np.random.default_rng(0), (data.DRAWN // 64, 64), np.float32)
+    assert len(np.unique(whole[:, 0])) > 0.9 * len(whole), "the channels' values differ"
+
+
 def test_data_depend_on_the_row_alone():
     case = small(BN)
     first, second = data.make(case), data.make(case)
@@ -960,6 +968,7 @@ def emulated_gpu(monkeypatch, side):
             return pools[-1]
 
         cuda.Event, cuda.MemoryPool = Event, pool
+        monkeypatch.setattr(strict_array.xp, "get_default_memory_pool", pool, raising=False)
         cuda.get_elapsed_time = lambda start, end: (end.time - start.time) * 1e3
         cuda.Device = lambda: types.SimpleNamespace(synchronize=lambda: None, attributes={"L2CacheSize": 1024})
         monkeypatch.setattr(timing_gpu, "make_flush", lambda: lambda: None)
@@ -975,6 +984,9 @@ def emulated_gpu(monkeypatch, side):
     ("case", "launches", "plain"),
     [
         (Case("batch_norm", "forward", "NHWC", (4, 5, 5, 6), "float32"), 1, "graph"),
+        (Case("batch_norm_relu_residual", "step", "NHWC", (4, 5, 5, 6), "float16"), 2, "graph"),
+        (Case("batch_norm_ghost", "step", "NC", (8, 12), "float32", "ghost", 1, 2), 2, "graph"),
+        (Case("batch_norm_renorm", "backward", "NHWC", (4, 5, 5, 6), "float32"), 1, "graph"),
         (Case("momentum", "step", "parameters", (4099,), "float32"), 1, "graph"),
         (Case("dense", "forward", "NC", (8, 12, 10), "float32"), 0, "flushed"),
     ],
