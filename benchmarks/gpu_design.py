@@ -6,6 +6,7 @@ library's are; each adds up what it reads, so that no load can be left out, and 
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -300,65 +301,139 @@ def loads_ahead(elapsed: Elapsed, megabytes: int = 200) -> dict[str, Any]:
     return figures | {"answer: fastest copy": max(speeds, key=speeds.__getitem__)}
 
 
+class _LaunchAttribute(ctypes.Structure):
+    """``CUlaunchAttribute``: its number, and a union of 64 bytes; the sizes of a cluster are its first three words."""
+
+    _fields_ = [("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_uint * 16)]
+
+
+class _LaunchConfig(ctypes.Structure):
+    """``CUlaunchConfig``."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_LaunchAttribute)), ("count", ctypes.c_uint),
+    ]  # fmt: skip
+
+
+CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+REQUIRED_WIDTH, REQUIRED_HEIGHT, REQUIRED_DEPTH = 11, 12, 13  # CU_FUNC_ATTRIBUTE_REQUIRED_CLUSTER_...
+
+
+def active_clusters(function: int, width: int, threads: int, shared: int, library: str = "libcuda.so.1") -> int:
+    """Return how many clusters of `width` blocks the driver says can run at a time; CuPy has no name for the question.
+
+    Raises RuntimeError with the driver's number for an error.
+    """
+    attribute = _LaunchAttribute(CLUSTER_DIMENSION, 0, (width, 1, 1))
+    config = _LaunchConfig((width, 1, 1), (threads, 1, 1), shared, None, ctypes.pointer(attribute), 1)
+    most, ask = ctypes.c_int(), ctypes.CDLL(library).cuOccupancyMaxActiveClusters
+    if status := ask(ctypes.byref(most), ctypes.c_void_p(function), ctypes.byref(config)):
+        raise RuntimeError(f"cuOccupancyMaxActiveClusters says {status}")
+    return most.value
+
+
+def _function(like: Any, cluster: int) -> int:
+    """Return the driver's handle of the kernel that counts blocks, compiled for clusters of this width."""
+    return int(launcher_of(like)._function(ALIVE.specialise({"CLUSTER": cluster}), 0).ptr)  # type: ignore[attr-defined]
+
+
+def _refused(error: Exception) -> str:
+    return f"refused ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+
+
 def clusters(elapsed: Elapsed) -> dict[str, Any]:
-    """Ask whether the width of clusters can be set at run time, and how many full ones of 8 run at a time."""
+    """Ask how many clusters of 8 run at a time, seen and by the driver's word, and whether their width can be set."""
     like = _cupy.cupy().empty(1, dtype="uint32")
     properties = device_properties(like)
     if not properties.has_clusters:
         return {"answer: clusters": "this GPU has none"}
-    blocks = 8 * (2 * properties.multiprocessors // 8)
-    most, _ = alive(like, blocks, 8, properties.shared_per_block - 1024, 200)
-    found: dict[str, Any] = {"clusters of 8 with all shared memory at a time": most / 8}
-    try:  # the attribute stays with the function, which nothing else uses
-        launcher, driver = launcher_of(like), _cupy.cupy().cuda.driver
-        function = launcher._function(ALIVE.specialise({"CLUSTER": 1}), 0)  # type: ignore[attr-defined]
-        driver.funcSetAttribute(function.ptr, 11, 4)  # CU_FUNC_ATTRIBUTE_REQUIRED_CLUSTER_WIDTH
+    blocks, found, placed = 8 * (2 * properties.multiprocessors // 8), {}, []
+    for kilobytes in (100, 120, 225):
+        shared = min(kilobytes << 10, properties.shared_per_block - 1024)
+        most, _ = alive(like, blocks, 8, shared, 200)  # which also lets the kernel have so much
+        found[f"clusters of 8 with {kilobytes} KiB each, seen at a time"] = most / 8
+        try:
+            _cupy.cupy().cuda.driver.funcSetAttribute(_function(like, 8), DYNAMIC_SHARED, shared)
+            placed.append(f"{active_clusters(_function(like, 8), 8, 256, shared)} with {kilobytes} KiB")
+        except Exception as error:  # drivers refuse with types of their own
+            placed.append(f"{kilobytes} KiB: {_refused(error)}")
+    try:  # the attributes stay with the function, which nothing else uses; CUDA wants all three of them
+        for attribute, size in ((REQUIRED_WIDTH, 4), (REQUIRED_HEIGHT, 1), (REQUIRED_DEPTH, 1)):
+            _cupy.cupy().cuda.driver.funcSetAttribute(_function(like, 1), attribute, size)
         _, widths = alive(like, 64, 1, 0, 1)
         text = f"set to 4, blocks saw {widths}"
-    except Exception as error:  # drivers refuse with types of their own
-        text = f"refused ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+    except Exception as error:
+        text = _refused(error)
+    found["clusters of 8, by the driver"] = "; ".join(placed)
     return found | {"answer: cluster width at run time": text}
 
 
-def _variants(plan: Any) -> Iterator[tuple[str, Any]]:
-    """Yield plans beside the chosen one that compute the same."""
-    sweeps = plan._replace(regime="sweeps", shared=0)
-    for factor in (1, 2, 4):
-        yield f"sweeps, {factor} x splits", sweeps._replace(splits=max(1, sweeps.splits * factor))
-    if sweeps.splits > 1:
-        yield "sweeps, half the splits", sweeps._replace(splits=sweeps.splits // 2)
+def _neighbours(plan: Any) -> Iterator[tuple[str, Any]]:
+    """Yield plans of the same regime as `plan` that compute the same."""
+    name = plan.regime
+    if name == "sweeps":
+        for factor in (2, 4):
+            yield f"{name}, {factor} x splits", plan._replace(splits=plan.splits * factor)
+    if name in ("sweeps", "grid") and plan.splits > 1:
+        yield f"{name}, half the splits", plan._replace(splits=plan.splits // 2)
+    if name == "grid" and plan.kept_units > 1:  # the rest is read again
+        kept = plan.kept_units // 2
+        yield f"{name}, half as much in shared memory", plan._replace(
+            kept_units=kept, shared=plan.shared // plan.kept_units * kept
+        )
 
 
-SHAPES = ((32, 56, 56, 64), (32, 28, 28, 512), (32, 14, 14, 256), (32, 7, 7, 2048))
+def _plans(shape: tuple[int, ...], axis: int, x: Any, kept: int) -> dict[str, Any]:
+    """Return plans that compute the same, by name: of every regime that the device has, and their neighbours.
+
+    Only `batch_norm_plan.choose` is asked, for a device with and without clusters, with and without grids that wait.
+    """
+    layout, device = batch_norm_plan.collapse(shape, (axis,)), device_properties(x)
+    choose = functools.partial(batch_norm_plan.choose, layout, x.dtype.itemsize, True, kept=kept)
+    without_clusters = device._replace(compute_capability=80)
+    others = [choose(without_clusters), choose(without_clusters, grid=False), choose(device, one_launch=False)]
+    chosen = choose(device)
+    found: dict[str, Any] = {f"as chosen ({chosen.regime})": chosen}
+    for plan in [chosen, *others]:
+        for name, one in [(plan.regime, plan), *_neighbours(plan)]:
+            if one not in found.values():
+                found.setdefault(name, one)
+    return found
 
 
-def forced_plans(elapsed: Elapsed, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> dict[str, Any]:
-    """Ask whether the plan that is chosen for batch normalisation is the fastest of its neighbours."""
+# By layout: the axis of the channels, and shapes. Two are asked because cluster, grid and sweeps are close for them.
+SHAPES = (
+    (3, (32, 56, 56, 64)), (3, (32, 28, 28, 512)), (3, (32, 14, 14, 256)), (3, (32, 7, 7, 2048)),
+    (3, (32, 14, 14, 1024)), (1, (256, 1024, 14, 14)),
+)  # fmt: skip
+
+
+def forced_plans(elapsed: Elapsed, shapes: tuple[tuple[int, tuple[int, ...]], ...] = SHAPES) -> dict[str, Any]:
+    """Ask whether the plan that is chosen for batch normalisation is the fastest of its neighbours, in both passes."""
     cupy, found, answers = _cupy.cupy(), {}, []
-    for shape in shapes:
+    for axis, shape in shapes:
         x = cupy.ones(shape, dtype="float16")
-        gamma, beta, mean, variance = (cupy.ones(shape[-1], dtype="float32") for _ in range(4))
+        gamma, beta, mean, variance = (cupy.ones(shape[axis], dtype="float32") for _ in range(4))
         moving = MovingStatistics(mean, variance, 0.01)
-
-        def run(x: Any = x, gamma: Any = gamma, beta: Any = beta, moving: Any = moving) -> None:
-            batch_norm_arrays.forward(x, gamma, beta, moving=moving, axis=(3,), epsilon=1e-3)
-
-        seen: list[Any] = []
-        with batch_norm_plan.forcing(lambda plan, seen=seen: seen.append(plan) or plan):  # type: ignore[func-returns-value]
-            times = {f"as chosen ({plan_name(seen, run)})": elapsed(run)}
-        for name, plan in _variants(seen[0]):
-            with batch_norm_plan.forcing(lambda _, plan=plan: plan):
-                times[name] = elapsed(run)
-        size = "x".join(map(str, shape))
-        found |= {f"device us: forward {size}, {name}": time for name, time in times.items()}
-        answers.append(f"{size} {min(times, key=times.__getitem__)}")
-    return found | {"answer: fastest plans": "; ".join(answers)}
-
-
-def plan_name(seen: list[Any], run: Callable[[], Any]) -> str:
-    """Return the regime that a call chooses; `seen` takes its plan."""
-    run()
-    return seen[0].regime
+        forward = functools.partial(
+            batch_norm_arrays.forward, x, gamma, beta, moving=moving, axis=(axis,), epsilon=1e-3
+        )
+        backward = functools.partial(batch_norm_arrays.backward, x, x, gamma, forward().saved, axis=(axis,))
+        for kept, (mode, run) in enumerate((("forward", forward), ("backward", backward)), start=1):
+            size, times = f"{mode} {'x'.join(map(str, shape))}", {}
+            for name, plan in _plans(shape, axis, x, kept).items():
+                try:
+                    with batch_norm_plan.forcing(lambda _, plan=plan: plan):
+                        times[name] = elapsed(run)
+                except Exception as error:  # a plan that this device cannot run: the others are asked all the same
+                    found[f"{size}, {name}"] = _refused(error)
+            found |= {f"device us: {size}, {name}": time for name, time in times.items()}
+            best = min(times, key=times.__getitem__, default="none runs")
+            if not best.startswith("as chosen"):
+                answers.append(f"{size} {best}")
+    return found | {"answer: faster than the chosen plans": "; ".join(answers) or "none"}
 
 
 MEASURES = (sweep_order, slab_width, bulk_copies, loads_ahead, clusters, forced_plans)

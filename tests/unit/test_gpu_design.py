@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sysconfig
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from benchmarks import gpu_design, gpu_probe
 from gpulayers import _cupy
+from gpulayers.launch import DeviceProperties
 from gpulayers.ops import batch_norm_arrays, batch_norm_plan
 from gpulayers.ops.batch_norm_arrays import MovingStatistics
 from tests.kernels.emulation.build import compiler
@@ -81,26 +86,74 @@ def test_every_specialisation_compiles(kernel):
 
 
 @emulated
-def test_forced_plans_compute_the_same_and_end_with_the_block():
-    host = np.random.default_rng(1).standard_normal((4, 6, 6, 16)).astype(np.float32)
-    x, gamma, beta = xp.asarray(host), xp.ones(16, "float32"), xp.zeros(16, "float32")
+@pytest.mark.parametrize(("axis", "shape"), [(1, (3000, 16)), (1, (2000, 64)), (1, (21, 3, 40, 44))])
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+def test_forced_plans_compute_the_same_and_end_with_the_block(axis, shape, mode, monkeypatch):
+    small = DeviceProperties("emulated", 90, 8, 164 << 10, 164 << 10, 65536, 1024, 1024, 1 << 20)
+    monkeypatch.setattr(launcher, "device", small)
+    monkeypatch.setattr(launcher, "runs", launcher.runs[:1])
+    rng = np.random.default_rng(1)
+    x, dy = (xp.asarray(rng.standard_normal(shape).astype(np.float32)) for _ in range(2))
+    gamma, beta = xp.ones(shape[axis], "float32"), xp.zeros(shape[axis], "float32")
+    moving = MovingStatistics(xp.zeros(shape[axis], "float32"), xp.ones(shape[axis], "float32"), 0.1)
+    forward = batch_norm_arrays.forward(x, gamma, beta, moving=moving, axis=(axis,), epsilon=1e-3)
 
     def run():
-        moving = MovingStatistics(xp.zeros(16, "float32"), xp.ones(16, "float32"), 0.1)
-        return batch_norm_arrays.forward(x, gamma, beta, moving=moving, axis=(3,), epsilon=1e-3).y.get()
+        if mode == "backward":
+            return batch_norm_arrays.backward(dy, x, gamma, forward.saved, axis=(axis,)).dx.get()
+        return batch_norm_arrays.forward(x, gamma, beta, moving=moving, axis=(axis,), epsilon=1e-3).y.get()
 
-    chosen = []
-    with batch_norm_plan.forcing(lambda plan: chosen.append(plan) or plan):
-        truth = run()
-    regimes = set()
-    for name, plan in gpu_design._variants(chosen[0]):
+    truth, kept = run(), {"forward": 1, "backward": 2}[mode]
+    plans = gpu_design._plans(shape, axis, x, kept)
+    assert {plan.regime for plan in plans.values()} >= {"grid", "sweeps"} and len(plans) > 4
+    for plan in plans.values():
         launcher.record.clear()
         with batch_norm_plan.forcing(lambda _, plan=plan: plan):
-            np.testing.assert_allclose(run(), truth, rtol=1e-5, atol=1e-6)
-        regimes.add((name, len(launcher.record)))
-    launcher.record.clear()
+            np.testing.assert_allclose(run(), truth, rtol=1e-5, atol=1e-5)
+        assert len(launcher.record) == (2 if plan.regime == "sweeps" else 1)
     np.testing.assert_array_equal(run(), truth)
-    assert len(launcher.record) == 1 and all(count == 2 for _, count in regimes), "two sweeps inside, as chosen outside"
+
+
+def test_the_driver_is_asked_with_its_own_structs(tmp_path):
+    """Against NVIDIA's header, where a wheel brings it: a library that answers with what it was asked."""
+    header = next(iter(Path(sysconfig.get_path("purelib")).glob("nvidia/*/include/cuda.h")), None)
+    if header is None or compiler() is None:
+        pytest.skip("needs cuda.h and a compiler")
+    source, library = tmp_path / "ask.cpp", tmp_path / "libask.so"
+    source.write_text("""
+#include <cuda.h>
+extern "C" CUresult CUDAAPI cuOccupancyMaxActiveClusters(int* most, CUfunction function, const CUlaunchConfig* c) {
+    const CUlaunchAttribute& a = c->attrs[0];
+    const bool right = c->gridDimX == 8 && c->gridDimY == 1 && c->gridDimZ == 1 && c->blockDimX == 256
+        && c->blockDimY == 1 && c->blockDimZ == 1 && c->sharedMemBytes == 1000 && c->hStream == nullptr
+        && c->numAttrs == 1 && a.id == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION && a.value.clusterDim.x == 8
+        && a.value.clusterDim.y == 1 && a.value.clusterDim.z == 1;
+    *most = right ? 17 : -1;
+    return function == (CUfunction)4096 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_HANDLE;
+}
+static_assert(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES == 8, "");
+static_assert(CU_FUNC_ATTRIBUTE_REQUIRED_CLUSTER_WIDTH == 11 && CU_FUNC_ATTRIBUTE_REQUIRED_CLUSTER_HEIGHT == 12, "");
+static_assert(CU_FUNC_ATTRIBUTE_REQUIRED_CLUSTER_DEPTH == 13, "");
+""")
+    command = ["g++", "-shared", "-fPIC", "-I", header.parent, source, "-o", library]
+    subprocess.run(command, check=True)
+    assert gpu_design.active_clusters(4096, 8, 256, 1000, str(library)) == 17
+    with pytest.raises(RuntimeError, match="says 400"):
+        gpu_design.active_clusters(1, 8, 256, 1000, str(library))
+
+
+def test_the_width_of_clusters_is_set_with_height_and_depth(device, monkeypatch):
+    """CUDA takes the three together; the driver is also asked how many clusters fit beside so much shared memory."""
+    calls, asked = [], []
+    driver = SimpleNamespace(funcSetAttribute=lambda *given: calls.append(given))
+    monkeypatch.setattr(device, "cuda", SimpleNamespace(driver=driver), raising=False)
+    monkeypatch.setattr(gpu_design, "_function", lambda like, cluster: cluster)
+    monkeypatch.setattr(gpu_design, "active_clusters", lambda *given: asked.append(given) or 13)
+    found = gpu_design.clusters(None)
+    assert [call for call in calls if call[0] == 1] == [(1, 11, 4), (1, 12, 1), (1, 13, 1)]
+    assert [given[3] >> 10 for given in asked][:2] == [100, 120] and {given[:3] for given in asked} == {(8, 8, 256)}
+    assert found["clusters of 8, by the driver"].startswith("13 with 100 KiB; 13 with 120 KiB; 13 with 225 KiB")
+    assert found["answer: cluster width at run time"] == "set to 4, blocks saw [1]"
 
 
 @pytest.fixture
@@ -120,7 +173,7 @@ def device(monkeypatch):
         (gpu_design.bulk_copies, {"megabytes": 1}),
         (gpu_design.loads_ahead, {"megabytes": 1}),
         (gpu_design.clusters, {}),
-        (gpu_design.forced_plans, {"shapes": ((2, 4, 4, 16),)}),
+        (gpu_design.forced_plans, {"shapes": ((3, (2, 4, 4, 16)), (1, (3, 4, 5, 5)))}),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -134,7 +187,7 @@ def test_every_question_has_figures_and_one_answer(device, measure, sizes):
     found = measure(elapsed, **sizes)
     answers = [value for name, value in found.items() if name.startswith("answer: ")]
     assert len(answers) == 1 and "\n" not in answers[0] and len(answers[0]) < 400
-    assert all(value > 0 for name, value in found.items() if not name.startswith("answer: "))
+    assert all(value > 0 for value in found.values() if not isinstance(value, str))
     assert len(found) > 1
     json.dumps(found)
 
