@@ -24,7 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--peers", default="all", help="names by commas, 'all' or 'none'")
     parser.add_argument(
         "--peer-python", action="append", default=[], type=_peer_python, metavar="NAME=PYTHON",
-        help="run this peer with that Python, in a process of its own (CPU); may be given several times",
+        help="run this peer with that Python, in a process of its own; may be given several times",
     )  # fmt: skip
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each variant of a row")
     parser.add_argument("--threads", type=int, default=0, help="processors to use (CPU); 0: all that are there")

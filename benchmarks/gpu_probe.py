@@ -196,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"# {name}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
         if options.out is not None:
             options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    for name, value in found.items():
+    for name, value in sorted(found.items(), key=lambda item: item[0].startswith("answer")):  # where a tail shows them
         print(f"{name}: {value:.3g}" if isinstance(value, float) else f"{name}: {value}")
     return 1 if any(name.endswith("failed") for name in found) else 0
 

@@ -171,7 +171,7 @@ case $part in
         report shapes 460 90 --dtype float16 --seconds 0.1 --only unet,tabular,speech,tiny,adversarial,unaligned,fused,renorm,ghost,several
         ;;
     recurrent) report recurrent 460 60 --seconds 0.1 --only residual_add,cell,sequence,context,training,optimizer ;;
-    probes) step design 300 60 "$python" -m benchmarks.gpu_probe --design --out "$work/design.json" ;;
+    probes) step design 460 60 "$python" -m benchmarks.gpu_probe --design --out "$work/design.json" ;;
     tests) gpu_tests 460 tests ;;
     sanitizer) sanitize 220 ;;
 esac

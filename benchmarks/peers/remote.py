@@ -1,7 +1,8 @@
 """The report's side of a peer in a Python of its own: it looks like a peer's module, and asks a worker for everything.
 
-A sample is taken by the worker's own clock around the call; the pipe is outside of it. The worker inherits the
-processors that this process may use.
+A sample is taken by the worker's own clock around the call, up to its finished results; the pipe is outside of it. The
+worker inherits the processors that this process may use. On a GPU this process writes through the L2 and drains the
+device before it asks: what JAX gets in this process, and the only way to time two processes alike.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ class RemoteFunction:
 class Remote:
     """A peer that runs as ``PYTHON -m benchmarks.peers.worker NAME``."""
 
+    OWN_STREAMS = True
+
     def __init__(self, name: str, python: str) -> None:
         self._name, self._python = name, python
         self._process: subprocess.Popen | None = None
@@ -79,11 +82,9 @@ class Remote:
 
     def unavailable(self, on_gpu: bool) -> str:
         """Start the worker; say why it cannot be used, if it cannot."""
-        if on_gpu:
-            return "a peer in a Python of its own is measured on a CPU only"
         try:
             self._start()
-            self._hello = self.ask("hello")
+            self._hello = self.ask("hello", on_gpu=on_gpu)
         except (OSError, RuntimeError) as error:
             self.close()
             return f"{self._python}: {error}"
@@ -98,7 +99,7 @@ class Remote:
     def prepare(self, case: Case, data: dict[str, Any], on_gpu: bool) -> RemoteFunction | str:
         """Hand the row to the worker; return its function, or why it has none."""
         folder, dtypes = _row_files.of(case, data)
-        reason = self.ask("prepare", case=list(case), folder=folder, dtypes=dtypes)["reason"]
+        reason = self.ask("prepare", case=list(case), folder=folder, dtypes=dtypes, on_gpu=on_gpu)["reason"]
         return reason or RemoteFunction(self)
 
     @staticmethod

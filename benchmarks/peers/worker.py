@@ -1,8 +1,8 @@
 """A peer in a Python of its own, where it need not live with the versions that gpulayers and the other peers want.
 
 ``python -m benchmarks.peers.worker NAME`` is started by `benchmarks.peers.remote` and answers requests, one JSON object
-a line, on standard input and output. It times with the same function as the report, and only when it is asked: while
-another variant's turn lasts, this process waits. gpulayers is not imported here.
+a line, on standard input and output. It times with the same function as the report, to the end of the results, and
+only when it is asked: while another variant's turn lasts, this process waits. gpulayers is not imported here.
 """
 
 from __future__ import annotations
@@ -33,22 +33,25 @@ class Worker:
         self._module: Any = None
         self._function: Callable[[], Any] | None = None
 
-    def hello(self) -> dict[str, Any]:
+    def hello(self, on_gpu: bool) -> dict[str, Any]:
         """Import the peer; say what it is and what it may use."""
         self._module = importlib.import_module(f"benchmarks.peers.{self._name}_peer")
+        reason = self._module.unavailable(on_gpu)
+        if on_gpu and not reason and not hasattr(self._module, "finish"):
+            reason = "nothing here waits for its results: on a GPU it is measured in the report's own process"
         return {
-            "reason": self._module.unavailable(False),
+            "reason": reason,
             "version": self._module.version(),
             "environment": f"Python {platform.python_version()}, NumPy {np.__version__}",
             "threads": thread_count(),
         }
 
-    def prepare(self, case: list[Any], folder: str, dtypes: dict[str, Any]) -> dict[str, Any]:
+    def prepare(self, case: list[Any], folder: str, dtypes: dict[str, Any], on_gpu: bool) -> dict[str, Any]:
         """Prepare a row from the arrays in `folder`; an empty reason means that it can be measured."""
         self._function = None  # lets go of the last row's arrays before this one's are there
         op, mode, layout, shape, *rest = case
         found = self._module.prepare(
-            Case(op, mode, layout, tuple(shape), *rest), exchange.load(Path(folder), dtypes), False
+            Case(op, mode, layout, tuple(shape), *rest), exchange.load(Path(folder), dtypes), on_gpu
         )
         if isinstance(found, str):
             return {"reason": found}

@@ -304,7 +304,7 @@ def test_a_row_with_a_peer_in_a_python_of_its_own(own_python):
         assert reason or variant.error < 1e-5
     with pytest.raises(RuntimeError, match=r"AttributeError: .*no attribute 'nothing'"):
         peer.module.ask("nothing")
-    assert peer.module.ask("hello")["reason"] == ""
+    assert peer.module.ask("hello", on_gpu=False)["reason"] == ""
 
 
 def test_a_python_that_cannot_serve_is_a_reason(own_python, tmp_path):
@@ -316,7 +316,31 @@ def test_a_python_that_cannot_serve_is_a_reason(own_python, tmp_path):
     with pytest.raises(ValueError, match="no such peer.*'keras'"):
         own_python("keras")
     (on_gpu,) = peers.find(["plain"], on_gpu=True, pythons={"plain": sys.executable})
-    assert on_gpu.reason == "a peer in a Python of its own is measured on a CPU only"
+    assert on_gpu.reason.startswith("nothing here waits for its results")
+
+
+def test_a_worker_on_a_gpu_is_timed_to_the_end_of_its_results(monkeypatch):
+    """It prepares for the GPU, waits for what it computes, and counts among what only a clock can time."""
+    seen = []
+    module = types.SimpleNamespace(
+        unavailable=lambda on_gpu: seen.append(("asked", on_gpu)) or "", version=lambda: "one", to_numpy=np.asarray,
+        prepare=lambda case, given, on_gpu: seen.append(("prepared", on_gpu)) or (lambda: {"y": given["x"]}),
+        finish=lambda results: seen.append(("waited", list(results))),
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "benchmarks.peers.torch_peer", module)
+    monkeypatch.setattr(exchange, "load", lambda folder, dtypes: {"x": np.ones(2)})
+    served = worker.Worker("torch")
+    assert served.hello(True)["reason"] == "" and served.prepare(list(BN), "", {}, True) == {"reason": ""}
+    assert served.seconds(1)["seconds"] > 0
+    assert seen == [("asked", True), ("prepared", True), ("waited", ["y"])]
+    assert remote.Remote.OWN_STREAMS
+
+
+def test_jax_leaves_the_memory_to_the_others():
+    code = "import os, benchmarks.peers.jax_jit_peer; print(os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'])"
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_PYTHON_CLIENT_PREALLOCATE"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout == "false\n", done.stderr
 
 
 def test_a_worker_that_dies_or_sleeps_is_a_reason(own_python, monkeypatch):
@@ -334,7 +358,7 @@ def test_a_worker_that_dies_or_sleeps_is_a_reason(own_python, monkeypatch):
 def test_a_worker_says_which_package_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     answers = io.StringIO()
-    worker.serve(worker.Worker("tensorflow"), ['{"do": "hello"}'], answers)
+    worker.serve(worker.Worker("tensorflow"), ['{"do": "hello", "on_gpu": false}'], answers)
     assert json.loads(answers.getvalue())["failed"].startswith("not installed (import of tensorflow")
 
 
