@@ -11,13 +11,16 @@ from typing import Any
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 COPY_BYTES = 256 << 20
+BATCHES = {"gpu": [32, 256], "cpu": [32]}
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, epilog="benchmarks/README.md says how a report is taken."
     )
-    parser.add_argument("--batch", type=_batches, default=[32], help="of the ResNet-50 list; several by commas: 32,256")
+    parser.add_argument(
+        "--batch", type=_batches, help="of the ResNet-50 list, several by commas; default: 32,256 on a GPU, 32 on a CPU"
+    )
     parser.add_argument("--dtype", default="float32", choices=["float64", "float32", "float16", "bfloat16"])
     parser.add_argument("--only", default="", help="measure rows whose name or regime contains one of these, by commas")
     parser.add_argument("--layout", type=str.upper, default="", help="measure rows of this layout only, such as NHWC")
@@ -120,13 +123,18 @@ def _copy_seconds(on_gpu: bool) -> float:
     return sorted(samples_flushed(copy, lambda: None, 0, 20))[10]
 
 
+def _peer_names(options: argparse.Namespace) -> tuple[str, ...]:
+    from benchmarks import peers
+
+    return {"all": peers.NAMES, "none": ()}.get(options.peers, tuple(options.peers.split(",")))
+
+
 def _find_peers(options: argparse.Namespace, on_gpu: bool) -> list[Any]:
     from benchmarks import peers
     from benchmarks.timing_cpu import thread_count
 
-    names = {"all": peers.NAMES, "none": ()}.get(options.peers, tuple(options.peers.split(",")))
     pythons = dict(options.peer_python)
-    found = peers.find(names, on_gpu, pythons)
+    found = peers.find(_peer_names(options), on_gpu, pythons)
     if not on_gpu and any(p.module is not None and p.name.startswith("torch") and p.name not in pythons for p in found):
         import torch
 
@@ -162,20 +170,25 @@ def _report(options: argparse.Namespace, chosen: list[Any], found: list[Any], on
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return 1 if a row was wrong or none was measured."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     _limit_threads(options.threads)
     import gpulayers as gl
     from benchmarks import peers, shapes
 
+    for name in [*_peer_names(options), *dict(options.peer_python)]:
+        if name not in peers.NAMES:
+            parser.error(f"no such peer: {name!r}. Expected 'all', 'none' or some of {', '.join(peers.NAMES)}")
     on_gpu = options.device == "gpu" or (not options.device and gl.gpu_available())
     if on_gpu and not gl.gpu_available():
         print(f"benchmarks: no GPU is usable. {gl.gpu_unavailable_reason()}", file=sys.stderr)
         return 1
     gl.set_device("gpu" if on_gpu else "cpu")
+    batches = options.batch or BATCHES["gpu" if on_gpu else "cpu"]
     wanted = [word for word in options.only.split(",") if word]
     chosen = [
         case
-        for case in shapes.cases(options.batch, options.dtype)
+        for case in shapes.cases(batches, options.dtype)
         if (not wanted or any(word in f"{case.name} {case.regime}" for word in wanted))
         and options.layout in ("", case.layout)
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import os
 import platform
@@ -15,9 +16,10 @@ import numpy as np
 from benchmarks.timing_cpu import thread_count
 from gpulayers import _cupy
 
-__all__ = ["class_name", "commit", "cpu_model", "header", "on_chip_bytes"]
+__all__ = ["class_name", "commit", "cpu_model", "cuda_version", "driver_version", "header", "on_chip_bytes"]
 
 ROOT = Path(__file__).resolve().parents[1]
+DRIVER_PAGE = Path("/proc/driver/nvidia/version")
 
 
 def cpu_model() -> str:
@@ -38,6 +40,33 @@ def _gpu_properties() -> dict[str, Any]:
 def _gpu_name() -> str:
     name = _gpu_properties()["name"]
     return name.decode() if isinstance(name, bytes) else str(name)
+
+
+def driver_version() -> str:
+    """Return the version of NVIDIA's driver, from the kernel or, as in some containers, from NVML; or ``unknown``."""
+    try:
+        found = re.search(r"Kernel Module\b.*?\s(\d+(?:\.\d+)+)\s", DRIVER_PAGE.read_text(encoding="utf-8"))
+        if found:
+            return found[1]
+    except OSError:
+        pass
+    try:
+        nvml, text = ctypes.CDLL("libnvidia-ml.so.1"), ctypes.create_string_buffer(96)
+    except OSError:
+        return "unknown"
+    if nvml.nvmlInit_v2() or nvml.nvmlSystemGetDriverVersion(text, len(text)):
+        return "unknown"
+    nvml.nvmlShutdown()
+    return text.value.decode()
+
+
+def cuda_version(number: int) -> str:
+    """Return a version of CUDA as it is written, from its number.
+
+    >>> cuda_version(12080)
+    '12.8'
+    """
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def class_name(on_gpu: bool) -> str:
@@ -95,12 +124,14 @@ def header(on_gpu: bool, copy_bytes_per_second: float) -> dict[str, str]:
     if on_gpu:
         runtime = _cupy.cupy().cuda.runtime
         lines["GPU"] = f"{_gpu_name()}, {on_chip_bytes(True) / 2**20:.0f} MiB on chip"
-        lines["driver"] = f"CUDA {runtime.driverGetVersion()}, runtime {runtime.runtimeGetVersion()}"
+        lines["driver"] = driver_version()
+        versions = cuda_version(runtime.driverGetVersion()), cuda_version(runtime.runtimeGetVersion())
+        lines["CUDA"] = "{} of the driver, {} of the runtime".format(*versions)
         lines["CuPy"] = _cupy.cupy().__version__
         lines["NVRTC"] = ".".join(map(str, _cupy.cupy().cuda.nvrtc.getVersion()))
         lines["cold L2"] = (
-            "graph: rotating arrays in a captured graph, L2 warm where all of them fit it; "
-            "flushed: 256 MB written before a call"
+            "graph: rotating arrays in a captured graph, L2 warm where all of them fit it; flushed: 256 MB written "
+            "before a call; clock: the same, from an idle device to the end, by the host's clock"
         )
     else:
         lines["threads"] = f"{thread_count()} may be used by each variant"

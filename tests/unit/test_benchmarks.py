@@ -479,6 +479,33 @@ def test_header_and_machine():
     assert machine.on_chip_bytes(False) >= 1 << 18
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024",
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  550.54.15  Release Build  (dvs-builder@U22-I3)",
+    ],
+)
+def test_the_driver_has_a_version_of_its_own(monkeypatch, tmp_path, line):
+    """NVIDIA's, from the kernel's page or from NVML; what CuPy calls the driver's version is that of the CUDA API."""
+    monkeypatch.setattr(machine, "DRIVER_PAGE", tmp_path / "version")
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
+    assert machine.driver_version() == "unknown"
+
+    class Nvml:
+        def nvmlSystemGetDriverVersion(self, text, size):  # noqa: N802
+            text.value = b"999.1"
+            return 0
+
+        nvmlInit_v2 = nvmlShutdown = lambda self: 0  # noqa: N815
+
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: Nvml())
+    assert machine.driver_version() == "999.1"
+    (tmp_path / "version").write_text(line + "\nGCC version: gcc version 12.2.0\n")
+    assert machine.driver_version() == "550.54.15"
+    assert [machine.cuda_version(number) for number in (12080, 13000)] == ["12.8", "13.0"]
+
+
 def test_the_command_line(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     arguments = ["--device", "cpu", "--only", "8x16", "--peers", "plain", "--seconds", "0.01", "--out", str(tmp_path)]
@@ -491,11 +518,30 @@ def test_the_command_line(tmp_path, capsys):
     assert "batch_norm forward NHWC 32x112x112x64 float32" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["--peers", "nosuch"], ["--peers", "torch,nosuch"], ["--peers", ""], ["--peer-python", "nosuch=python"]],
+)
+def test_an_unknown_peer_is_refused_with_the_names_there_are(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--device", "cpu", *arguments])
+    said = capsys.readouterr().err
+    assert "no such peer: " in said and "torch_other_layout" in said and "Traceback" not in said
+
+
 @pytest.mark.parametrize("text", ["", "32,", "0", "a"])
 def test_a_batch_is_a_positive_number(text, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["--batch", text])
     assert "expected positive numbers by commas" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("on_gpu", "batches"), [(True, {"32", "256"}), (False, {"32"})])
+def test_the_batches_of_a_device(on_gpu, batches, monkeypatch, capsys):
+    monkeypatch.setattr(gl, "gpu_available", lambda: on_gpu)
+    monkeypatch.setattr(gl, "set_device", lambda name: None)
+    assert main(["--list", "--only", "resnet50"]) == 0
+    assert {name.split()[3].split("x")[0] for name in capsys.readouterr().out.splitlines()} == batches
 
 
 def test_several_batches_are_lists_of_their_own(capsys):
