@@ -160,7 +160,8 @@ def sanitizer_subset() -> None:
 
     cupy, seen = _cupy.cupy(), set()
     for case in suite_cases(quick=True):
-        if (case.op, case.mode) not in seen and case.op.startswith(FAMILIES):
+        twice = case.mode == "step" and case.op.startswith("batch_norm")  # its passes are cases of their own
+        if (case.op, case.mode) not in seen and case.op.startswith(FAMILIES) and not twice:
             seen.add((case.op, case.mode))
             own.prepare(case, {name: cupy.array(value) for name, value in data.make(case).items()}, cupy)()
     cupy.cuda.Device().synchronize()

@@ -69,7 +69,8 @@ class _Graph:
 def capture(prepare: Callable[[], Any], copies: int, calls: int) -> Any:
     """Return `calls` calls of what ``prepare()`` makes `copies` times as one graph, as many results being kept.
 
-    Everything is done on the stream that is captured: a gradient runs on the stream of its forward pass.
+    Everything is done on the stream that is captured: a gradient runs on the stream of its forward pass. Threads of
+    other libraries may go on meanwhile, hence the mode.
     """
     import torch
 
@@ -80,7 +81,7 @@ def capture(prepare: Callable[[], Any], copies: int, calls: int) -> Any:
         for function in functions * 2:  # compiles, allocates workspaces
             held.append(function())
     torch.cuda.synchronize()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         for number in range(calls):
             held.append(functions[number % copies]())
     return _Graph(graph, functions, held)

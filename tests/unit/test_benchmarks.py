@@ -998,7 +998,7 @@ def test_torch_is_captured_on_the_stream_that_prepared_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda: "side")
     monkeypatch.setattr(torch.cuda, "stream", On)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: On(stream, "begin", "end"))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream, **mode: On(stream, "begin", "end"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: log.append("empty"))
     captured = torch_peer.capture(prepare, 2, 5)
