@@ -24,6 +24,7 @@ FAR_PIVOT = 16.0  # (mean - pivot)^2 / variance above which float32 factors lose
 FAR_SUMS = 4.0  # and above which float32 sums do: take them again around the mean
 REPEATED = 1 << 20  # elements that a table may be blown up to
 PIECE = 2048  # elements of a row summed at once, where it has two of them
+ROWS = 64  # rows of a column summed at once: longer running float32 sums lose digits
 
 
 class Affine(NamedTuple):
@@ -73,9 +74,12 @@ class _Scratch(threading.local):
         self.buffers: dict[Any, Any] = {}
 
     def like(self, part: Any, use: str) -> Any:
-        key = use, part.shape
+        return self.of(part.shape, use)
+
+    def of(self, shape: tuple[int, ...], use: str) -> Any:
+        key = use, shape
         if key not in self.buffers:
-            self.buffers[key] = aligned(part.shape, self.dtype)
+            self.buffers[key] = aligned(shape, self.dtype)
         return self.buffers[key]
 
 
@@ -130,26 +134,38 @@ def _sum_and_dot(u: Any, v: Any, ones: Any, into: Any) -> None:
 
 
 def _column_sums(view: View, operands: Sequence[Any], pair: Callable[..., Any], dtype: Any, itemsize: int) -> Any:
-    """Channels last: one sum for every column of a block, folded for all blocks of the same statistics at once."""
+    """Channels last: a sum for every column of a block, folded for all blocks of the same statistics at once."""
+    scratch = _Scratch(dtype)
 
-    def work(task: tuple[Any, Any, tuple[Any, ...]]) -> None:
-        first, second, parts = task
+    def work(task: tuple[Any, tuple[Any, ...]]) -> None:
+        into, parts = task
         u, v = pair(*parts)
-        np.einsum("rc,rc->c", u, v, out=second)  # the slower one first: it hides behind the memory
-        np.add.reduce(u, axis=0, out=first)
+        whole, columns = len(u) // ROWS, u.shape[1]
+        sums = scratch.of((2, -(-len(u) // ROWS), columns), "sums")
+        if whole:
+            cut = (whole, ROWS, columns)
+            _sums_of_rows(u[: whole * ROWS].reshape(cut), v[: whole * ROWS].reshape(cut), sums[:, :whole])
+        if whole * ROWS < len(u):
+            _sums_of_rows(u[None, whole * ROWS :], v[None, whole * ROWS :], sums[:, whole:])
+        np.add.reduce(sums.astype(np.float64), axis=1, out=into)
 
     series = series_of(view)
-    sums = [np.empty((2, len(blocks), view.columns_of(blocks[0])), dtype) for blocks in series]
-    into = [pair for each in sums for pair in zip(*each, strict=True)]
-    parts = _parts(blocks_of(view), operands)
-    run_tasks(work, [(*pair, part) for pair, part in zip(into, parts, strict=True)], threaded(view, itemsize))
+    sums = [np.empty((2, len(blocks), view.columns_of(blocks[0]))) for blocks in series]
+    into = [each[:, index] for each in sums for index in range(each.shape[1])]
+    run_tasks(work, list(zip(into, _parts(blocks_of(view), operands), strict=True)), threaded(view, itemsize))
     totals = np.zeros((2, view.tables, view.slots))
     for blocks, each in zip(series, sums, strict=True):
         left, right = blocks[0].left, blocks[0].right
-        columns = np.matmul(np.ones(len(blocks)), each.astype(np.float64))
+        columns = np.add.reduce(each, axis=1)
         folded = np.add.reduce(columns.reshape(2, -1, right - left, view.inner), axis=(1, 3))
         totals[:, blocks[0].segment % view.tables, left:right] += folded
     return totals
+
+
+def _sums_of_rows(u: Any, v: Any, into: Any) -> None:
+    """Write the sums of u and of ``u * v``, (pieces, rows, columns), over the rows."""
+    np.einsum("prc,prc->pc", u, v, out=into[1])  # the slower one first: it hides behind the memory
+    np.add.reduce(u, axis=1, out=into[0])
 
 
 def _two_sums(view: View, operands: Sequence[Any], pair: Callable[..., Any], dtype: Any, itemsize: int) -> Any:

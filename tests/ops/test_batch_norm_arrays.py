@@ -358,6 +358,15 @@ def test_variance_of_long_rows(inner):
     np.testing.assert_allclose(mean, x.astype(np.float64).mean(axis=(0, 2)), rtol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(1600, 600), (6272, 1024), (40000, 30)])
+@pytest.mark.parametrize("ratio", [0, 1, 2, 10])
+def test_long_columns_keep_their_digits(shape, ratio):
+    x = (np.random.default_rng(0).normal(size=shape) + ratio).astype(np.float32)
+    got, wide = bn.forward(x, None, None, axis=(1,), epsilon=1e-3), x.astype(np.float64)
+    np.testing.assert_allclose(got.variance, wide.var(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(got.y, (wide - wide.mean(axis=0)) / np.sqrt(wide.var(axis=0) + 1e-3), atol=2e-6)
+
+
 @pytest.mark.parametrize(("shape", "axis", "groups"), CASES)
 def test_both_numpy_bodies_agree(monkeypatch, shape, axis, groups):
     values = _make(shape, axis)
