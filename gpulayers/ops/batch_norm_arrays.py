@@ -17,6 +17,7 @@ Deterministic: same bits on every run.
 from __future__ import annotations
 
 import functools
+import operator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -100,8 +101,8 @@ def forward(
     zeros for the moments, and leaves `moving` alone. A channel with an infinity or NaN becomes NaN; no other channel
     does.
 
-    Raises DTypeError for a dtype that is not floating or an unknown activation; ShapeError for a bad axis, groups
-    that do not divide the batch, or arguments of the wrong size.
+    Raises DTypeError for a dtype that is not floating, an unknown activation, or groups that are no integer;
+    ShapeError for a bad axis, groups that do not divide the batch, or arguments of the wrong size.
 
     Source: arXiv 1502.03167, algorithm 1; 1702.03275, algorithm 1 (renorm). Against float64 at mean / sigma = 1e4 a
     float32 variance is within 1e-5 relative, the output within 2e-6.
@@ -323,7 +324,16 @@ def _prepare(x: Any, axis: tuple[int, ...], groups: int) -> tuple[Any, Layout, A
                 message("batch_norm", "input is not floating", "float16, bfloat16, float32 or float64", x.dtype)
             )
         dtype = _WORKING[x.dtype] = parameter_dtype(x.dtype)
+    if type(groups) is not int:
+        groups = _index(groups)
     return array_module(x), collapse(x.shape, tuple(axis), groups), dtype
+
+
+def _index(groups: Any) -> int:
+    try:
+        return operator.index(groups)
+    except TypeError as error:
+        raise DTypeError(message("batch_norm", "groups is not an integer", "an int", repr(groups))) from error
 
 
 _WORKING: dict[Any, Any] = {}  # dtype of x -> dtype of the arithmetic, filled as dtypes are met

@@ -409,6 +409,15 @@ def test_bad_arguments(arguments, error, text):
         bn.backward(np.zeros((4, 2)), np.zeros((4, 2)), None, np.zeros((3, 1, 2)), axis=(1,), activation="relu")
 
 
+def test_groups_that_are_no_integer_are_refused_and_leave_nothing_behind():
+    """4.0 hashes like 4: what a refused call left in the cache of layouts would be found by the next good one."""
+    x = np.random.default_rng(8).normal(size=(88, 3))
+    with pytest.raises(DTypeError, match="groups"):
+        bn.forward(x, None, None, axis=(1,), groups=4.0)
+    assert all(type(size) is int for size in collapse(x.shape, (1,), 4)[:5])
+    assert bn.forward(x, None, None, axis=(1,), groups=np.int64(4)).saved.shape == (3, 4, 3)
+
+
 @pytest.mark.parametrize(("shape", "groups"), [((16, 40, 40, 400), 1), ((16, 40, 40, 400), 8), ((10_000_000, 1), 1)])
 @pytest.mark.parametrize("last", [False, True])
 def test_memory_beyond_the_outputs(shape, groups, last):
