@@ -7,7 +7,8 @@ Shapes. `x` has any rank; `axis` names the axes that are *kept* (the channels, C
 over. Per-channel arguments hold C values in any shape (they are read flat); with several axes the values are in the
 order of the axes in memory, whatever order `axis` has. Per-channel results are 1-D, of length C, except those that say
 (groups, C). With ``groups = G > 1`` row i of axis 0 belongs to sub-batch ``i mod G``, and every sub-batch is
-normalised by itself. An array whose kept axes do not lie side by side is copied once, transposed.
+normalised by itself. An array whose kept axes do not lie side by side is copied once,
+transposed; a large one on NumPy is not.
 
 Dtypes. float16, bfloat16, float32 or float64 `x`; outputs have x's dtype. Arithmetic, statistics and per-channel
 results are float32 for 16-bit x, else x's dtype. Sums are taken around a pivot, never as E[x^2] - E[x]^2.
@@ -115,15 +116,14 @@ def forward(
     xp, layout, dtype = _prepare(x, axis, groups)
     relu = _is_relu(activation)
     _check(x, layout, residual, gamma, beta, *_statistics_of(renorm, moving))
-    x_c, residual_c = _collapsed(xp, x, layout), _collapsed(xp, residual, layout)
-    if weights is not None and x.size:
-        w = batch_norm_weighted.broadcast(xp, weights, x.shape, layout, dtype)
-        result = batch_norm_weighted.forward(
-            xp, x_c, w, layout, gamma, beta, epsilon, renorm, residual_c, relu, moving, dtype
-        )
+    if _in_place(xp, x, layout, weights):
+        view = batch_norm_weighted.view_of(x, axis, groups, weights, dtype)
+        result = batch_norm_weighted.forward(xp, x, view, gamma, beta, epsilon, renorm, residual, relu, moving, dtype)
+        y = result[0]
     else:
+        x_c, residual_c = _collapsed(xp, x, layout), _collapsed(xp, residual, layout)
         result = _body(xp).forward(x_c, layout, gamma, beta, epsilon, renorm, residual_c, relu, moving, dtype)
-    y = _expanded(xp, result[0], x, layout)
+        y = _expanded(xp, result[0], x, layout)
     mask = result[4] if len(result) == 5 else None
     if relu and mask is None:
         mask = y.reshape(-1).view("uint8")
@@ -166,13 +166,12 @@ def backward(
     _check(x, layout, dy, gamma)
     _check_saved(saved, layout)
     y, mask = _relu_signs(activation, x, layout, y, mask, xp is np or weights is not None, residual)
+    if _in_place(xp, x, layout, weights):
+        view = batch_norm_weighted.view_of(x, axis, groups, weights, dtype)
+        return Gradients(*batch_norm_weighted.backward(xp, dy, x, view, gamma, saved, y, residual, dtype))
     x_c, dy_c, y_c = (_collapsed(xp, v, layout) for v in (x, dy, y))
-    if weights is not None and x.size:
-        w = batch_norm_weighted.broadcast(xp, weights, x.shape, layout, dtype)
-        result = batch_norm_weighted.backward(xp, dy_c, x_c, w, layout, gamma, saved, y_c, residual, dtype)
-    else:
-        more = () if mask is None else (mask,)
-        result = _body(xp).backward(dy_c, x_c, layout, gamma, saved, y_c, residual, dtype, *more)
+    more = () if mask is None else (mask,)
+    result = _body(xp).backward(dy_c, x_c, layout, gamma, saved, y_c, residual, dtype, *more)
     return _gradients(xp, result, dy, dy_c, x, layout)
 
 
@@ -273,13 +272,11 @@ def statistics(x: Any, *, axis: tuple[int, ...], groups: int = 1, weights: Any =
     (array([2., 4.]), array([1., 4.]))
     """
     xp, layout, dtype = _prepare(x, axis, groups)
-    x_c = _collapsed(xp, x, layout)
-    if weights is not None and x.size:
-        w = batch_norm_weighted.broadcast(xp, weights, x.shape, layout, dtype)
-        pivot, offset, variance = batch_norm_weighted.moments(xp, x_c.reshape(layout[:5]), w, dtype)
-        mean = pivot + offset
+    if _in_place(xp, x, layout, weights):
+        view = batch_norm_weighted.view_of(x, axis, groups, weights, dtype)
+        mean, variance = (v.astype(dtype, copy=False) for v in batch_norm_weighted.moments(xp, x, view, dtype))
     else:
-        mean, variance = _body(xp).statistics(x_c, layout, dtype)
+        mean, variance = _body(xp).statistics(_collapsed(xp, x, layout), layout, dtype)
     return (mean[0], variance[0]) if groups == 1 else (mean, variance)
 
 
@@ -337,6 +334,17 @@ def _index(groups: Any) -> int:
 
 
 _WORKING: dict[Any, Any] = {}  # dtype of x -> dtype of the arithmetic, filled as dtypes are met
+
+
+TRANSPOSED_BYTES = 16 << 20
+"""Up to this size NumPy arrays are copied where their kept axes do not lie side by side: backward holds four copies."""
+
+
+def _in_place(xp: Any, x: Any, layout: Layout, weights: Any) -> bool:
+    """Say whether the body that works in pieces takes this array: with weights, and on NumPy if copies would be large."""
+    if weights is not None:
+        return bool(x.size)
+    return layout.order is not None and xp is np and x.nbytes > TRANSPOSED_BYTES
 
 
 def _is_relu(activation: str | None) -> bool:
