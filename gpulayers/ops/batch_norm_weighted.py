@@ -203,7 +203,8 @@ def normalise(
     xp: Any, x: Any, y: Any, view: View, tables: tuple[Any, Any, Any], residual: Any, relu: bool, dtype: Any
 ) -> None:
     """Write ``(x - centre) * a + b`` (+ residual, then ReLU) into `y`; `tables` are centre, a, and b or None."""
-    x, into, residual = (None if v is None else v.reshape(view.shape) for v in (x, y, residual))
+    x, into = x.reshape(view.shape), y.reshape(view.shape)
+    residual = None if residual is None else residual.reshape(view.shape)
     centre, a, b = (None if v is None else view.spread(xp, v) for v in tables)
     for piece in view.pieces(xp):
         values = _wide(x[piece], dtype) - _cut(centre, piece)
@@ -226,7 +227,7 @@ def backward(
     """
     dx = _new(xp, x)
     dresidual = _new(xp, x) if residual and y is not None else dy
-    split = [None if v is None else v.reshape(view.shape) for v in (dy, x, y, dx, dresidual)]
+    split: list[Any] = [None if v is None else v.reshape(view.shape) for v in (dy, x, y, dx, dresidual)]
     pivot = view.spread(xp, saved[0])
 
     def incoming(piece: Piece) -> tuple[Any, Any]:
