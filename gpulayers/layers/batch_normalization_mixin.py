@@ -363,7 +363,7 @@ class BatchNormalizationMixin(CoreLayer):
         variables = [self.gamma, self.beta, self.moving_mean, self.moving_variance]
         if (
             not plain
-            or type(self).call is not type(self)._own_call
+            or getattr(self.call, "__func__", None) is not type(self)._own_call
             or inputs.dtype != self.compute_dtype
             or not (relu or self.activation is ops.activations.linear)
             or any(isinstance(variable, PartitionedVariable) for variable in variables)

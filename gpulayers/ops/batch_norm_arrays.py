@@ -341,7 +341,7 @@ TRANSPOSED_BYTES = 16 << 20
 
 
 def _in_place(xp: Any, x: Any, layout: Layout, weights: Any) -> bool:
-    """Say whether the body that works in pieces takes this: what has weights, and on NumPy what would be large copies."""
+    """Say whether the body that works in pieces takes this: where there are weights, or copies would be large."""
     if weights is not None:
         return bool(x.size)
     return layout.order is not None and xp is np and x.nbytes > TRANSPOSED_BYTES
