@@ -26,7 +26,16 @@ from gpulayers.ops.batch_norm import (
     update_moving,
 )
 from gpulayers.ops.operation import Recordable
-from gpulayers.trace import GraphTensor, StoredValue, active_graph, cond, control_dependencies, symbolic_graph
+from gpulayers.trace import (
+    GraphTensor,
+    StoredValue,
+    active_graph,
+    active_replays,
+    active_tapes,
+    cond,
+    control_dependencies,
+    symbolic_graph,
+)
 from gpulayers.variables import PartitionedVariable
 
 __all__ = ["BatchNormalizationMixin"]
@@ -309,8 +318,7 @@ class BatchNormalizationMixin(CoreLayer):
         named = {key: value for key, value in named.items() if value is not None}
         y = batch_norm_inference(
             x,
-            self.moving_mean,
-            self.moving_variance,
+            *map(_constant, (self.moving_mean, self.moving_variance)),
             *[_whole(value) for value in named.values()],
             given=tuple(named),
             axis=self._kept_axes,
@@ -496,6 +504,16 @@ def _mask_weights(mask: Any, x: Any) -> Any:
 def _value(variable: Any) -> Any:
     """Return the array of a variable, None for None."""
     return None if variable is None else variable.read()
+
+
+def _constant(variable: Any) -> Any:
+    """Return what inference reads: on a tape a value that stays, though the layer may go on to train on it.
+
+    A step that may be captured gets a copy, else the next update makes one: a captured update cannot change arrays.
+    """
+    if not active_tapes() or active_graph() is not None:
+        return variable
+    return ops.stop_gradient(variable) if active_replays() is None else variable.read().copy()
 
 
 def _whole(value: Any) -> Any:

@@ -419,6 +419,34 @@ def test_the_modern_layer_follows_the_enclosing_training():
     close(model(X, training=False), model(X))
 
 
+@BOTH
+@pytest.mark.parametrize("order", [(False, True), (True, False), (True, False, True)])
+def test_inference_and_training_of_a_layer_on_one_tape(family, order):
+    """The moving statistics are constants of an inference call, whatever the layer makes of them afterwards."""
+    x = np.random.default_rng(3).normal(size=(6, 3)).astype("float32")
+    layer = family.BatchNormalization(momentum=0.5)
+    layer(x, training=True)
+    with gl.GradientTape() as tape:
+        t = tape.watch(x)
+        outputs = []
+        for training in order:
+            if not training:
+                inference = layer.moving_mean.numpy(), layer.moving_variance.numpy()
+            outputs.append(layer(t, training=training))
+        loss = sum(gl.reduce_sum(y * y) for y in outputs)
+    dx, dgamma = tape.gradient(loss, [x, layer.gamma])
+    trained = sum(order)
+    alone = family.BatchNormalization(momentum=0.5)
+    with gl.GradientTape() as tape:
+        t = tape.watch(x)
+        loss = trained * gl.reduce_sum(gl.square(alone(t, training=True)))
+    dx_trained, dgamma_trained = tape.gradient(loss, [x, alone.gamma])
+    inverse = 1 / np.sqrt(inference[1] + 1e-3)
+    n = (x - inference[0]) * inverse
+    close(dx, dx_trained + 2 * n * inverse)
+    close(dgamma, dgamma_trained + (2 * n * n).sum(axis=0))
+
+
 def test_no_state_updates():
     layer = BN()
     with gl.no_state_updates():
