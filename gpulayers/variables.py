@@ -54,6 +54,11 @@ _initializer_operation = Operation(
 )
 
 
+def _owned(array: Any, value: Any) -> Any:
+    """Return `array`, made of `value`, as one that the variable may keep: updates in place need it contiguous."""
+    return array.copy() if array is value or not array.flags.c_contiguous else array
+
+
 class Variable(StoredValue):
     """A device array with a name, that operations can read and programs can assign.
 
@@ -135,7 +140,7 @@ class Variable(StoredValue):
         with eager_mode():
             value = as_value(value() if callable(value) else value)
             array = asarray(value, dtype=dtype, device=self._device)
-        return array.copy() if array is value else array
+        return _owned(array, value)
 
     def initialize(self) -> None:
         """Give the variable its initial value again (a function is called again)."""
@@ -149,7 +154,7 @@ class Variable(StoredValue):
             raise ShapeError(
                 message(self.name, "a value of another shape is assigned", self.static_shape, tuple(array.shape))
             )
-        return array.copy() if array is value else array
+        return _owned(array, value)
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
