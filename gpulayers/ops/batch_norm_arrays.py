@@ -102,8 +102,9 @@ def forward(
     zeros for the moments, and leaves `moving` alone. A channel with an infinity or NaN becomes NaN; no other channel
     does.
 
-    Raises DTypeError for a dtype that is not floating, an unknown activation, or groups that are no integer;
-    ShapeError for a bad axis, groups that do not divide the batch, or arguments of the wrong size.
+    Raises DTypeError for a dtype that is not floating (of moving statistics too), an unknown activation, or groups
+    that are no integer; ShapeError for a bad axis, groups that do not divide the batch, arguments of the wrong size, or
+    moving statistics that are not contiguous.
 
     Source: arXiv 1502.03167, algorithm 1; 1702.03275, algorithm 1 (renorm). Against float64 at mean / sigma = 1e4 a
     float32 variance is within 1e-5 relative, the output within 2e-6.
@@ -394,11 +395,30 @@ def _check(x: Any, layout: Layout, like_x: Any, *per_channel: Any) -> None:
 
 
 def _statistics_of(renorm: Renorm | None, moving: MovingStatistics | None) -> list[Any]:
-    """Return the per-channel arrays of both, where there are any."""
+    """Return the per-channel arrays of both, where there are any; those to write into have been checked for that."""
     found = [] if renorm is None else [renorm.mean, renorm.stddev]
     if moving is not None:
-        found += [moving.mean, moving.variance, moving.stddev, moving.renorm_mean, moving.renorm_stddev]
+        written = [moving.mean, moving.variance, moving.stddev, moving.renorm_mean, moving.renorm_stddev]
+        for values in written:
+            if values is not None and not (values.flags.c_contiguous and values.dtype in _WORKING):
+                _check_written(values)
+        found += written
     return found
+
+
+def _check_written(values: Any) -> None:
+    if not is_floating(values.dtype):
+        raise DTypeError(message("batch_norm", "moving statistics are not floating", "a floating dtype", values.dtype))
+    if not values.flags.c_contiguous:
+        raise ShapeError(
+            message(
+                "batch_norm",
+                "moving statistics are not contiguous, and could not be updated in place",
+                "C-contiguous arrays",
+                f"shape {values.shape}, strides {values.strides}",
+                "Pass a copy, and read the new values from it.",
+            )
+        )
 
 
 def _check_saved(saved: Any, layout: Layout) -> None:

@@ -455,6 +455,21 @@ def test_bad_arguments(arguments, error, text):
         bn.backward(np.zeros((4, 2)), np.zeros((4, 2)), None, np.zeros((3, 1, 2)), axis=(1,), activation="relu")
 
 
+@pytest.mark.parametrize("name", ["mean", "variance", "stddev", "renorm_mean", "renorm_stddev"])
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [(np.ones((2, 3)).T, ShapeError), (np.ones((3, 2), int), DTypeError), (np.ones(12)[::2], ShapeError)],
+)
+def test_moving_statistics_that_cannot_be_updated(name, wrong, error):
+    x = np.random.default_rng(9).normal(size=(4, 3, 2))
+    good = {k: np.ones((3, 2)) for k in ("mean", "variance", "stddev", "renorm_mean", "renorm_stddev")}
+    moving = bn.MovingStatistics(decay=0.5, **{**good, name: wrong})
+    with pytest.raises(error, match="moving statistics"):
+        bn.forward(x, None, None, axis=(1, 2), moving=moving, renorm=bn.Renorm(np.zeros(6), np.ones(6)))
+    for value in (*good.values(), wrong):
+        np.testing.assert_array_equal(value, 1)
+
+
 def test_groups_that_are_no_integer_are_refused_and_leave_nothing_behind():
     """4.0 hashes like 4: what a refused call left in the cache of layouts would be found by the next good one."""
     x = np.random.default_rng(8).normal(size=(88, 3))
