@@ -23,6 +23,7 @@ from gpulayers.ops.batch_norm import (
     batch_norm_inference,
     batch_norm_training,
     sub_batches,
+    training_flag,
     update_moving,
 )
 from gpulayers.ops.operation import Recordable
@@ -32,6 +33,7 @@ from gpulayers.trace import (
     active_graph,
     active_replays,
     active_tapes,
+    as_value,
     cond,
     control_dependencies,
     symbolic_graph,
@@ -258,9 +260,8 @@ class BatchNormalizationMixin(CoreLayer):
             training = ops.identity(training)  # read when the graph runs
         infers = self._trainable_false_means_inference and not self._trainable
         if isinstance(training, GraphTensor):
-            if infers:
-                return False
-            return training if training.dtype == np.bool_ else ops.cast(training, np.bool_)
+            training = _graph_flag(self._name, training)
+            return False if infers else training
         return _flag(self._name, training) and not infers
 
     def _refuse_branch(self) -> None:
@@ -486,14 +487,29 @@ def _checked_axis(name: str, axis: Any) -> Any:
 
 
 def _flag(name: str, training: Any) -> bool:
-    """Return `training` as a bool. Raises TypeError unless it is a bool, 0, 1, or an array without axes."""
-    if isinstance(training, int | float | np.generic):
-        scalar = bool(training in (0, 1))
+    """Return `training` as a bool. Raises TypeError unless it is a bool, 0, 1, or an array of one of these."""
+    if isinstance(training, Recordable):
+        training = as_value(training)
+    if isinstance(training, int | float):
+        scalar = training in (0, 1)
     else:
-        scalar = (is_array(training) or isinstance(training, Recordable)) and tuple(training.shape) == ()
+        scalar = is_array(training) and training.shape == () and training.item() in (0, 1)
     if not scalar:
-        raise TypeError(message(name, "training is not a bool", "True, False, 0, 1 or a scalar", repr(training)))
+        raise _wrong_training(name, repr(training))
     return bool(training)
+
+
+def _graph_flag(name: str, training: GraphTensor) -> Any:
+    """Return `training` as a boolean tensor; what is not known of it yet is checked when the graph runs."""
+    shape = TensorShape(training.shape)
+    if shape.rank not in (0, None):
+        raise _wrong_training(name, f"a tensor of shape {shape}")
+    known = shape.rank == 0 and training.dtype == np.bool_
+    return training if known else training_flag(training, name=name)
+
+
+def _wrong_training(name: str, got: str) -> TypeError:
+    return TypeError(message(name, "training is not a bool", "True, False, 0, 1 or a scalar of these", got))
 
 
 def _mask_weights(mask: Any, x: Any) -> Any:

@@ -19,7 +19,14 @@ from gpulayers.ops.batch_norm_second import inference_second_gradient, training_
 from gpulayers.ops.operation import GradientContext, Operation, Spec, match
 from gpulayers.ops.shaping import reshape
 
-__all__ = ["MovingVariables", "batch_norm_inference", "batch_norm_training", "sub_batches", "update_moving"]
+__all__ = [
+    "MovingVariables",
+    "batch_norm_inference",
+    "batch_norm_training",
+    "sub_batches",
+    "training_flag",
+    "update_moving",
+]
 
 
 class MovingVariables(NamedTuple):
@@ -347,5 +354,24 @@ update_moving = Operation(
 
     Attributes: `moving`, the variables; `epsilon`; `part`, ``"mean"`` or ``"variance"`` (with renorm each also steps
     its own renorm statistic first). An empty x changes nothing.
+    """,
+)
+
+
+def _training_flag(xp: Any, value: Any, *, name: str) -> Any:
+    if value.shape != () or (xp is np and value not in (0, 1)):
+        raise TypeError(message(name, "training is not a bool", "True, False, 0, 1 or a scalar of these", repr(value)))
+    return value.astype(np.bool_)
+
+
+training_flag = Operation(
+    "training_flag",
+    _training_flag,
+    spec=lambda value, **_: Spec((), np.dtype(np.bool_)),
+    type="Cast",
+    doc="""Return a graph's value for `training` as a bool; `name` says whose it is.
+
+    Raises TypeError for a value with axes and, where looking at it costs no transfer from a device, for one that is
+    neither 0 nor 1.
     """,
 )

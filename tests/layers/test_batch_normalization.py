@@ -283,10 +283,51 @@ def test_training_on_a_device_scalar_and_without_saying_so():
 
 
 @BOTH
-@pytest.mark.parametrize("training", ["a", b"a", [True], {"a": 1}, 2, -1, 0.5, object(), np.array([True, False])])
+@pytest.mark.parametrize(
+    "training",
+    ["a", b"a", [True], {"a": 1}, 2, -1, 0.5, object(), np.array([True, False]), np.array([True]), np.array(2),
+     np.float32(0.5), np.array(np.nan)],
+)  # fmt: skip
 def test_training_of_another_kind(family, training):
     with pytest.raises(TypeError, match="training is not a bool"):
         family.BatchNormalization(trainable=False)(X, training=training)
+
+
+def test_training_of_another_kind_in_a_variable_or_on_a_device():
+    with pytest.raises(TypeError, match="training is not a bool"):
+        BN()(X, training=gl.Variable(2.0, trainable=False))
+    close(BN()(X, training=gl.Variable(1, trainable=False)), plain(X))
+    with gl.device("emulated"), pytest.raises(TypeError, match="training is not a bool"):
+        BN()(X, training=gl.asarray(np.array(2)))
+
+
+@BOTH
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("shape", [(1,), (2,), (None,), (1, 1)])
+def test_a_tensor_with_axes_as_training(family, trainable, shape):
+    with gl.Graph().as_default():
+        x, flag = gl.placeholder(gl.float32, (None, 3)), gl.placeholder(gl.bool, shape)
+        with pytest.raises(TypeError, match="training is not a bool"):
+            family.BatchNormalization(trainable=trainable)(x, training=flag)
+
+
+@pytest.mark.parametrize("dtype", [gl.bool, gl.int32, gl.float32])
+@pytest.mark.parametrize("shape", [(), None])
+def test_what_a_graph_is_fed_as_training(dtype, shape):
+    with gl.Graph().as_default(), gl.Session() as session:
+        x, flag = gl.placeholder(gl.float32, (None, 3)), gl.placeholder(dtype, shape)
+        layer = BN(epsilon=0.0)
+        y = layer(x, training=flag)
+        session.run(gl.global_variables_initializer())
+        for value, expected in ((0, X), (1, plain(X, epsilon=0.0))):
+            close(session.run(y, {x: X, flag: value}), expected)
+        wrong = [] if shape == () else [np.ones(1), np.zeros((2, 1))]
+        if dtype is not gl.bool:
+            wrong += [2] if dtype is gl.int32 else [2, 0.5, np.nan]
+        for value in wrong:
+            with pytest.raises(TypeError, match="training is not a bool"):
+                session.run([y, layer.updates], {x: X, flag: value})
+        np.testing.assert_array_equal(session.run(layer.moving_mean), np.zeros(3))
 
 
 def test_a_variable_as_training_is_read_when_the_graph_runs():
