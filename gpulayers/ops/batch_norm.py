@@ -6,6 +6,7 @@ it has.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -305,10 +306,8 @@ def _inference_backward_forward(
 
 
 def _inference_backward_spec(g: Spec, x: Spec, mean: Spec, *values: Spec, residual: bool, **_: Any) -> Any:
-    size = 1
-    for one in mean.shape or ():
-        size *= one or 1
-    statistic = Spec((size,), parameter_dtype(x.dtype))
+    sizes = (None,) if mean.shape is None else mean.shape
+    statistic = Spec((None if None in sizes else math.prod(sizes),), parameter_dtype(x.dtype))  # type: ignore[arg-type]
     return (x, statistic, statistic, x) if residual else (x, statistic, statistic)
 
 

@@ -1004,6 +1004,21 @@ def test_an_empty_batch_gives_an_empty_output_and_leaves_the_statistics(family, 
 
 
 @BOTH
+@pytest.mark.parametrize(("axis", "shape"), [(-1, (None, 0)), (1, (None, 0, 5)), ([1, 2], (None, 0, 3))])
+@pytest.mark.parametrize("training", [False, True, "tensor"])
+def test_gradients_without_channels_in_a_graph(family, axis, shape, training):
+    with gl.Graph().as_default(), gl.Session() as session:
+        x, flag = gl.placeholder(gl.float32, shape), gl.placeholder(gl.bool, ())
+        layer = family.BatchNormalization(axis=axis)
+        y = layer(x, training=flag if training == "tensor" else training)
+        wanted = [y, *gl.gradients(y, [x, layer.gamma])]
+        session.run(gl.global_variables_initializer())
+        for value in (False, True):
+            found = session.run(wanted, {x: np.zeros([4, *shape[1:]], "float32"), flag: value})
+            assert [f.shape for f in found] == [(4, *shape[1:])] * 2 + [tuple(layer.gamma.shape)]
+
+
+@BOTH
 def test_one_value_per_channel_gives_beta_and_warns_once(family):
     layer = family.BatchNormalization(beta_initializer=gl.constant_initializer(0.5), name="lonely")
     x = np.array([[3.0, -2.0]], "float32")
