@@ -114,21 +114,20 @@ class BatchNormalizationMixin(CoreLayer):
         and for a `virtual_batch_size` that is not positive or does not go with the other arguments.
         """
         shape = TensorShape(input_shape)
-        if not shape.rank:
-            raise ShapeError(message(self._name, "Input has undefined rank", "rank 1 or more", shape))
+        rank = _known_rank(self._name, shape)
         axes = self._resolved_axes(shape)
         self._check_virtual_batch(axes)
         self.fused = self._can_fuse(shape, axes)
         sizes = {axis: shape[axis] for axis in axes}
         if None in sizes.values():
             raise ShapeError(message(self._name, "Input has undefined `axis` dimension", axes, shape))
-        self.input_spec = InputSpec(ndim=shape.rank, axes=sizes)
+        self.input_spec = InputSpec(ndim=rank, axes=sizes)
         self._kept_axes = tuple(sorted(axes))
-        self._rank = shape.rank
+        self._fitting_shape = TensorShape([sizes.get(axis) for axis in range(rank)])
         if len(axes) == 1 and self.virtual_batch_size is None:
             parameter_shape = [sizes[axes[0]]]
         else:
-            parameter_shape = [sizes.get(axis, 1) for axis in range(shape.rank)]
+            parameter_shape = [sizes.get(axis, 1) for axis in range(rank)]
         if self.virtual_batch_size is not None:
             parameter_shape.insert(1, 1)
             axes = [axis + 1 for axis in axes]
@@ -426,10 +425,19 @@ class BatchNormalizationMixin(CoreLayer):
     # --- the rest -----------------------------------------------------------------------------------------------------
 
     def compute_output_shape(self, input_shape: Any) -> Any:
-        """Return `input_shape` as a `TensorShape`. Raises TypeError for something that is no shape."""
+        """Return `input_shape` as a `TensorShape`; sizes may be None.
+
+        Raises TypeError for something that is no shape, ValueError for unknown rank, for one that `axis` does not go
+        with, and once built for another rank or another size of a normalised axis.
+        """
         shape = as_shape_structure(input_shape, self._name)
-        if self.built and shape.rank is not None:
-            shape.with_rank(self._rank)
+        if not isinstance(shape, TensorShape):
+            raise TypeError(message(self._name, "takes one input", "one shape", repr(input_shape)))
+        _known_rank(self._name, shape)
+        if not self.built:
+            self._resolved_axes(shape)
+        elif not shape.is_compatible_with(self._fitting_shape):
+            raise ShapeError(message(self._name, "the shape does not fit the layer", self._fitting_shape, shape))
         return shape
 
     def get_config(self) -> dict[str, Any]:
@@ -475,6 +483,13 @@ class _SquareRoot:
 
     def __call__(self, shape: Any, dtype: Any = None, **keywords: Any) -> Any:
         return ops.sqrt(self.initializer(shape, dtype=dtype, **keywords))
+
+
+def _known_rank(name: str, shape: TensorShape) -> int:
+    """Return the rank. Raises ShapeError if it is unknown or 0."""
+    if not shape.rank:
+        raise ShapeError(message(name, "Input has undefined rank", "rank 1 or more", shape))
+    return shape.rank
 
 
 def _checked_axis(name: str, axis: Any) -> Any:

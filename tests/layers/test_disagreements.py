@@ -157,9 +157,20 @@ def test_diff_10_batch_normalization_returns_a_shape_and_refuses_what_does_not_f
     layer = family.BatchNormalization()
     found = layer.compute_output_shape((None, 4))
     assert isinstance(found, gl.TensorShape) and found == (None, 4)
+    for unknown in (None, ()):
+        with pytest.raises(ValueError, match="rank"):
+            layer.compute_output_shape(gl.TensorShape(unknown))
+    with pytest.raises(ValueError, match="axis"):
+        family.BatchNormalization(axis=2).compute_output_shape((None, 4))
     layer.build((None, 4))
-    with pytest.raises(ValueError):
-        layer.compute_output_shape((None, 4, 4))
+    for fitting in ((None, 4), (None, None), (3, 4)):
+        assert layer.compute_output_shape(fitting).as_list() == list(fitting)
+    for other in ((None, 4, 4), (None, 5), gl.TensorShape(None), (4,)):
+        with pytest.raises(ValueError):
+            layer.compute_output_shape(other)
+    for several in ([(None, 4)], {"a": (None, 4)}):
+        with pytest.raises(TypeError):
+            layer.compute_output_shape(several)
 
 
 @pytest.mark.parametrize("family", [gl.layers, gl.keras.layers], ids=["legacy", "modern"])
