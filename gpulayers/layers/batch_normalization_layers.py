@@ -30,7 +30,9 @@ class LegacyBatchNormalization(BatchNormalizationMixin, LegacyLayer):
       callables.
     - `renorm`, `renorm_clipping` (dictionary with any of ``rmax``, ``rmin``, ``dmax``: numbers, scalars, or functions
       without arguments for a schedule), `renorm_momentum`: batch renormalisation; y becomes ``(n * r + d) * gamma +
-      beta``.
+      beta``. A function gives a number or a scalar on the host or the device. In eager mode it is called in each
+      training call; where a graph or `gl.function` records, once then and again whenever what was recorded runs, unless
+      it gave a tensor or variable, which is used as such. `gl.cuda_graph` cannot capture such a call, and says so.
     - `fused`: None, True or False. Which kernel runs is our affair; this decides the estimator of the moving variance,
       as in TensorFlow: fused for rank 4 or 5, axis 1 or last, no renorm, sub-batches or adjustment, not float64.
     - `trainable`: False leaves the moving statistics alone and makes gamma and beta non-trainable; training calls still

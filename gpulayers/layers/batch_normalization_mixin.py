@@ -20,6 +20,7 @@ from gpulayers.layers.spec import InputSpec
 from gpulayers.ops import batch_norm_arrays
 from gpulayers.ops.batch_norm import (
     MovingVariables,
+    asked_clip,
     batch_norm_inference,
     batch_norm_training,
     sub_batches,
@@ -292,9 +293,7 @@ class BatchNormalizationMixin(CoreLayer):
             named["weights"] = _mask_weights(mask, x)
         if self.renorm:
             named["renorm_mean"], named["renorm_stddev"] = self.renorm_mean, self.renorm_stddev
-            for key in _CLIPS:
-                clip = self.renorm_clipping.get(key)
-                named[key] = clip() if callable(clip) else clip
+            named.update({key: self._clip(key) for key in _CLIPS})
         named = {key: value for key, value in named.items() if value is not None}
         y, mean, variance, *_ = batch_norm_training(
             _raised(x) if adjustment is not None else x,
@@ -312,6 +311,21 @@ class BatchNormalizationMixin(CoreLayer):
             if residual is not None:
                 y = y + residual
         return [y if relu or self.activation is ops.activations.linear else self.activation(y), mean, variance]
+
+    def _clip(self, key: str) -> Any:
+        """Return a clip of renorm, or None. A function is asked now, or where something records when that runs."""
+        clip = self.renorm_clipping.get(key)
+        if not callable(clip):
+            return clip
+        value = self._ask(clip)
+        if active_graph() is None or value is None or isinstance(value, Recordable):
+            return value
+        return asked_clip(ask=lambda: self._ask(clip))
+
+    def _ask(self, clip: Callable[[], Any]) -> Any:
+        if (replays := active_replays()) is not None:
+            replays.refuse(f"{self._name} has a function in renorm_clipping, which the host asks in every call")
+        return clip()
 
     def _inference(self, x: Any, residual: Any, adjustment: Any = None) -> Any:
         named = {"gamma": self.gamma, "beta": self.beta, "residual": residual}

@@ -22,6 +22,7 @@ from gpulayers.ops.shaping import reshape
 
 __all__ = [
     "MovingVariables",
+    "asked_clip",
     "batch_norm_inference",
     "batch_norm_training",
     "sub_batches",
@@ -373,4 +374,13 @@ training_flag = Operation(
     Raises TypeError for a value with axes and, where looking at it costs no transfer from a device, for one that is
     neither 0 nor 1.
     """,
+)
+
+
+asked_clip = Operation(
+    "asked_clip",
+    lambda xp, *, ask: ask(),
+    spec=lambda **_: Spec((), np.dtype(np.float32)),
+    stateful=True,
+    doc="Return the number or scalar that ``ask()`` gives on the host whenever the recorded call runs.",
 )

@@ -284,6 +284,16 @@ def test_a_seeded_dropout_layer_stays_plain(machine):
     assert "has a seed" in graph.reason and not np.array_equal(masks[2], masks[3])
 
 
+def test_a_clip_of_renorm_that_is_a_function_stays_plain(machine, recorded):
+    limit = [1.5]
+    with gl.device("emulated"):
+        layer = gl.layers.BatchNormalization(renorm=True, renorm_clipping={"rmax": lambda: limit[0]})
+        graph = gl.cuda_graph(lambda x: layer(x, training=True))
+        for x in batches():
+            graph(asarray(x))
+    assert "renorm_clipping" in graph.reason and graph.captures == 0
+
+
 def test_a_lent_value_is_not_overwritten_by_a_replay(machine):
     with gl.device("emulated"):
         w = gl.Variable(np.zeros(3, "f"))

@@ -541,6 +541,59 @@ def test_clips_given_as_functions_are_asked_at_each_call():
     assert asked == [1.0, 1.5, 4.0]
 
 
+def renormed(layer):
+    """Give the layer the renorm statistics with which `renorm_truth(X, 0.0, 1.0)` computes."""
+    values = dict.fromkeys(("gamma", "moving_variance", "moving_stddev", "renorm_stddev"), np.ones(3, "float32"))
+    layer.set_weights([values.get(v.name.split("/")[-1][:-2], np.zeros(3, "float32")) for v in layer.variables])
+
+
+@pytest.mark.parametrize("scalar", [float, np.float64, lambda value: gl.asarray(np.array(value, "float32"))])
+@pytest.mark.parametrize("training", [True, "tensor"])
+@pytest.mark.parametrize("mode", ["session", "function", "model"])
+def test_clips_given_as_functions_are_asked_whenever_what_was_recorded_runs(mode, training, scalar):
+    limit = [1.0]
+    layer = gl.keras.layers.BatchNormalization(
+        renorm=True, renorm_clipping={"rmax": lambda: scalar(limit[0]), "dmax": lambda: scalar(limit[0] / 4)}
+    )
+    values = (1.0, 1.5, 0.7)
+    expected = [renorm_truth(X.astype("float64"), 0.0, 1.0, rmax=value, dmax=value / 4) for value in values]
+    if mode == "session":
+        with gl.Graph().as_default(), gl.Session() as session:
+            x, flag = gl.placeholder(gl.float32, (None, 3)), gl.placeholder(gl.bool, ())
+            y = layer(x, training=flag if training == "tensor" else training)
+            session.run(gl.global_variables_initializer())
+            for limit[0], truth in zip(values, expected, strict=True):
+                close(session.run(y, {x: X, flag: True}), truth, 1e-4)
+        return
+    layer.build((6, 3))
+    if mode == "function":
+        step = gl.function(lambda x, flag: layer(x, training=flag if training == "tensor" else True))
+        run = lambda: step(X, np.array(True))  # noqa: E731
+    else:
+        start = gl.keras.Input((3,))
+        model = gl.keras.Model(start, layer(start, training=True))
+        run = lambda: model(X, training=True)  # noqa: E731
+    for limit[0], truth in zip(values, expected, strict=True):
+        renormed(layer)
+        close(run(), truth, 1e-4)
+        renormed(layer)
+        with gl.GradientTape() as tape:
+            loss = gl.reduce_sum(run())
+        close(loss.numpy(), truth.sum(), 1e-4, 1e-4)
+        close(tape.gradient(loss, layer.beta), np.full(3, 6.0))
+
+
+def test_a_function_that_gives_a_graphs_tensor_as_a_clip():
+    with gl.Graph().as_default(), gl.Session() as session:
+        limit, x = gl.placeholder(gl.float32, ()), gl.placeholder(gl.float32, (None, 3))
+        y = BN(renorm=True, renorm_clipping={"rmax": lambda: 2 * limit})(x, training=True)
+        session.run(gl.global_variables_initializer())
+        for value in (1.0, 1.3):
+            close(
+                session.run(y, {x: X, limit: value / 2}), renorm_truth(X.astype("float64"), 0.0, 1.0, rmax=value), 1e-4
+            )
+
+
 def test_clips_may_be_arrays_and_graph_tensors():
     clipping = {"rmax": np.float32(1.1), "rmin": np.array(0.9, "float32"), "dmax": gl.Variable(0.1, trainable=False)}
     expected = renorm_truth(X.astype("float64"), 0.0, 1.0, 0.9, 1.1, 0.1)
