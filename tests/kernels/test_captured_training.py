@@ -284,7 +284,7 @@ def test_a_seeded_dropout_layer_stays_plain(machine):
     assert "has a seed" in graph.reason and not np.array_equal(masks[2], masks[3])
 
 
-def test_a_clip_of_renorm_that_is_a_function_stays_plain(machine, recorded):
+def test_a_clip_of_renorm_that_is_a_function_stays_plain(machine):
     limit = [1.5]
     with gl.device("emulated"):
         layer = gl.layers.BatchNormalization(renorm=True, renorm_clipping={"rmax": lambda: limit[0]})

@@ -208,13 +208,23 @@ def test_diff_14_sub_batches_must_divide_the_batch_in_training_only():
         layer(batch, training=True)
 
 
-def test_diff_15_eager_updates_given_as_functions_are_run_unless_the_layer_is_frozen():
-    layer, runs = gl.layers.Layer(), []
-    layer.add_update(lambda: runs.append(1))
-    assert runs == [1] and layer.updates == []
-    layer.trainable = False
-    layer.add_update(lambda: runs.append(2))
-    assert runs == [1] and layer.updates == []
+@pytest.mark.parametrize("family", [gl.layers, gl.keras.layers], ids=["legacy", "modern"])
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("trainable", [False, True])
+def test_diff_15_eager_updates_are_ignored(family, recorded, trainable):
+    runs = []
+
+    class Updating(family.Layer):
+        def call(self, inputs):
+            self.add_update([lambda: runs.append(1), None, inputs])
+            self.add_update(lambda: runs.append(2), inputs=inputs)
+            return inputs * 2.0
+
+    layer = Updating(trainable=trainable)
+    call = gl.function(layer) if recorded else layer
+    np.testing.assert_array_equal(call(X), 2 * X)
+    layer.add_update(lambda: runs.append(3))
+    assert runs == [] and layer.updates == []
 
 
 def test_diff_16_fused_where_it_is_impossible_falls_back_in_the_legacy_layer_and_raises_in_the_modern_one():
