@@ -20,6 +20,7 @@ from gpulayers.layers.spec import InputSpec
 from gpulayers.ops import batch_norm_arrays
 from gpulayers.ops.batch_norm import (
     MovingVariables,
+    adjusted,
     asked_clip,
     batch_norm_inference,
     batch_norm_training,
@@ -27,7 +28,7 @@ from gpulayers.ops.batch_norm import (
     training_flag,
     update_moving,
 )
-from gpulayers.ops.operation import Recordable
+from gpulayers.ops.operation import Recordable, state
 from gpulayers.trace import (
     GraphTensor,
     StoredValue,
@@ -357,13 +358,18 @@ class BatchNormalizationMixin(CoreLayer):
         return [self._convert_one(v) if is_array(v) else v for v in self.adjustment(ops.shape_of(x))]
 
     def _adjusted(self, n: Any, adjustment: Any, dtype: Any) -> Any:
-        """Return ``(n scale + bias) gamma + beta``, computed in the dtype of the parameters."""
+        """Return ``(n scale + bias) gamma + beta``, computed in the dtype of the parameters; may overwrite `n`.
+
+        What broadcasts is put together first: it is smaller.
+        """
         scale, bias = adjustment
-        y = n * scale + bias
-        for variable, combine in ((self.gamma, ops.multiply), (self.beta, ops.add)):
-            if variable is not None:
-                shape = [size if axis in self._kept_axes else 1 for axis, size in enumerate(tuple(n.shape))]
-                y = combine(y, ops.reshape(_whole(variable), shape))
+        shape = [size if axis in self._kept_axes else 1 for axis, size in enumerate(tuple(n.shape))]
+        if self.gamma is not None:
+            gamma = ops.reshape(_whole(self.gamma), shape)
+            scale, bias = scale * gamma, bias * gamma
+        if self.beta is not None:
+            bias = bias + ops.reshape(_whole(self.beta), shape)
+        y = adjusted(n, scale, bias, overwrite=not state.recorders)
         return ops.cast(y, dtype) if y.dtype != dtype else y
 
     def _warn_about_single_values(self, shape: tuple[Any, ...], stacklevel: int = 2) -> None:

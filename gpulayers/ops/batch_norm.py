@@ -16,12 +16,14 @@ from gpulayers.dtypes import parameter_dtype
 from gpulayers.errors import ShapeError, message
 from gpulayers.ops import batch_norm_arrays as arrays
 from gpulayers.ops import batch_norm_moving as moving_arrays
+from gpulayers.ops.arithmetic import add, multiply
 from gpulayers.ops.batch_norm_second import inference_second_gradient, training_second_gradient
 from gpulayers.ops.operation import GradientContext, Operation, Spec, match
 from gpulayers.ops.shaping import reshape
 
 __all__ = [
     "MovingVariables",
+    "adjusted",
     "asked_clip",
     "batch_norm_inference",
     "batch_norm_training",
@@ -383,4 +385,27 @@ asked_clip = Operation(
     spec=lambda **_: Spec((), np.dtype(np.float32)),
     stateful=True,
     doc="Return the number or scalar that ``ask()`` gives on the host whenever the recorded call runs.",
+)
+
+
+def _adjusted(xp: Any, n: Any, scale: Any, bias: Any, *, overwrite: bool = False) -> Any:
+    fits = all(_fits_into(n, value) for value in (scale, bias))
+    y = xp.multiply(n, scale, out=n if fits and overwrite else None)
+    return xp.add(y, bias, out=y if fits else None)
+
+
+def _fits_into(n: Any, value: Any) -> bool:
+    """Say whether `n` combined with `value` keeps its shape and dtype."""
+    if not hasattr(value, "dtype"):
+        return True
+    return np.broadcast_shapes(n.shape, value.shape) == n.shape and np.result_type(n.dtype, value.dtype) == n.dtype
+
+
+adjusted = Operation(
+    "adjusted",
+    _adjusted,
+    spec=lambda n, scale, bias, **_: add.spec(multiply.spec(n, scale), bias),
+    gradient=(lambda c, g: g * c.inputs[1], lambda c, g: g * c.inputs[0], lambda c, g: g),
+    broadcasts=True,
+    doc="Return ``n * scale + bias``, which broadcast; with `overwrite`, in the memory of `n` where the result fits.",
 )

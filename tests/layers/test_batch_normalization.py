@@ -1,6 +1,8 @@
 """BatchNormalization beyond the recorded cases: arguments, variables, modes, adjustment, masks, extensions, devices."""
 
+import contextlib
 import math
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 import gpulayers as gl
 from gpulayers.device import asnumpy
+from gpulayers.ops import host_buffers
 from tests.kernels.strict_array import StrictArray
 
 RNG = np.random.default_rng(3)
@@ -664,6 +667,57 @@ def test_what_is_adjusted_is_rounded_to_16_bits_once(dtype):
     y = BN(adjustment=lambda shape: (1.0, bias))(x, training=True)
     assert y.dtype == dtype
     np.testing.assert_allclose(y[0].astype("float64"), np.zeros(3), rtol=0, atol=5e-6)
+
+
+MEMORY = {
+    "plain": ({}, False),
+    "mask": ({}, True),
+    "axes apart": ({"axis": [1, 3]}, False),
+    "sub-batches": ({"virtual_batch_size": 8}, True),
+    "adjustment": ({"adjustment": lambda shape: (np.full((16, 1, 1, 1), 2.0, "float32"), 0.5)}, False),
+}
+
+
+@pytest.mark.parametrize("taped", [False, True])
+@pytest.mark.parametrize(("keywords", "masked"), MEMORY.values(), ids=MEMORY)
+def test_a_training_call_holds_its_output_and_what_gradients_need(keywords, masked, taped):
+    """25 MB in: no temporary grows with the input. Gradients of an adjustment need the normalised values."""
+    x = np.zeros((16, 40, 40, 256), "float32")
+    x[...] = np.arange(256)
+    call = {"mask": np.ones(x.shape[:3], bool)} if masked else {}
+    layer = BN(fused=False, **keywords)
+    layer.build(x.shape)
+    host_buffers.release()  # memory that is kept for reuse would hide an output
+    tracemalloc.start()
+    try:
+        with gl.GradientTape() if taped else contextlib.nullcontext() as tape:
+            if taped:
+                tape.watch(x)
+            y = layer(x, training=True, **call)
+        held = x.nbytes * (2 if taped and layer.adjustment else 1)
+        assert held <= tracemalloc.get_traced_memory()[1] < held + 8 * 2**20
+        del y
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_full_sized_adjustment_keeps_its_dtype_and_gradients():
+    """What is wider than the normalised values is not squeezed into their memory, and gradients reach all parts."""
+    scale, bias = RNG.normal(size=(2, 6, 3))
+    layer = BN(adjustment=lambda shape: (scale, bias))
+    y = layer(X, training=True)
+    assert y.dtype == "float32"
+    close(y, plain(X) * scale + bias, 1e-5, 1e-6)
+    with gl.GradientTape() as tape:
+        tape.watch([scale, bias])
+        loss = gl.reduce_sum(gl.square(layer(X, training=True)))
+    dscale, dbias, dgamma, dbeta = tape.gradient(loss, [scale, bias, layer.gamma, layer.beta])
+    n = plain(X)
+    g = 2 * (n * scale + bias)
+    close(dscale, g * n, 1e-4, 1e-5)
+    close(dbias, g, 1e-4, 1e-5)
+    close(dgamma, (g * (n * scale + bias)).sum(0), 1e-4)
+    close(dbeta, g.sum(0), 1e-4, 1e-5)
 
 
 def test_the_pages_adjustment_with_random_numbers():
