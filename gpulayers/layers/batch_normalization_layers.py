@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gpulayers import initializers
 from gpulayers.layers.batch_normalization_mixin import BatchNormalizationMixin
 from gpulayers.layers.legacy import LegacyLayer
 from gpulayers.layers.modern import Layer
@@ -71,6 +72,34 @@ class LegacyBatchNormalization(BatchNormalizationMixin, LegacyLayer):
     >>> y.round(3).tolist(), layer.moving_mean.numpy().round(3).tolist()
     ([[-1.0], [1.0]], [0.20000000298023224])
     """
+
+    def __init__(
+        self,
+        axis: Any = -1,
+        momentum: float = 0.99,
+        epsilon: float = 1e-3,
+        center: bool = True,
+        scale: bool = True,
+        beta_initializer: Any = initializers.zeros_initializer(),  # noqa: B008  (it holds nothing but a dtype)
+        gamma_initializer: Any = initializers.ones_initializer(),  # noqa: B008
+        moving_mean_initializer: Any = initializers.zeros_initializer(),  # noqa: B008
+        moving_variance_initializer: Any = initializers.ones_initializer(),  # noqa: B008
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            axis,
+            momentum,
+            epsilon,
+            center,
+            scale,
+            beta_initializer,
+            gamma_initializer,
+            moving_mean_initializer,
+            moving_variance_initializer,
+            *args,
+            **kwargs,
+        )
 
     def call(self, inputs: Any, training: Any = False, mask: Any = None, residual: Any = None) -> Any:
         """Normalise `inputs`; see the class."""

@@ -17,6 +17,7 @@ RNG = np.random.default_rng(3)
 X = RNG.normal(1.0, 2.0, (6, 3)).astype("float32")
 X4 = RNG.normal(size=(4, 3, 2, 5)).astype("float32")
 BOTH = pytest.mark.parametrize("family", [gl.layers, gl.keras.layers], ids=["legacy", "modern"])
+DEPRECATED = pytest.mark.filterwarnings("ignore:batch_normalization is a legacy function:DeprecationWarning")
 BN = gl.layers.BatchNormalization
 
 
@@ -909,6 +910,7 @@ def test_plain_config_has_no_renorm_and_an_adjustment_is_left_out_with_a_warning
     assert "adjustment" not in config
 
 
+@DEPRECATED
 def test_the_functional_form_makes_shares_and_refuses():
     function = gl.layers.batch_normalization
     with gl.Graph().as_default():
@@ -928,6 +930,7 @@ def test_the_functional_form_makes_shares_and_refuses():
             function(x, name="other", reuse=True)
 
 
+@DEPRECATED
 def test_the_functional_form_without_a_name():
     function = gl.layers.batch_normalization
     with gl.Graph().as_default():
@@ -940,6 +943,27 @@ def test_the_functional_form_without_a_name():
         assert len(gl.global_variables()) == 8
 
 
+def test_the_functional_form_is_deprecated():
+    with pytest.warns(DeprecationWarning, match="BatchNormalization") as caught:
+        close(gl.layers.batch_normalization(X, training=True), plain(X))
+    assert caught[0].filename == __file__
+
+
+def test_default_initializers_of_the_legacy_layer_are_those_of_its_generation():
+    for layer in (BN(), BN(center=False)):
+        assert isinstance(layer.gamma_initializer, gl.ones_initializer)
+        assert isinstance(layer.moving_variance_initializer, gl.ones_initializer)
+        assert isinstance(layer.beta_initializer, gl.zeros_initializer)
+        assert isinstance(layer.moving_mean_initializer, gl.zeros_initializer)
+        copy = BN.from_config(layer.get_config())
+        assert copy.get_config() == layer.get_config()
+        assert isinstance(copy.gamma_initializer, gl.ones_initializer)
+    layer = BN(renorm=True, dtype="float64")
+    layer.build((None, 3))
+    assert {v.dtype for v in layer.variables} == {np.dtype("float64")}
+
+
+@DEPRECATED
 def test_positional_order_of_class_and_function():
     layer = BN(1, 0.9, 1e-4, False, True, "zeros", "ones", "zeros", "ones", None, "l2", None, None, True, None, 0.8)
     assert (layer.axis, layer.momentum, layer.epsilon, layer.center, layer.renorm, layer.renorm_momentum) == (

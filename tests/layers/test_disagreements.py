@@ -236,7 +236,8 @@ def test_diff_16_fused_where_it_is_impossible_falls_back_in_the_legacy_layer_and
 
 
 def test_diff_17_the_functional_form_works_in_eager_mode():
-    y = gl.layers.batch_normalization(X, epsilon=0.0, training=True)
+    with pytest.warns(DeprecationWarning):
+        y = gl.layers.batch_normalization(X, epsilon=0.0, training=True)
     np.testing.assert_allclose(y, [[-1.0, -1.0], [1.0, 1.0]], rtol=1e-5)
 
 
