@@ -8,7 +8,7 @@ over. Per-channel arguments hold C values in any shape (they are read flat); wit
 order of the axes in memory, whatever order `axis` has. Per-channel results are 1-D, of length C, except those that say
 (groups, C). With ``groups = G > 1`` row i of axis 0 belongs to sub-batch ``i mod G``, and every sub-batch is
 normalised by itself. An array whose kept axes do not lie side by side is copied once,
-transposed; a large one on NumPy is not.
+transposed; in training a large one on NumPy is not.
 
 Dtypes. float16, bfloat16, float32 or float64 `x`; outputs have x's dtype. Arithmetic, statistics and per-channel
 results are float32 for 16-bit x, else x's dtype. Sums are taken around a pivot, never as E[x^2] - E[x]^2.
@@ -117,7 +117,7 @@ def forward(
     xp, layout, dtype = _prepare(x, axis, groups)
     relu = _is_relu(activation)
     _check(x, layout, residual, gamma, beta, *_statistics_of(renorm, moving))
-    if _in_place(xp, x, layout, weights):
+    if _in_pieces(xp, x, layout, weights):
         view = batch_norm_weighted.view_of(x, axis, groups, weights, dtype)
         result = batch_norm_weighted.forward(xp, x, view, gamma, beta, epsilon, renorm, residual, relu, moving, dtype)
         y = result[0]
@@ -167,7 +167,7 @@ def backward(
     _check(x, layout, dy, gamma)
     _check_saved(saved, layout)
     y, mask = _relu_signs(activation, x, layout, y, mask, xp is np or weights is not None, residual)
-    if _in_place(xp, x, layout, weights):
+    if _in_pieces(xp, x, layout, weights):
         view = batch_norm_weighted.view_of(x, axis, groups, weights, dtype)
         return Gradients(*batch_norm_weighted.backward(xp, dy, x, view, gamma, saved, y, residual, dtype))
     x_c, dy_c, y_c = (_collapsed(xp, v, layout) for v in (x, dy, y))
@@ -273,7 +273,7 @@ def statistics(x: Any, *, axis: tuple[int, ...], groups: int = 1, weights: Any =
     (array([2., 4.]), array([1., 4.]))
     """
     xp, layout, dtype = _prepare(x, axis, groups)
-    if _in_place(xp, x, layout, weights):
+    if _in_pieces(xp, x, layout, weights):
         view = batch_norm_weighted.view_of(x, axis, groups, weights, dtype)
         mean, variance = (v.astype(dtype, copy=False) for v in batch_norm_weighted.moments(xp, x, view, dtype))
     else:
@@ -341,7 +341,7 @@ TRANSPOSED_BYTES = 16 << 20
 """Up to this size NumPy arrays are copied where their kept axes do not lie side by side: backward holds four copies."""
 
 
-def _in_place(xp: Any, x: Any, layout: Layout, weights: Any) -> bool:
+def _in_pieces(xp: Any, x: Any, layout: Layout, weights: Any) -> bool:
     """Say whether the body that works in pieces takes this: where there are weights, or copies would be large."""
     if weights is not None:
         return bool(x.size)
