@@ -1,4 +1,4 @@
-"""Recurrent array functions on NumPy beside torch's CPU build, in one process: the two of a group are to be compared.
+"""Recurrent array functions and layers on NumPy beside torch's CPU build, in one process: compare the two of a group.
 
 Run with ``pytest benchmarks/test_recurrent_cpu.py``; compare medians within a group. Torch gets the same residual
 addition. Forward alone means inference on both sides: nothing is saved for a backward pass.
@@ -7,6 +7,7 @@ addition. Forward alone means inference on both sides: nothing is saved for a ba
 import numpy as np
 import pytest
 
+import gpulayers as gl
 from gpulayers.ops import recurrent_arrays as ra
 
 torch = pytest.importorskip("torch")
@@ -87,3 +88,59 @@ def their_step(kind):
 def test_step(benchmark, kind, library):
     benchmark.group = f"residual {kind} step (8, 16)"
     benchmark(library(kind))
+
+
+def wrapped(units):
+    return gl.nn.RNNCellResidualWrapper(gl.keras.layers.LSTMCell(units))
+
+
+def our_layer(backward):
+    x = np.ascontiguousarray(data("lstm", TIME, BATCH, UNITS)[0].swapaxes(0, 1))
+    layer, cotangent = gl.keras.layers.RNN(wrapped(UNITS), return_sequences=True), np.ones_like(x)
+    layer(x)
+
+    def run():
+        if not backward:
+            return layer(x)
+        with gl.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x)
+        return tape.gradient(y, [x, *layer.trainable_variables], output_gradients=cotangent)
+
+    return run
+
+
+def their_layer(backward):
+    module = torch.nn.LSTM(UNITS, UNITS, batch_first=True)
+    x = torch.tensor(data("lstm", TIME, BATCH, UNITS)[0]).swapaxes(0, 1).contiguous().requires_grad_(backward)
+    cotangent = torch.ones_like(x)
+
+    def run():
+        with torch.set_grad_enabled(backward):
+            y = module(x)[0] + x
+        if backward:
+            y.backward(cotangent)
+        return y
+
+    return run
+
+
+@pytest.mark.parametrize("library", [our_layer, their_layer], ids=["gpulayers", "torch"])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
+def test_layer(benchmark, backward, library):
+    benchmark.group = f"layer residual lstm ({BATCH}, {TIME}, {UNITS}) {'forward+backward' if backward else 'forward'}"
+    with gl.device("cpu"):
+        benchmark.pedantic(library(backward), rounds=30, warmup_rounds=3)
+
+
+def our_wrapped_cell():
+    x, states, _ = data("lstm", 1, 8, 16)
+    cell = wrapped(16)
+    return lambda: cell(x[0], states)
+
+
+@pytest.mark.parametrize("library", [our_wrapped_cell, lambda: their_step("lstm")], ids=["gpulayers", "torch"])
+def test_wrapped_cell(benchmark, library):
+    benchmark.group = "layer residual lstm cell (8, 16)"
+    with gl.device("cpu"):
+        benchmark(library())

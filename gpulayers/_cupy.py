@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 
 __all__ = [
     "Cublas",
+    "SUM_IN_FULL_PRECISION",
     "StreamCublas",
     "configuration",
     "cublas",
     "cupy",
     "installed",
-    "is_capturable",
     "is_device_array",
     "unusable_reason",
     "using",
@@ -103,12 +103,6 @@ def cublas(module: Any) -> Cublas | None:
     return (None if own is None else own.get()) or _cublas()
 
 
-def is_capturable(module: Any) -> bool:
-    """Say whether `cublas` of `module` may be called while a CUDA graph is being captured."""
-    own: StreamCublas | None = getattr(_own, "cublas", None)
-    return own is not None and module is sys.modules.get("cupy") and own.get() is not None
-
-
 @functools.cache
 def _cublas() -> Cublas | None:
     functions = _cublas_module()
@@ -132,7 +126,12 @@ def _cublas_module() -> Any:
 # --- cuBLAS in a capture ----------------------------------------------------------------------------------------------
 
 _own = threading.local()
-_WORKSPACE = {8: 4 << 20, 9: 32 << 20}  # bytes by compute capability: what cuBLAS recommends, Hopper more than others
+# Bytes by compute capability: what the manual of cuBLAS recommends under cublasSetWorkspace, 4 MiB for all others.
+_WORKSPACE = {9: 32 << 20, 10: 32 << 20, 12: 12 << 20}
+
+
+SUM_IN_FULL_PRECISION = 16
+"""CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION, a flag of the math mode that CuPy does not name."""
 
 
 class StreamCublas:
@@ -165,6 +164,7 @@ class StreamCublas:
         handle = functions.create()
         weakref.finalize(self, functions.destroy, handle)
         functions.setStream(handle, self._stream.ptr)  # which forgets the workspace: first the stream, then that
+        functions.setMathMode(handle, functions.getMathMode(handle) | SUM_IN_FULL_PRECISION)
         major = cupy().cuda.runtime.getDeviceProperties(cupy().cuda.runtime.getDevice())["major"]
         self.workspace = cupy().empty(_WORKSPACE.get(major, 4 << 20), dtype="uint8")
         size = self.workspace.nbytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +13,8 @@ import numpy as np
 from gpulayers import _cupy, nest
 from gpulayers.device import current_device, is_array, kind_of
 from gpulayers.errors import message
-from gpulayers.launch import Kept, keeping
+from gpulayers.graph_memory import GraphMemory
+from gpulayers.launch import Kept, forget_stream, keeping
 from gpulayers.trace import Replays, active_graph, active_tapes, following
 from gpulayers.trace.stored import StoredValue, observe
 
@@ -57,9 +59,12 @@ class CudaGraph:
             self.reason = "an argument is neither an array nor hashable"
             return self._function(*args, **kwargs)
         if step is None or step.is_stale():
+            if step is not None:
+                step.close()
             step = self._steps[key] = _Step()
         if step.graph is None and not step.reason and step.calls >= self._plain_calls:
-            step.capture(self._function, args, kwargs)
+            if not step.capture(self._function, args, kwargs):
+                step.close()
         if step.graph is None:
             self.reason = step.reason or f"call {step.calls + 1} of {self._plain_calls} before the capture"
             return step.plain(self._function, args, kwargs)
@@ -77,18 +82,34 @@ class CudaGraph:
 class _Step:
     """One set of shapes: its plain calls, then its graph with the memory that belongs to it."""
 
+    closed = True  # until everything is there
+
     def __init__(self) -> None:
-        cuda = _cupy.cupy().cuda
-        # Memory freed during a capture must never be handed to anybody else, and the launcher's workspace is kept per
-        # stream: both are private to the graph.
-        self.stream, self.pool = cuda.Stream(non_blocking=True), cuda.MemoryPool()
-        self.cublas = _cupy.StreamCublas(self.stream)
+        # The launcher's workspace is kept per stream: like the memory, it is private to the graph.
+        self.stream, self.memory = _cupy.cupy().cuda.Stream(non_blocking=True), GraphMemory()
         self.calls, self.reason = 0, ""
+        self._last_stream: Any = None
+        self._hold_nothing()
+        self.closed = False
+
+    def _hold_nothing(self) -> None:
         self.graph: Any = None
         self.buffers: list[Any] = []
         self.results: Any = None
         self.kept, self.seen = Kept(), _Observed(capturing=False)
-        self._last_stream: Any = None
+        self.cublas = _cupy.StreamCublas(self.stream)  # whose handle and workspace come with the first product
+
+    def close(self) -> None:
+        """Give up the graph and its memory: first what lies in the memory, then that itself."""
+        if not self.closed:
+            self.closed = True
+            self._hold_nothing()
+            forget_stream(self.stream.ptr)
+            self.memory.release()
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():  # CuPy gives nothing back then either
+            self.close()
 
     def plain(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call the function on the graph's stream and memory, or, once a capture was given up, just call it."""
@@ -96,47 +117,56 @@ class _Step:
             return function(*args, **kwargs)
         outer, seen = _cupy.cupy().cuda.get_current_stream(), _Observed(capturing=False)
         self.stream.wait_event(outer.record())
-        with self._watched(seen):
-            results = function(*args, **kwargs)
-        outer.wait_event(self.stream.record())
+        try:
+            with self._watched(seen):
+                results = function(*args, **kwargs)
+        finally:  # the kernels that a failing call launched before it failed are under way
+            outer.wait_event(self.stream.record())
         self.calls += 1
         if self.calls > 1:  # the first call also makes slots and other state
             self.reason = seen.complaint()
+            if self.reason:
+                self.close()
         return results
 
     @contextlib.contextmanager
     def _watched(self, seen: _Observed) -> Iterator[None]:
         """Run the block on the graph's stream and memory, seen by `seen`."""
-        pool = _cupy.cupy().cuda.using_allocator(self.pool.malloc)
+        pool = _cupy.cupy().cuda.using_allocator(self.memory.allocator)
         self.cublas.may_create = not seen.replays.capturing
         with observe(seen.reading, seen.writing), following(seen.replays), _cupy.using(self.cublas), pool, self.stream:
             yield
 
-    def capture(self, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    def capture(self, function: Callable[..., Any], args: Any, kwargs: Any) -> bool:
         """Record the function into `graph`; where that fails, say why in `reason` and leave the state as it was."""
         cupy, seen, kept = _cupy.cupy(), _Observed(capturing=True), Kept()
-        graph = results = error = None
+        graph = results = None
         given = [args, kwargs]
-        leaves = nest.flatten(given)
-        buffers = [cupy.array(leaf) if is_array(leaf) else leaf for leaf in leaves]
+        with cupy.cuda.using_allocator(self.memory.allocator):
+            buffers = [cupy.array(leaf, order="C") if is_array(leaf) else leaf for leaf in nest.flatten(given)]
         args, kwargs = nest.pack_sequence_as(given, buffers)
-        cupy.cuda.get_current_stream().synchronize()  # the buffers are filled, and nothing else is under way
-        with self._watched(seen), keeping(kept):
+        cupy.cuda.get_current_stream().synchronize()  # the buffers are filled
+        self.stream.synchronize()  # plain calls from other streams have left the memory
+        given_back, refusals = self.memory.given_back, []  # texts: an error holds the arrays of the frames it left
+        with self._watched(seen), keeping(kept), self.memory.capturing():
             self.stream.begin_capture()
             try:
                 results = function(*args, **kwargs)
             except Exception as raised:  # refusals have many types; the caller's own errors come again plainly
-                error = raised
+                refusals.append(f"{type(raised).__name__}: {raised}")
             try:
                 graph = self.stream.end_capture()
             except Exception as raised:
-                error = error or raised
-        self.reason = f"{type(error).__name__}: {error}" if error is not None else seen.complaint()
+                refusals.append(f"{type(raised).__name__}: {raised}")
+        if self.memory.given_back != given_back:
+            refusals.append("memory that the graph uses was freed during the capture: there was too little")
+        self.reason = refusals[0] if refusals else seen.complaint()
         if self.reason:
             seen.restore()
-            return
+            return False
         seen.settle()
         self.graph, self.buffers, self.results, self.kept, self.seen = graph, buffers, results, kept, seen
+        return True
 
     def is_stale(self) -> bool:
         """Say whether the graph works on what a plain call would not use any more."""
@@ -153,8 +183,11 @@ class _Step:
                 continue
             if _cupy.is_device_array(leaf):
                 buffer[...] = leaf
-            else:
-                buffer.set(leaf)
+                continue
+            host = np.asarray(leaf, buffer.dtype)  # `set` takes no scalar and no other order of bytes
+            buffer.set(host)
+            if _cupy.cupy().cuda.pinned_memory.is_memory_pinned(host.ctypes.data):
+                stream.synchronize()  # copied later, from memory that the caller may write meanwhile
         self.seen.replays.before_replay()
         self.graph.launch()
         self.seen.count_changes()
@@ -245,7 +278,8 @@ def cuda_graph(function: Callable[..., Any], *, plain_calls: int = _PLAIN_CALLS)
 
     Returns a `CudaGraph`; its `reason` says why the last call was plain. Results of a replay are the graph's own
     arrays, which the next call overwrites: write ``.copy()`` to keep one. Arguments, host arrays too, are copied into
-    buffers. A graph keeps its buffers and temporaries, in memory of its own, as long as it lives.
+    buffers. A graph keeps its buffers and temporaries, in memory of its own, as long as it lives; they go back to the
+    device when it is dropped or captured anew.
 
     A whole training step can be captured: forward, gradients, optimizer. Optimizers count and compute their learning
     rates, schedules and bias corrections on the host before each replay, and the kernels read them from device memory,
@@ -264,9 +298,9 @@ def cuda_graph(function: Callable[..., Any], *, plain_calls: int = _PLAIN_CALLS)
 
     CuPy's own products cannot be captured, because its wrappers set the stream before each call and refuse one that is
     capturing. Those of this library (`matmul` with a matrix or vector on the right, `Dense`, convolutions, recurrent
-    cells and sequences) call cuBLAS through a handle of the step's own, that got its stream and workspace (4 MiB, on
-    Hopper 32) before; `einsum` and products of batches of matrices are CuPy's. cuBLAS may choose another algorithm for
-    another handle, so a product in a captured step agrees with that of a plain program to rounding.
+    cells and sequences) call cuBLAS through a handle of the step's own, that got its stream and workspace (4 to 32 MiB)
+    before; `einsum` and products of batches of matrices are CuPy's. cuBLAS may choose another algorithm for another
+    handle, so a product in a captured step agrees with that of a plain program to rounding.
 
     After a refused capture the function has run once more than the step on the device. A step is captured anew when a
     variable was assigned a new array outside, changed on the host, or is lent to somebody who may still read it, and

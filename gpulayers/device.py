@@ -30,6 +30,7 @@ __all__ = [
     "is_array",
     "module_of",
     "parse_device",
+    "placed",
     "register_array_type",
     "set_device",
 ]
@@ -52,6 +53,7 @@ class Device(NamedTuple):
 
 
 CPU = Device("cpu")
+_CURRENT_GPU = Device("gpu", -1)  # whichever is CuPy's current one, at each look
 
 # Array type -> (module with NumPy's functions, kind of device). CuPy's entry is added when CuPy is first imported.
 _modules: dict[type, tuple[ModuleType, str]] = {np.ndarray: (np, "cpu")}
@@ -124,59 +126,81 @@ def gpu_unavailable_reason() -> str:
 
 
 def parse_device(name: str | Device) -> Device:
-    """Turn ``"cpu"``, ``"gpu"`` or ``"gpu:1"`` into a `Device`.
+    """Turn ``"cpu"``, ``"gpu"`` or ``"gpu:1"`` into a `Device`; a GPU without a number is CuPy's current one.
 
-    Raises DeviceError for other names, and for a GPU where none is usable. TensorFlow's spellings ``"/cpu:0"``,
-    ``"/gpu:1"`` and ``"/device:GPU:1"`` are understood too.
+    Raises DeviceError for other names, for a number that no GPU has, and for a GPU where none is usable. TensorFlow's
+    spellings ``"/cpu:0"``, ``"/gpu:1"`` and ``"/device:GPU:1"`` are understood too.
 
     >>> parse_device("/cpu:0")
     Device(kind='cpu', number=0)
     """
+    return _resolved(_parse(name))
+
+
+def _parse(name: str | Device) -> Device:
+    """Return the device of this name, `_CURRENT_GPU` for a GPU without a number."""
     if isinstance(name, Device):
-        return name
-    if not isinstance(name, str):
+        if name.kind != "gpu":
+            return name
+        kind, index = name.kind, str(name.number)
+    elif isinstance(name, str):
+        kind, _, index = name.lower().removeprefix("/").removeprefix("device:").partition(":")
+    else:
         raise DeviceError(message("device", "not a device name", "'cpu', 'gpu' or 'gpu:1'", repr(name)))
-    text = name.lower().removeprefix("/").removeprefix("device:")
-    kind, _, index = text.partition(":")
     kind = {"cuda": "gpu"}.get(kind, kind)
     known = kind == "gpu" or kind in _by_kind
     if not known or (index and not index.isdigit()):
         raise DeviceError(message("device", "unknown device", "'cpu', 'gpu' or 'gpu:1'", repr(name)))
-    if kind == "gpu" and not gpu_available():
+    if kind != "gpu":
+        return Device(kind)
+    if not gpu_available():
         raise DeviceError(
-            message("device", f"{name!r} was asked for, but no GPU is usable", do=gpu_unavailable_reason())
+            message("device", f"{str(name)!r} was asked for, but no GPU is usable", do=gpu_unavailable_reason())
         )
-    if kind == "gpu":
-        register_array_type(_cupy.cupy().ndarray, _cupy.cupy(), "gpu")
-    return Device(kind, int(index or 0) if kind == "gpu" else 0)
+    register_array_type(_cupy.cupy().ndarray, _cupy.cupy(), "gpu")
+    if not index:
+        return _CURRENT_GPU
+    count = _cupy.cupy().cuda.runtime.getDeviceCount()
+    if int(index) >= count:
+        raise DeviceError(message("device", "there is no such GPU", f"gpu:0 to gpu:{count - 1}", f"gpu:{index}"))
+    return Device(kind, int(index))
+
+
+def _resolved(where: Device) -> Device:
+    """Return the device with its number."""
+    return Device("gpu", _cupy.cupy().cuda.runtime.getDevice()) if where is _CURRENT_GPU else where
 
 
 def current_device() -> Device:
     """Return the device where variables and converted inputs are placed.
 
     In this order: the innermost `device` context, `set_device`, the environment variable ``GPULAYERS_DEVICE``, a GPU if
-    one is usable, the CPU.
+    one is usable, the CPU. A GPU that was chosen without a number is CuPy's current one.
     """
-    global _default
     stack = getattr(_local, "stack", None)
     if stack:
         chosen: Device = stack[-1]
         return chosen
     if _default is None:
         wanted = os.environ.get(ENVIRONMENT_VARIABLE)
-        _default = parse_device(wanted or ("gpu" if gpu_available() else "cpu"))
-    return _default
+        return set_device(wanted or ("gpu" if gpu_available() else "cpu"))
+    return _resolved(_default)
 
 
 def set_device(name: str | Device) -> Device:
     """Make `name` the default device of the process, and return it.
 
+    A GPU with a number also becomes CuPy's current device in this thread, to which kernels are launched. In another
+    thread do its work inside `device`.
+
     >>> set_device("cpu")
     Device(kind='cpu', number=0)
     """
     global _default
-    _default = parse_device(name)
-    return _default
+    _default = _parse(name)
+    if _default.kind == "gpu" and _default is not _CURRENT_GPU:
+        _cupy.cupy().cuda.Device(_default.number).use()
+    return _resolved(_default)
 
 
 def module_of(where: Device) -> Any:
@@ -186,6 +210,11 @@ def module_of(where: Device) -> Any:
     'numpy'
     """
     return _by_kind[where.kind] if where.kind in _by_kind else _cupy.cupy()
+
+
+def placed(where: Device) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which CuPy makes arrays on `where`; one without effect where that is no GPU."""
+    return _cupy.cupy().cuda.Device(where.number) if where.kind == "gpu" else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -200,7 +229,7 @@ def device(name: str | Device) -> Iterator[Device]:
     stack = _local.__dict__.setdefault("stack", [])
     stack.append(chosen)
     try:
-        with _cupy.cupy().cuda.Device(chosen.number) if chosen.kind == "gpu" else contextlib.nullcontext():
+        with placed(chosen):
             yield chosen
     finally:
         stack.pop()
@@ -210,7 +239,7 @@ def _import_foreign(value: Any) -> Any:
     """Return a NumPy or CuPy array for a DLPack or ``__cuda_array_interface__`` producer, or None for anything else."""
     if not isinstance(value, type) and getattr(value, "__dlpack_device__", None) is not None:
         detached = value.detach() if getattr(value, "requires_grad", False) else value
-        if detached.__dlpack_device__()[0] == 1:  # DLPack's code for host memory
+        if detached.__dlpack_device__()[0] in (1, 3):  # DLPack's codes for host memory, the second for pinned one
             return np.from_dlpack(detached)
         return _cupy.cupy().from_dlpack(detached)
     if not isinstance(value, type) and hasattr(value, "__cuda_array_interface__"):
@@ -228,7 +257,8 @@ def asarray(value: Any, dtype: Any = None, device: Device | str | None = None) -
     side), Python numbers and nested lists. Python floats become float32 and Python integers int32, as in TensorFlow;
     arrays keep their dtype unless `dtype` is given. An array that is already right is returned itself, not copied.
 
-    Raises DeviceError for a device array where a host array is wanted: write ``gl.asnumpy(x)``.
+    Raises DeviceError for a device array where a host array is wanted: write ``gl.asnumpy(x)``; and for an array on
+    another GPU than the one that is asked for.
 
     >>> asarray([1.0, 2.0]).dtype
     dtype('float32')
@@ -254,7 +284,19 @@ def asarray(value: Any, dtype: Any = None, device: Device | str | None = None) -
                 do="Nothing moves off a device by itself: write gl.asnumpy(x) to copy it to the host.",
             )
         )
-    return module.asarray(value, dtype=dtype)
+    if where.kind != "gpu":
+        return module.asarray(value, dtype=dtype)
+    if found[1] == "gpu" and value.data.device_id != where.number:
+        here = Device("gpu", value.data.device_id)
+        raise DeviceError(
+            message(
+                "asarray",
+                f"an array on {here} is given where one on {where} is needed",
+                do=f"Nothing moves by itself: copy it with CuPy, or work inside gl.device('{here}').",
+            )
+        )
+    with placed(where):
+        return module.asarray(value, dtype=dtype)
 
 
 def asnumpy(value: Any) -> np.ndarray:

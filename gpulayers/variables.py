@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from gpulayers import nest, ops
-from gpulayers.device import array_module, asarray, asnumpy, current_device, kind_of
+from gpulayers.device import array_module, asarray, asnumpy, current_device, kind_of, placed
+from gpulayers.device import device as on_device
 from gpulayers.dtypes import TensorShape, as_dtype
 from gpulayers.errors import DeviceError, ShapeError, StateError, message
 from gpulayers.ops.operation import Operation
@@ -52,11 +53,6 @@ _initializer_operation = Operation(
     stateful=True,
     doc="Give a variable its initial value.",
 )
-
-
-def _owned(array: Any, value: Any) -> Any:
-    """Return `array`, made of `value`, as one that the variable may keep: updates in place need it contiguous."""
-    return array.copy() if array is value or not array.flags.c_contiguous else array
 
 
 class Variable(StoredValue):
@@ -138,9 +134,15 @@ class Variable(StoredValue):
                 )
             )
         with eager_mode():
-            value = as_value(value() if callable(value) else value)
-            array = asarray(value, dtype=dtype, device=self._device)
-        return _owned(array, value)
+            return self._own(as_value(value() if callable(value) else value), dtype)
+
+    def _own(self, value: Any, dtype: Any) -> Any:
+        """Return `value` as an array on the variable's device that nobody else has; updates need it contiguous."""
+        array = asarray(value, dtype=dtype, device=self._device)
+        if array is not value and array.flags.c_contiguous:
+            return array
+        with placed(self._device):  # CuPy copies to its current device
+            return array.copy()
 
     def initialize(self) -> None:
         """Give the variable its initial value again (a function is called again)."""
@@ -148,13 +150,12 @@ class Variable(StoredValue):
 
     def accept(self, value: Any) -> Any:
         """Return `value` as a new array of this variable's dtype on its device. Raises ValueError for another shape."""
-        value = as_value(value)
-        array = asarray(value, dtype=self.static_dtype, device=self._device)
+        array = self._own(as_value(value), self.static_dtype)
         if tuple(array.shape) != self.static_shape:
             raise ShapeError(
                 message(self.name, "a value of another shape is assigned", self.static_shape, tuple(array.shape))
             )
-        return _owned(array, value)
+        return array
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -252,9 +253,9 @@ class Variable(StoredValue):
             raise NotImplementedError(
                 message(self.name, "a graph's variable cannot be copied", do="Copy the layer before it is built.")
             )
-        copied = Variable(
-            self.read(), self.trainable, self.name.partition(":")[0], constraint=self.constraint, autocast=self.autocast
-        )
+        base = self.name.partition(":")[0]
+        with on_device(self._device):
+            copied = Variable(self.read(), self.trainable, base, constraint=self.constraint, autocast=self.autocast)
         memo[id(self)] = copied
         return copied
 

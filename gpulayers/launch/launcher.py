@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -29,6 +30,7 @@ __all__ = [
     "Geometry",
     "Launcher",
     "device_properties",
+    "forget_stream",
     "has_kernels",
     "launcher_of",
     "register_launcher",
@@ -107,6 +109,9 @@ class Launcher(Protocol):
     def carved(self, array_type: type, counters: int, pieces: Pieces) -> tuple[Any, ...]:
         """Return the counters and views of the scratch of `workspace`: what `carve` cuts."""
 
+    def forget_stream(self, stream: int) -> None:
+        """Drop what is cached for a stream (its handle as a number), which is going to be destroyed."""
+
     def resident_blocks(self, specialisation: Specialisation, threads: int, shared: int) -> int:
         """Return how many blocks of this size one multiprocessor holds at a time."""
 
@@ -140,11 +145,15 @@ class _Workspace(NamedTuple):
     carved: dict[tuple[int, Pieces], tuple[Any, ...]]
 
 
-class _OfThread(threading.local):
-    """What every thread has for itself: workspaces by device and stream."""
+class _Workspaces(dict[tuple[int, ...], _Workspace]):
+    """The workspaces of a thread by `Launcher.queue`: a dict that can be referred to weakly."""
 
-    def __init__(self) -> None:
-        self.workspaces: dict[tuple[int, ...], _Workspace] = {}
+
+class _OfThread(threading.local):
+    """What every thread has for itself: workspaces by device and stream, which `all_workspaces` lists by thread."""
+
+    def __init__(self, all_workspaces: weakref.WeakValueDictionary[int, _Workspaces]) -> None:
+        self.workspaces = all_workspaces[threading.get_ident()] = _Workspaces()
         self.devices: set[int] = set()  # those that have a context in this thread
 
 
@@ -160,7 +169,8 @@ class CupyLauncher:
     def __init__(self) -> None:
         self._functions: dict[tuple[int, Specialisation], Any] = {}
         self._shared_limits: dict[tuple[int, Specialisation], int] = {}
-        self._own = _OfThread()
+        self._all_workspaces: weakref.WeakValueDictionary[int, _Workspaces] = weakref.WeakValueDictionary()
+        self._own = _OfThread(self._all_workspaces)
         self._properties: dict[int, DeviceProperties] = {}
         self._lock = threading.Lock()
 
@@ -238,6 +248,12 @@ class CupyLauncher:
                 carved.clear()
             views = carved[counters, pieces] = (zeros, *carve(scratch, pieces))
         return views
+
+    def forget_stream(self, stream: int) -> None:
+        """Drop the stream's workspaces, those of other threads too."""
+        for workspaces in list(self._all_workspaces.values()):
+            for key in [key for key in list(workspaces) if key[1] == stream]:
+                workspaces.pop(key, None)
 
     def queue(self) -> tuple[int, ...]:
         """Return CuPy's current device and stream, and the thread: the per-thread default stream has one number."""
@@ -390,6 +406,12 @@ def workspace(like: Any, counters: int = 0, scratch: int = 0) -> tuple[Any, Any]
     found = launcher_of(like).workspace(type(like), counters, scratch)
     keep(*found)
     return found
+
+
+def forget_stream(stream: int) -> None:
+    """Drop what launchers keep for a stream that is going to be destroyed: another may get its number."""
+    for launcher in _launchers.values():
+        launcher.forget_stream(stream)
 
 
 def workspace_pieces(place: Place, counters: int, pieces: Pieces) -> tuple[Any, ...]:

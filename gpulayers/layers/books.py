@@ -75,6 +75,16 @@ class LossBook:
                 found.append(entry)
         return found
 
+    def state(self) -> tuple[list[Entry], list[Entry], list[Entry]]:
+        """Return what stands here of calls: for `go_back`."""
+        return list(self.tensors), list(self.called), list(self.updates)
+
+    def go_back(self, state: tuple[list[Entry], list[Entry], list[Entry]]) -> bool:
+        """Forget what calls added since `state` was taken; say whether they added anything."""
+        now = self.state()
+        self.tensors, self.called, self.updates = map(list, state)
+        return [[id(entry) for entry in part] for part in now] != [[id(entry) for entry in part] for part in state]
+
     def forget_call(self) -> None:
         """Forget the losses of the last eager call."""
         self.called.clear()

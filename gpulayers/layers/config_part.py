@@ -113,7 +113,8 @@ def as_shape_structure(value: Any, name: str) -> Any:
     if isinstance(value, list | tuple):
         if all(v is None or hasattr(v, "__index__") for v in value):
             return TensorShape(value)
-        return type(value)([as_shape_structure(v, name) for v in value])
+        parts = [as_shape_structure(v, name) for v in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     raise TypeError(message(name, "not a shape", "a TensorShape or a tuple of sizes", repr(value)))
 
 

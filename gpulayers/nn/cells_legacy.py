@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from gpulayers import initializers, nest, ops
-from gpulayers.dtypes import TensorShape, is_floating
+from gpulayers.dtypes import TensorShape
 from gpulayers.errors import LayerError, ShapeError, StructureError, message
+from gpulayers.layers.books import unique
 from gpulayers.layers.legacy import LegacyLayer
 from gpulayers.layers.spec import InputSpec
 from gpulayers.nn import registry
 from gpulayers.nn.building import build_cell
 from gpulayers.nn.cells_modern import activation_config, get_activation
-from gpulayers.nn.fused import FusedCell, Sequence, is_tanh
+from gpulayers.nn.fused import FusedCell, Sequence, is_tanh, keeps
+from gpulayers.nn.residual import check_cell_depths
 from gpulayers.nn.states import (
     LSTMStateTuple,
     as_tensor,
+    batch_and_dtype,
+    cast_states,
     cell_output_shape,
     check_states,
-    initial_state,
+    output_and_state,
     require_cell,
+    require_legacy_floating,
     size_of,
+    starting_state,
+    step_batch,
+    step_depth,
     zeros_for,
 )
 from gpulayers.ops.recurrent import recurrent_sequence, recurrent_step
@@ -65,7 +74,7 @@ class RNNCell(LegacyLayer):
         return zeros_for(self.state_size, batch_size, dtype)
 
     def get_initial_state(self, inputs: Any = None, batch_size: Any = None, dtype: Any = None) -> Any:
-        """Return the zero state, for `inputs` (batch first) or for `batch_size` and `dtype`.
+        """Return `zero_state`, for `inputs` (batch first) or for `batch_size` and `dtype`.
 
         Raises ValueError if neither says what they are, or if they contradict.
         """
@@ -78,7 +87,12 @@ class RNNCell(LegacyLayer):
                 )
             if dtype is not None and first.dtype != dtype:
                 raise LayerError(message(self._name, "dtype from input is different from dtype", first.dtype, dtype))
-        return initial_state(self.state_size, inputs, batch_size, dtype)
+        return self.zero_state(*batch_and_dtype(inputs, batch_size, dtype))
+
+
+def _warn_of_legacy(cell: Any, stacklevel: int) -> None:
+    text = f"{type(cell).__name__} is a legacy cell; the modern one is in gl.keras.layers."
+    warnings.warn(text, DeprecationWarning, stacklevel=stacklevel)
 
 
 class _BasicCell(FusedCell, RNNCell):
@@ -91,11 +105,7 @@ class _BasicCell(FusedCell, RNNCell):
     def __init__(
         self, num_units: int, activation: Any, reuse: Any, name: Any, dtype: Any, kwargs: dict[str, Any]
     ) -> None:
-        warnings.warn(
-            f"{type(self).__name__} is a legacy cell; the modern one is in gl.keras.layers.",
-            DeprecationWarning,
-            stacklevel=3,
-        )
+        _warn_of_legacy(self, stacklevel=4)
         super().__init__(name=name, dtype=dtype, _reuse=reuse, **kwargs)
         self._num_units = int(num_units)
         self._activation = ops.tanh if activation is None else get_activation(activation)
@@ -112,17 +122,8 @@ class _BasicCell(FusedCell, RNNCell):
         return self._num_units
 
     def _build_for(self, inputs: Any) -> None:
-        if not is_floating(inputs.dtype):
-            raise ValueError(
-                f"{self._name}: RNN cell only supports floating point inputs, but saw dtype: {inputs.dtype}."
-            )
+        require_legacy_floating(self._name, inputs)
         super()._build_for(inputs)
-
-    def _depth(self, input_shape: Any) -> int:
-        shape = TensorShape(input_shape)
-        if not shape.rank or shape[-1] is None:
-            raise ShapeError(f"{self._name}: Expected inputs.shape[-1] to be known, saw shape: {shape}.")
-        return int(shape[-1])
 
     def _settings_fuse(self) -> bool:
         return is_tanh(self._activation)
@@ -132,7 +133,9 @@ class _BasicCell(FusedCell, RNNCell):
         return self.advance(inputs, state, None, residual=False)
 
     def advance(self, inputs: Any, state: Any, training: Any, residual: bool) -> tuple[Any, Any]:  # noqa: D102
-        states = check_states(self._name, nest.flatten(state), self.state_size)
+        require_legacy_floating(self._name, inputs)
+        batch = step_batch(self._name, inputs)
+        states = cast_states(check_states(self._name, nest.flatten(state), self.state_size, batch), inputs)
         if self.fuses():
             output, new_states = self._fused(recurrent_step, inputs, states, {"residual": residual})
         else:
@@ -141,6 +144,7 @@ class _BasicCell(FusedCell, RNNCell):
         return output, nest.pack_sequence_as(self.state_size, new_states)
 
     def run_sequence(self, x: Any, states: list[Any], how: Sequence) -> tuple[Any, list[Any]]:  # noqa: D102
+        require_legacy_floating(self._name, x)
         return self._fused(recurrent_sequence, x, states, how.settings())
 
     def _fused(self, run: Any, x: Any, states: list[Any], settings: dict[str, Any]) -> tuple[Any, list[Any]]:
@@ -184,7 +188,7 @@ class BasicRNNCell(_BasicCell):
         super().__init__(num_units, activation, reuse, name, dtype, kwargs)
 
     def build(self, input_shape: Any) -> None:  # noqa: D102
-        depth, units = self._depth(input_shape), self._num_units
+        depth, units = step_depth(self._name, input_shape), self._num_units
         self.kernel = self.add_variable("kernel", (depth + units, units))
         self.bias = self.add_variable("bias", (units,), initializer="zeros")
         self.built = True
@@ -221,7 +225,7 @@ class GRUCell(_BasicCell):
         self._bias_initializer = initializers.get(bias_initializer)
 
     def build(self, input_shape: Any) -> None:  # noqa: D102
-        rows, units = self._depth(input_shape) + self._num_units, self._num_units
+        rows, units = step_depth(self._name, input_shape) + self._num_units, self._num_units
         given, gate_bias = self._kernel_initializer, self._bias_initializer or "ones"
         self._gate_kernel = self.add_variable("gates/kernel", (rows, 2 * units), initializer=given)
         self._gate_bias = self.add_variable("gates/bias", (2 * units,), initializer=gate_bias)
@@ -320,7 +324,7 @@ class BasicLSTMCell(_LegacyLSTM):
         self._forget_bias, self._state_is_tuple = forget_bias, bool(state_is_tuple)
 
     def build(self, input_shape: Any) -> None:  # noqa: D102
-        depth, units = self._depth(input_shape), self._num_units
+        depth, units = step_depth(self._name, input_shape), self._num_units
         self.kernel = self.add_variable("kernel", (depth + units, 4 * units))
         self.bias = self.add_variable("bias", (4 * units,), initializer="zeros")
         self.built = True
@@ -328,7 +332,7 @@ class BasicLSTMCell(_LegacyLSTM):
     def _compose(self, x: Any, states: list[Any]) -> tuple[Any, list[Any]]:
         c, h = self._apart(states)
         i, j, f, o = ops.split(_joined(x, h, self.kernel, self.bias), 4, -1)
-        new_c = c * ops.sigmoid(f + self._forget_bias) + ops.sigmoid(i) * self._activation(j)
+        new_c = c * ops.sigmoid(ops.add(f, self._forget_bias)) + ops.sigmoid(i) * self._activation(j)
         new_h = self._activation(new_c) * ops.sigmoid(o)
         return new_h, self._together(new_c, new_h)
 
@@ -383,7 +387,7 @@ class LSTMCell(_LegacyLSTM):
         return self._num_proj or self._num_units
 
     def build(self, input_shape: Any) -> None:  # noqa: D102
-        depth, units, given = self._depth(input_shape), self._num_units, self._initializer_given
+        depth, units, given = step_depth(self._name, input_shape), self._num_units, self._initializer_given
         self.kernel = self.add_variable(
             "kernel",
             (depth + self.output_size, 4 * units),
@@ -409,7 +413,7 @@ class LSTMCell(_LegacyLSTM):
     def _compose(self, x: Any, states: list[Any]) -> tuple[Any, list[Any]]:
         c, h = self._apart(states)
         i, j, f, o = ops.split(_joined(x, h, self.kernel, self.bias), 4, -1)
-        f = f + self._forget_bias
+        f = ops.add(f, self._forget_bias)  # with `+` a bfloat16 array and a number would make float32
         if self._use_peepholes:
             f, i = f + self._w_f * c, i + self._w_i * c
         new_c = ops.sigmoid(f) * c + ops.sigmoid(i) * self._activation(j)
@@ -443,10 +447,6 @@ def _shards(count: int | None) -> Any:
     return None if count is None else fixed_size_partitioner(count)
 
 
-for _cell in (BasicRNNCell, GRUCell, BasicLSTMCell, LSTMCell):
-    _cell._plain_call = _BasicCell.call
-
-
 class MultiRNNCell(RNNCell):
     """Cells one above the other: the output of each is the input of the next.
 
@@ -457,6 +457,7 @@ class MultiRNNCell(RNNCell):
     """
 
     def __init__(self, cells: Any, state_is_tuple: bool = True, **kwargs: Any) -> None:
+        _warn_of_legacy(self, stacklevel=3)
         super().__init__(**kwargs)
         if not isinstance(cells, list | tuple):
             raise TypeError(message(self._name, "cells is not a list", "a list or tuple of cells", repr(cells)))
@@ -485,48 +486,47 @@ class MultiRNNCell(RNNCell):
         """The last cell's."""
         return self._cells[-1].output_size
 
-    @property
-    def trainable_weights(self) -> list[Any]:
-        """The cells' trainable variables."""
-        return [w for cell in self._cells for w in getattr(cell, "trainable_weights", [])] if self.trainable else []
-
-    @property
-    def non_trainable_weights(self) -> list[Any]:
-        """The cells' other variables; all of them if not `trainable`."""
-        fixed = [w for cell in self._cells for w in getattr(cell, "non_trainable_weights", [])]
-        moved = [w for cell in self._cells for w in getattr(cell, "trainable_weights", [])]
-        return fixed if self.trainable else moved + fixed
-
-    @property
-    def weights(self) -> list[Any]:
-        """All variables of the cells."""
-        return self.trainable_weights + self.non_trainable_weights
+    def _weight_lists(self) -> tuple[list[Any], list[Any]]:
+        trainable, fixed = super()._weight_lists()
+        for cell in self._cells:  # a legacy layer does not track its sub-layers, but these variables are the stack's
+            (trainable if self._trainable else fixed).extend(getattr(cell, "trainable_weights", []))
+            fixed.extend(getattr(cell, "non_trainable_weights", []))
+        return unique(trainable), unique(fixed)
 
     def zero_state(self, batch_size: Any, dtype: Any) -> Any:
         """Return the cells' zero states."""
         if self._state_is_tuple:
-            return tuple(cell.zero_state(batch_size, dtype) for cell in self._cells)
+            return tuple(starting_state(cell, None, batch_size, dtype) for cell in self._cells)
         return super().zero_state(batch_size, dtype)
 
     def build(self, input_shape: Any) -> None:
         """Build the cells, each in its scope, for the output size of the one below."""
-        shape = TensorShape(input_shape)
-        for index, cell in enumerate(self._cells):
+        self._check_depths(input_shape)
+        for index, (cell, shape) in enumerate(self._with_shapes(input_shape)):
             with variable_scope(f"cell_{index}"):
                 build_cell(cell, shape, np.dtype(self.dtype or "float32"))
-            shape = TensorShape((shape[0] if shape.rank else None, *size_of(cell.output_size)))
         self.built = True
+
+    def _with_shapes(self, input_shape: Any) -> Iterator[tuple[Any, TensorShape]]:
+        """Give each cell with the shape of its inputs, lowest first."""
+        shape = TensorShape(input_shape)
+        for cell in self._cells:
+            yield cell, shape
+            shape = TensorShape((shape[0] if shape.rank else None, *size_of(cell.output_size)))
+
+    def _check_depths(self, shape: Any) -> None:
+        for cell, own in self._with_shapes(shape):
+            check_cell_depths(cell, own)
 
     def _fused_cells(self) -> list[Any] | None:
         """Return the cells, if running each over the whole sequence is the same as calling this one at each step."""
-        return list(self._cells) if self._state_is_tuple and type(self).call is MultiRNNCell.call else None
+        return list(self._cells) if self._state_is_tuple and keeps(self, "call") else None
 
     def _split_state(self, state: Any) -> list[Any]:
         if self._state_is_tuple:
             if not isinstance(state, list | tuple):
-                raise ValueError(
-                    message(self._name, "the state is not a tuple", f"a tuple of {len(self._cells)}", repr(state))
-                )
+                wanted = f"a tuple of {len(self._cells)}"
+                raise ValueError(message(self._name, "the state is not a tuple", wanted, type(state).__name__))
             if len(state) != len(self._cells):
                 raise StructureError(message(self._name, "the number of states differs", len(self._cells), len(state)))
             return list(state)
@@ -538,7 +538,7 @@ class MultiRNNCell(RNNCell):
         current, new_states = inputs, []
         for index, (cell, own) in enumerate(zip(self._cells, self._split_state(state), strict=True)):
             with variable_scope(f"cell_{index}"):
-                current, new_state = cell(current, own)
+                current, new_state = output_and_state(cell, cell(current, own))
             new_states.append(new_state)
         return current, tuple(new_states) if self._state_is_tuple else ops.concatenate(new_states, 1)
 

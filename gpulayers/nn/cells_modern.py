@@ -5,13 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from gpulayers import constraints, initializers, nest, ops, regularizers, serialization
-from gpulayers.dtypes import TensorShape
-from gpulayers.errors import ShapeError, message
+from gpulayers.errors import message
 from gpulayers.layers.modern import Layer
 from gpulayers.nn import registry
 from gpulayers.nn.dropout_masks import Masks, draw_masks, held_masks
 from gpulayers.nn.fused import FusedCell, Sequence, gate_name, is_tanh
-from gpulayers.nn.states import cell_output_shape, check_states, initial_state, require_floating
+from gpulayers.nn.states import (
+    cast_states,
+    cell_output_shape,
+    check_states,
+    initial_state,
+    require_floating,
+    step_batch,
+    step_depth,
+)
 from gpulayers.ops import activations
 from gpulayers.ops.recurrent import recurrent_sequence, recurrent_step
 from gpulayers.ops.recurrent_composed import composed_step
@@ -64,7 +71,6 @@ class _ModernCell(FusedCell, Layer):
         self._composed = implementation == 1  # asked for: plain operations instead of fused ones
         self.implementation = 1 if self.recurrent_dropout else implementation
         self.bias: Any = None
-        self._settings = self._fused_settings()
 
     @property
     def _drops(self) -> bool:
@@ -86,10 +92,7 @@ class _ModernCell(FusedCell, Layer):
 
     def build(self, input_shape: Any) -> None:
         """Make kernel (D, gates*U), recurrent_kernel (U, gates*U) and bias. ValueError for an unknown depth D."""
-        shape = TensorShape(input_shape)
-        depth = shape[-1] if shape.rank else None
-        if depth is None:
-            raise ShapeError(message(self._name, "the depth of the inputs is unknown", "a known last size", shape))
+        depth = step_depth(self._name, input_shape)
         columns = self._gates * self.units
         self.kernel = self._weight("kernel", (depth, columns))
         self.recurrent_kernel = self._weight("recurrent_kernel", (self.units, columns))
@@ -127,7 +130,7 @@ class _ModernCell(FusedCell, Layer):
     # --- one step -----------------------------------------------------------------------------------------------------
 
     def _settings_fuse(self) -> bool:
-        return is_tanh(self.activation) and not self._composed and None not in self._settings.values()
+        return is_tanh(self.activation) and not self._composed and None not in self._fused_settings().values()
 
     def call(self, inputs: Any, states: Any, training: Any = None) -> tuple[Any, Any]:
         """Compute one step.
@@ -142,10 +145,9 @@ class _ModernCell(FusedCell, Layer):
         require_floating(self._name, inputs)
         nested = nest.is_nested(state)
         flat = list(state) if isinstance(state, list | tuple) else nest.flatten(state)
-        states = check_states(self._name, flat, self.state_size)
-        masks = held_masks(self)
-        if masks is None:
-            masks = self.sequence_masks(inputs, states, training)
+        batch = step_batch(self._name, inputs)
+        states = cast_states(check_states(self._name, flat, self.state_size, batch), inputs)
+        masks = held_masks(self, lambda: self.sequence_masks(inputs, states, training)) if self._drops else (None, None)
         if masks[0] is None and masks[1] is None and self.fuses():
             output, states = recurrent_step(
                 self._kind,
@@ -155,18 +157,19 @@ class _ModernCell(FusedCell, Layer):
                 self.recurrent_kernel,
                 self.bias,
                 residual=residual,
-                **self._settings,
+                **self._fused_settings(),
             )
         else:
-            entering = inputs if masks[0] is None else inputs * masks[0]
-            output, states = self._compose(entering, states, masks[1])
+            of_inputs, of_state = (None if m is None else ops.cast(m, inputs.dtype) for m in masks)
+            entering = inputs if of_inputs is None else inputs * of_inputs
+            output, states = self._compose(entering, states, of_state)
             output = inputs + output if residual else output
         return output, states if nested or len(states) > 1 else states[0]
 
     def _compose(self, x: Any, states: list[Any], recurrent_mask: Any) -> tuple[Any, list[Any]]:
         """Compute one step by plain operations: any activation."""
         entering = states[0] if recurrent_mask is None else states[0] * recurrent_mask
-        options = {name: value for name, value in self._settings.items() if name != "recurrent_activation"}
+        options = {name: value for name, value in self._fused_settings().items() if name != "recurrent_activation"}
         new_states = composed_step(
             self._kind, x, states, entering, self.kernel, self.recurrent_kernel, self.bias, self.activation,
             self.recurrent_activation, **options,
@@ -182,9 +185,8 @@ class _ModernCell(FusedCell, Layer):
 
     def run_sequence(self, x: Any, states: list[Any], how: Sequence) -> tuple[Any, list[Any]]:  # noqa: D102
         require_floating(self._name, x)
-        return recurrent_sequence(
-            self._kind, x, states, self.kernel, self.recurrent_kernel, self.bias, **how.settings(), **self._settings
-        )
+        settings = {**how.settings(), **self._fused_settings()}
+        return recurrent_sequence(self._kind, x, states, self.kernel, self.recurrent_kernel, self.bias, **settings)
 
     # --- configuration ------------------------------------------------------------------------------------------------
 
@@ -364,6 +366,4 @@ class LSTMCell(_ModernCell):
         return {**super()._own_config(), "unit_forget_bias": self.unit_forget_bias}
 
 
-for _cell in (SimpleRNNCell, GRUCell, LSTMCell):
-    _cell._plain_call = _ModernCell.call
-    registry.register_cells(_cell)
+registry.register_cells(SimpleRNNCell, GRUCell, LSTMCell)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from gpulayers import ops
 from gpulayers.ops.random import dropout_mask
 from gpulayers.trace import GraphTensor
 
-__all__ = ["Masks", "draw_masks", "held_masks", "holding"]
+__all__ = ["Masks", "draw_masks", "held_masks", "holding", "is_held", "may_drop"]
 
 Masks = tuple[Any, Any]
 """The mask of the inputs and that of the state; None where nothing is dropped."""
@@ -21,10 +21,15 @@ class _Held(threading.local):
     """Masks of the cells inside the layer call in progress, by the identity of the cell."""
 
     def __init__(self) -> None:
-        self.masks: dict[int, Masks] = {}
+        self.masks: dict[int, Masks | None] = {}
 
 
 _held = _Held()
+
+
+def may_drop(training: Any) -> bool:
+    """Say whether dropout acts with this `training`. A tensor decides when it runs, so it may."""
+    return isinstance(training, GraphTensor) or (training is not None and bool(training))
 
 
 def draw_masks(inputs: Any, state: Any, training: Any, rate: float, recurrent_rate: float) -> Masks:
@@ -32,9 +37,9 @@ def draw_masks(inputs: Any, state: Any, training: Any, rate: float, recurrent_ra
 
     `training` false or None: no masks. A tensor decides when it runs.
     """
-    deciding = isinstance(training, GraphTensor)
-    if not deciding and not (training is not None and bool(training)):
+    if not may_drop(training):
         return None, None
+    deciding = isinstance(training, GraphTensor)
     found = []
     for like, one in ((inputs, rate), (state, recurrent_rate)):
         mask = None
@@ -48,17 +53,33 @@ def draw_masks(inputs: Any, state: Any, training: Any, rate: float, recurrent_ra
     return found[0], found[1]
 
 
-def held_masks(cell: Any) -> Masks | None:
-    """Return the masks that the layer call in progress holds for `cell`, or None outside one."""
-    return _held.masks.get(id(cell))
+def is_held(cell: Any) -> bool:
+    """Say whether the layer call in progress has a place for the masks of `cell`."""
+    return id(cell) in _held.masks
+
+
+def held_masks(cell: Any, draw: Callable[[], Masks]) -> Masks:
+    """Return the masks that the layer call in progress holds for `cell`, or else those that `draw` makes.
+
+    Where the call has an empty place for the cell, what is drawn is kept there for the steps that follow.
+    """
+    masks = _held.masks.get(id(cell))
+    if masks is None:
+        masks = draw()
+        if is_held(cell):
+            _held.masks[id(cell)] = masks
+    return masks
 
 
 @contextlib.contextmanager
-def holding(masks: Sequence[tuple[Any, Masks]]) -> Iterator[None]:
-    """Use these masks for these cells inside the block."""
-    before = dict(_held.masks)
+def holding(masks: Sequence[tuple[Any, Masks | None]]) -> Iterator[None]:
+    """Use these masks for these cells inside the block; None holds a place for masks drawn at the first step.
+
+    None of the cells has a place already.
+    """
     _held.masks.update({id(cell): pair for cell, pair in masks})
     try:
         yield
     finally:
-        _held.masks = before
+        for cell, _ in masks:
+            del _held.masks[id(cell)]

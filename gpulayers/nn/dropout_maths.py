@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 from gpulayers import nest, ops
@@ -29,7 +30,7 @@ class DropoutSettings:
     ) -> None:  # fmt: skip
         self.keep = {"input": input_keep_prob, "state": state_keep_prob, "output": output_keep_prob}
         for kind, probability in self.keep.items():
-            if isinstance(probability, int | float) and not 0 <= probability <= 1:
+            if isinstance(probability, Real) and not 0 <= float(probability) <= 1:
                 raise ValueError(message(name, f"{kind}_keep_prob is not a probability", "0 to 1", probability))
         if state_filter is not None and not callable(state_filter):
             raise TypeError(message(name, "dropout_state_filter_visitor is not callable", got=repr(state_filter)))
@@ -60,7 +61,7 @@ class DropoutSettings:
 
     def _acts(self, kind: str) -> bool:
         probability = self.keep[kind]
-        return not isinstance(probability, int | float) or probability < 1
+        return not isinstance(probability, Real) or probability < 1
 
     def _seed_of(self, kind: str, index: int) -> int | None:
         if self.seed is None:
@@ -80,15 +81,18 @@ class DropoutSettings:
         return (seed + 0x9E3779B1 * count) & 0x7FFFFFFF  # a seeded draw starts its generator anew at every step
 
     def _drop_one(self, kind: str, index: int, value: Any) -> Any:
-        keep, noise = self.keep[kind], self.noise.get(kind)
-        if noise is not None:
-            return value / ops.cast(keep, value.dtype) * ops.floor(noise[index] + keep)
-        if isinstance(keep, int | float):
-            if not keep:
-                return ops.zeros_like(value)
+        keep, fixed = self.keep[kind], self.noise.get(kind)
+        known = isinstance(keep, Real)
+        if known and not keep:
+            return ops.zeros_like(value)
+        if known and fixed is None:
             return ops.dropout(value, 1 - keep, seed=self._next_seed(kind, index))
-        noise = ops.random_uniform(ops.shape_of(value), dtype=value.dtype, seed=self._next_seed(kind, index))
-        return value / keep * ops.floor(noise + keep)
+        if fixed is None:
+            noise = ops.random_uniform(ops.shape_of(value), dtype=value.dtype, seed=self._next_seed(kind, index))
+        else:
+            noise = fixed[index]
+        kept = ops.floor(noise + ops.cast(keep, noise.dtype))
+        return value / ops.cast(keep, value.dtype) * ops.cast(kept, value.dtype)
 
     def drop(self, kind: str, values: Any) -> Any:
         """Drop every leaf of inputs or outputs."""

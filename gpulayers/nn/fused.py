@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from gpulayers import ops
 from gpulayers.ops import activations
 
-__all__ = ["FusedCell", "Sequence", "gate_name", "is_tanh"]
+__all__ = ["FusedCell", "Sequence", "gate_name", "is_tanh", "keeps"]
 
 
 class Sequence:
@@ -37,12 +38,9 @@ class Sequence:
 class FusedCell:
     """A cell with fused operations. States are flat lists in the order of its `state_size`."""
 
-    _plain_call: Any = None  # the `call` of the class that fused operations stand for
-
     def fuses(self) -> bool:
         """Say whether the fused operations compute what `call` does: its settings allow it, no subclass changed it."""
-        kind: Any = type(self)
-        return kind.call is kind._plain_call and self._settings_fuse()
+        return keeps(self, "call") and self._settings_fuse()
 
     def _settings_fuse(self) -> bool:
         """Say whether activations and options have a fused form."""
@@ -59,6 +57,30 @@ class FusedCell:
     def sequence_masks(self, x: Any, states: list[Any], training: Any) -> tuple[Any, Any]:
         """Draw the dropout masks of one layer call; (None, None) for cells without dropout."""
         return None, None
+
+
+_FORMS = ("run_sequence", "_fused_form", "_fused_cells")
+
+
+def keeps(cell: Any, *methods: str) -> bool:
+    """Say whether the fused form of a cell stands for these methods of it: no subclass changed one of them.
+
+    A class that gives a fused form answers for what it inherits and overrides; a subclass that overrides a method gives
+    a form anew or has none.
+    """
+    kind: Any = type(cell)
+    return _class_keeps(kind, methods)
+
+
+@functools.lru_cache(maxsize=4096)
+def _class_keeps(kind: Any, methods: tuple[str, ...]) -> bool:
+    for one in kind.__mro__:
+        found = vars(one)
+        if any(form in found for form in _FORMS):
+            return True
+        if any(method in found for method in methods):
+            return False
+    return True
 
 
 def is_tanh(activation: Any) -> bool:

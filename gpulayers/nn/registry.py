@@ -9,7 +9,7 @@ from typing import Any
 from gpulayers import serialization
 from gpulayers.errors import message
 
-__all__ = ["cell_config", "is_modern_lstm", "make_cell", "register_cells"]
+__all__ = ["cell_config", "find_function", "function_config", "is_modern_lstm", "make_cell", "register_cells"]
 
 _MODERN: dict[str, type] = {}
 _MODULES = ("cells_modern", "cells_legacy", "stacked", "wrappers", "wrappers_legacy")
@@ -43,6 +43,16 @@ def make_cell(config: Any, custom_objects: Mapping[str, Any] | None = None) -> A
         importlib.import_module(f"gpulayers.nn.{name}")
     with serialization.custom_object_scope(custom_objects or {}):
         return serialization.deserialize(config, custom_objects, _MODERN, "cell")
+
+
+def function_config(function: Any) -> Any:
+    """Return what stands for a function in a configuration: its registered name, or the function where it has none."""
+    return serialization.registered_name(function) or function
+
+
+def find_function(function: Any, what: str, custom_objects: Mapping[str, Any] | None = None) -> Any:
+    """Return the function that stands in a configuration as itself or by its name. ValueError for an unknown name."""
+    return serialization.find(function, custom_objects, what=what) if isinstance(function, str) else function
 
 
 def is_modern_lstm(cell: Any) -> bool:

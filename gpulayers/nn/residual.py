@@ -8,9 +8,10 @@ from typing import Any
 from gpulayers import nest
 from gpulayers.dtypes import TensorShape
 from gpulayers.errors import ShapeError
+from gpulayers.nn.states import has_attribute, size_of
 from gpulayers.ops.residual import residual_add
 
-__all__ = ["add_inputs", "apply_residual", "check_depths"]
+__all__ = ["add_inputs", "apply_residual", "check_addition", "check_cell_depths", "check_depths"]
 
 
 def add_inputs(inputs: Any, outputs: Any) -> Any:
@@ -37,6 +38,22 @@ def check_depths(inputs: Any, outputs: Any) -> None:
             "the cell's inputs to its outputs without broadcasting. Make the cell as wide as its inputs, or pass a "
             "residual_fn that projects, such as lambda inputs, outputs: gl.matmul(inputs, projection) + outputs."
         )
+
+
+def check_cell_depths(cell: Any, shape: Any) -> None:
+    """Raise ShapeError where a residual connection in `cell` cannot add inputs of `shape`: before anything is built."""
+    check = getattr(cell, "_check_depths", None)
+    if check is not None:
+        check(shape)
+
+
+def check_addition(shape: Any, cell: Any) -> None:
+    """Raise ShapeError unless a tensor of `shape` fits the output of `cell`, as far as that is one known tensor."""
+    size = cell.output_size if has_attribute(cell, "output_size") else None  # the width of a state would be a guess
+    if size is None or nest.is_nested(size) or not isinstance(shape, TensorShape) or not shape.rank:
+        return
+    width = size_of(size)
+    check_depths(shape, (*tuple(shape)[:-1], *width) if len(width) == 1 else (shape[0], *width))
 
 
 def apply_residual(residual_fn: Callable[[Any, Any], Any] | None, inputs: Any, outputs: Any) -> Any:

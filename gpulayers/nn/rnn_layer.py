@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from gpulayers import nest, ops
-from gpulayers.device import asarray, is_array
+from gpulayers.device import asarray
 from gpulayers.dtypes import TensorShape, as_dtype
 from gpulayers.errors import LayerError, ShapeError, message
 from gpulayers.layers.config_part import as_shape_structure
@@ -16,8 +16,18 @@ from gpulayers.layers.modern import Layer
 from gpulayers.layers.spec import InputSpec
 from gpulayers.nn import registry
 from gpulayers.nn.building import build_cell
+from gpulayers.nn.keywords import takes_keyword
 from gpulayers.nn.stacked import StackedRNNCells
-from gpulayers.nn.states import as_tensor, batch_of, initial_state, on_the_device, require_cell, size_of
+from gpulayers.nn.states import (
+    as_tensor,
+    batch_of,
+    cell_name,
+    on_the_device,
+    output_size_of,
+    require_cell,
+    size_of,
+    starting_state,
+)
 from gpulayers.nn.unroll import Run, is_symbolic, run_cell
 from gpulayers.trace import as_value
 from gpulayers.variables import Variable
@@ -59,14 +69,17 @@ class RNN(Layer):
     - those of `Layer`.
 
     Called with inputs (N, T, ...), `mask` (N, T), `training`, `initial_state` (in the structure of the cell's
-    `state_size`, or flat) and `constants`, which are handed to the cell. Where the mask is false a row keeps its state
-    and repeats its previous output, zeros before its first step.
+    `state_size`, or flat) and `constants`, one or a list, which are handed to the cell as a list. A list of inputs is
+    ``[inputs, state, ...]``; nested inputs are a tuple or dictionary. Where the mask is false a row keeps its state and
+    repeats its previous output, zeros before its first step. Without steps the outputs are empty, the states as given.
 
     Cells of this library run as one fused operation over the whole sequence, with or without a residual wrapper; any
     other cell is called step by step. Both give the same numbers.
 
-    Raises ValueError: no `call` or `state_size`, inputs of rank below 3, states that do not fit, a stateful layer
-    without a fixed batch size or called with another one, unrolling over an unknown length.
+    Raises ValueError: no `call` or `state_size`, inputs of rank below 3, states or a mask that do not fit, constants
+    for a cell that takes none, a stateful layer without a fixed batch size or called with another one, unrolling over
+    an unknown length, losses or updates of a cell in a graph's loop of unknown length, no steps where the last output
+    is wanted.
     Source: ``tf.keras.layers.RNN``.
 
     >>> import numpy as np, gpulayers as gl
@@ -103,19 +116,22 @@ class RNN(Layer):
 
     def build(self, input_shape: Any) -> None:
         """Build the cell for one step of the inputs; a stateful layer makes its states here."""
+        input_shape = as_shape_structure(input_shape, self._name)
+        first = nest.flatten(input_shape)[0]
+        if self.stateful:
+            self._check_batch(first)
         steps = nest.map_structure(self._step_shape, input_shape)
         build_cell(self.cell, steps, self.compute_dtype or "float32")
         if self.stateful:
-            self._make_states(TensorShape(nest.flatten(input_shape)[0]))
+            self._make_states(first)
         self.built = True
 
     def _step_shape(self, shape: Any) -> TensorShape:
         dims = tuple(TensorShape(shape))
         return TensorShape((dims[1 if self.time_major else 0], *dims[2:]))
 
-    def _make_states(self, shape: TensorShape) -> None:
-        batch = shape[1 if self.time_major else 0]
-        if batch is None:
+    def _check_batch(self, shape: TensorShape) -> None:
+        if shape[1 if self.time_major else 0] is None:
             raise ShapeError(
                 message(
                     self._name,
@@ -125,6 +141,9 @@ class RNN(Layer):
                     "Pass batch_input_shape to the layer, or give the Input a batch_size.",
                 )
             )
+
+    def _make_states(self, shape: TensorShape) -> None:
+        batch = shape[1 if self.time_major else 0]
         dims: list[int | None] = [None] * len(shape)
         dims[1 if self.time_major else 0] = batch
         self.input_spec = InputSpec(shape=tuple(dims))
@@ -140,22 +159,48 @@ class RNN(Layer):
     # --- call ---------------------------------------------------------------------------------------------------------
 
     def __call__(self, inputs: Any, initial_state: Any = None, constants: Any = None, **kwargs: Any) -> Any:
-        """Run the layer; a list stands for ``[inputs, state, ...]``, whose inputs may be nested."""
-        if isinstance(inputs, list | tuple):
-            given = list(inputs[1:])
-            inputs, initial_state = inputs[0], given if given and initial_state is None else initial_state
+        """Run the layer; a list stands for ``[inputs, state, ...]``, whose inputs may be nested: a tuple is one input.
+
+        Raises ValueError for states in a list and in `initial_state` at once.
+        """
+        if isinstance(inputs, list):
+            inputs, *given = inputs
+            if given and initial_state is not None:
+                wrong = "the states come twice, in the list of inputs and as initial_state"
+                raise LayerError(message(self._name, wrong, do="Give them in one place."))
+            initial_state = given or initial_state
+        if _is_made_of_numbers(kwargs.get("mask")):
+            kwargs["mask"] = as_tensor(kwargs["mask"])
         if nest.is_nested(inputs) and not self.built:
             self.input_spec = nest.map_structure(lambda _: InputSpec(min_ndim=3), inputs)
         if initial_state is not None:
             kwargs["initial_state"] = initial_state
         if constants is not None:
-            kwargs["constants"] = constants
+            if not takes_keyword(self.cell, "constants"):
+                wrong = f"the cell {cell_name(self.cell)} does not take constants"
+                raise LayerError(message(self._name, wrong, "a cell whose call has the argument `constants`"))
+            kwargs["constants"] = list(constants) if isinstance(constants, list | tuple) else [constants]
+        if not self.built:
+            self._check_before_build(inputs, kwargs.get("mask"), initial_state)
         return super().__call__(inputs, **kwargs)
+
+    def _check_before_build(self, inputs: Any, mask: Any, initial_state: Any) -> None:
+        """Refuse a mask and states that do not fit while nothing is built and no batch size is kept."""
+        first = nest.flatten(inputs)[0]
+        rank = TensorShape(getattr(first, "shape", ())).rank
+        if rank is None or rank < 3:
+            return  # the input spec says it
+        self._fitting_mask(mask, inputs)
+        if initial_state is not None:
+            self._checked(nest.flatten(initial_state), tuple(first.shape)[1 if self.time_major else 0])
 
     def call(
         self, inputs: Any, mask: Any = None, training: Any = None, initial_state: Any = None, constants: Any = None
     ) -> Any:
         """Run the cell over `inputs`; see the class."""
+        if self.unroll and tuple(nest.flatten(inputs)[0].shape)[0 if self.time_major else 1] is None:
+            wrong = "Cannot unroll a RNN if the time dimension is undefined"
+            raise ShapeError(message(self._name, wrong, do="Use unroll=False."))
         states = self._starting_states(inputs, initial_state)
         run = Run(
             self._time_major_mask(mask, inputs),
@@ -174,6 +219,9 @@ class RNN(Layer):
 
     def _result(self, outputs: Any, states: list[Any]) -> Any:
         if not self.return_sequences:
+            if tuple(nest.flatten(outputs)[0].shape)[0] == 0:
+                wrong = "the time axis is empty, so there is no last output"
+                raise ShapeError(message(self._name, wrong, "at least one step", 0, "Use return_sequences=True."))
             result = nest.map_structure(lambda o: o[-1], outputs)
         else:
             result = outputs if self.time_major else nest.map_structure(_swapped, outputs)
@@ -182,7 +230,8 @@ class RNN(Layer):
         packed = nest.pack_sequence_as(self.cell.state_size, states)
         return [result, *(packed if nest.is_nested(packed) else [packed])]
 
-    def _time_major_mask(self, mask: Any, inputs: Any) -> Any:
+    def _fitting_mask(self, mask: Any, inputs: Any) -> Any:
+        """Return the mask as a tensor, None if there is none. Raises ShapeError for one that does not fit."""
         mask = next((m for m in nest.flatten(mask) if m is not None), None)
         if mask is None:
             return None
@@ -190,10 +239,22 @@ class RNN(Layer):
         expected = tuple(nest.flatten(inputs)[0].shape)[:2]
         if not TensorShape(mask.shape).is_compatible_with(expected):
             raise ShapeError(message(self._name, "the mask does not fit the inputs", expected, tuple(mask.shape)))
+        return mask
+
+    def _time_major_mask(self, mask: Any, inputs: Any) -> Any:
+        mask = self._fitting_mask(mask, inputs)
+        if mask is None:
+            return None
         mask = mask if mask.dtype == bool else ops.cast(mask, bool)
         return mask if self.time_major else ops.transpose(mask)
 
     # --- states -------------------------------------------------------------------------------------------------------
+
+    def get_initial_state(self, inputs: Any) -> list[Any]:
+        """Return the list of states that the cell starts from, for `inputs` as the layer takes them."""
+        batch, dtype = batch_of(inputs, 1 if self.time_major else 0), nest.flatten(inputs)[0].dtype
+        state = starting_state(self.cell, None, batch, dtype)
+        return list(state) if isinstance(state, list | tuple) else [state]
 
     def _starting_states(self, inputs: Any, given: Any) -> list[Any]:
         axis = 1 if self.time_major else 0
@@ -201,13 +262,7 @@ class RNN(Layer):
             return self._checked(nest.flatten(given), batch_of(inputs, axis))
         if self.stateful:
             return [v if is_symbolic(inputs) else v.read() for v in self._kept.variables]
-        first = nest.flatten(inputs)[0]
-        own = getattr(self.cell, "get_initial_state", None)
-        size, dtype = self.cell.state_size, first.dtype
-        batch = batch_of(inputs, axis)
-        if own is None:
-            return nest.flatten(initial_state(size, None, batch, dtype))
-        return nest.flatten(own(inputs=None, batch_size=batch, dtype=dtype))
+        return nest.flatten(self.get_initial_state(inputs))
 
     def _checked(self, states: list[Any], batch: Any) -> list[Any]:
         sizes = nest.flatten(self.cell.state_size)
@@ -225,12 +280,18 @@ class RNN(Layer):
         return states
 
     def _keep(self, last: list[Any]) -> None:
-        for variable, value in zip(self._kept.variables, last, strict=True):
-            if is_symbolic(value):
+        if is_symbolic(last):
+            for variable, value in zip(self._kept.variables, last, strict=True):
                 self.add_update(variable.assign(value))
-            else:
-                array = as_value(value)
-                variable.store(variable.accept(array if is_array(array) else asarray(array)))
+        else:
+            self._store(last)
+
+    def _store(self, values: list[Any]) -> None:
+        """Keep these states: all of them, or none if one does not fit."""
+        kept = self._kept.variables
+        arrays = [variable.accept(value) for variable, value in zip(kept, values, strict=True)]
+        for variable, array in zip(kept, arrays, strict=True):
+            variable.store(array)
 
     @property
     def states(self) -> list[Any]:
@@ -265,8 +326,7 @@ class RNN(Layer):
                         self._name, f"State {index} is incompatible with the layer", tuple(variable.shape), array.shape
                     )
                 )
-        for variable, array in zip(kept, arrays, strict=True):
-            variable.store(variable.accept(array))
+        self._store(arrays)
 
     # --- shapes, masks, configuration ---------------------------------------------------------------------------------
 
@@ -280,12 +340,10 @@ class RNN(Layer):
             raise ShapeError(message(self._name, "not the shape of sequences", "rank 3 or more", shape))
         batch, time = (shape[1], shape[0]) if self.time_major else (shape[0], shape[1])
         states = [TensorShape((batch, *size_of(size))) for size in nest.flatten(self.cell.state_size)]
-        size = getattr(self.cell, "output_size", None)
-        width = size_of(nest.flatten(self.cell.state_size)[0]) if size is None else size_of(size)
+        leading: tuple[Any, ...] = (batch,)
         if self.return_sequences:
-            output = TensorShape((time, batch, *width) if self.time_major else (batch, time, *width))
-        else:
-            output = TensorShape((batch, *width))
+            leading = (time, batch) if self.time_major else (batch, time)
+        output = nest.map_structure(lambda s: TensorShape((*leading, *size_of(s))), output_size_of(self.cell))
         return [output, *states] if self.return_state else output
 
     def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
@@ -304,6 +362,12 @@ class RNN(Layer):
     def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Any:
         """Make the layer and its cell from the dictionary of `get_config`, which is not modified."""
         return cls(**{**config, "cell": registry.make_cell(config["cell"], custom_objects)})
+
+
+def _is_made_of_numbers(mask: Any) -> bool:
+    """Say whether a mask is lists of numbers, one mask, rather than a structure of masks."""
+    leaves = nest.flatten(mask) if nest.is_nested(mask) else []
+    return bool(leaves) and all(isinstance(one, bool | int | np.generic) for one in leaves)
 
 
 def _swapped(x: Any) -> Any:

@@ -58,6 +58,8 @@ class _Body:
             raise ShapeError(
                 message("scan", "a state changes its shape from step to step", tuple(old.shape), tuple(new.shape))
             )
+        if new.dtype != old.dtype and is_floating(new.dtype) and is_floating(old.dtype):
+            return ops.cast(new, old.dtype)  # as in a cell with another policy than the layer around it
         if new.dtype != old.dtype:
             raise StructureError(message("scan", "a state changes its dtype from step to step", old.dtype, new.dtype))
         return ops.identity(new)
@@ -84,7 +86,8 @@ def _loop(body: _Body, values: Sequence[Any], sequences: int, reverse: bool) -> 
     collected: list[list[Any]] = []
     time = len(slices[0])
     if not time:
-        raise ShapeError(message("scan", "the time axis is empty", "at least one step", 0))
+        batch = tuple(values[0].shape)[1]
+        return [*(ops.zeros((0, batch, *tuple(o.shape)[1:]), o.dtype) for o in body.outputs), *states]
     for t in range(time - 1, -1, -1) if reverse else range(time):
         outputs, states = body.run([x[t] for x in slices], states, captured)
         collected.append(outputs)
@@ -199,7 +202,8 @@ def scan(
     """Run ``step(slices, states) -> (outputs, new_states)`` over the first axis of `sequences`, inside a graph.
 
     All are flat lists of tensors. Returns the outputs, stacked along a new first axis in processing order, and the last
-    states. Raises ValueError if a state changes its shape or dtype, and, when run, for an empty time axis.
+    states; a state keeps the floating dtype that it starts with. Raises ValueError if one changes its shape, or its
+    dtype otherwise.
     """
     tensors = [v for v in [*sequences, *states] if isinstance(v, GraphTensor)]
     outer = active_graph() or tensors[0].graph

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from gpulayers import nest
 from gpulayers.dtypes import TensorShape
 from gpulayers.errors import StructureError, message
 from gpulayers.layers.calling import signature_of
+from gpulayers.layers.config_part import as_shape_structure
 from gpulayers.layers.modern import Layer
 from gpulayers.nn import registry
 from gpulayers.nn.building import build_cell
-from gpulayers.nn.states import cell_output_shape, initial_state, require_cell, size_of
+from gpulayers.nn.fused import keeps
+from gpulayers.nn.keywords import takes_keyword
+from gpulayers.nn.residual import check_cell_depths
+from gpulayers.nn.states import (
+    cell_output_shape,
+    output_and_state,
+    output_size_of,
+    require_cell,
+    size_of,
+    starting_state,
+)
 
 __all__ = ["StackedRNNCells"]
 
@@ -44,10 +56,7 @@ class StackedRNNCells(Layer):
     @property
     def output_size(self) -> Any:
         """The last cell's."""
-        last = self.cells[-1]
-        if getattr(last, "output_size", None) is not None:
-            return last.output_size
-        return nest.flatten(last.state_size)[0]
+        return output_size_of(self.cells[-1])
 
     def _in_state_order(self) -> list[Any]:
         return self.cells[::-1] if self.reverse_state_order else self.cells
@@ -58,22 +67,25 @@ class StackedRNNCells(Layer):
 
     def get_initial_state(self, inputs: Any = None, batch_size: Any = None, dtype: Any = None) -> Any:
         """Return the tuple of the cells' initial states."""
-        states = []
-        for cell in self._in_state_order():
-            own = getattr(cell, "get_initial_state", None)
-            found = own(inputs=inputs, batch_size=batch_size, dtype=dtype) if own else None
-            states.append(initial_state(cell.state_size, inputs, batch_size, dtype) if found is None else found)
-        return tuple(states)
+        return tuple(starting_state(cell, inputs, batch_size, dtype) for cell in self._in_state_order())
 
     def build(self, input_shape: Any) -> None:
         """Build each cell for the output size of the one below."""
-        shape = TensorShape(input_shape[0] if isinstance(input_shape, list) else input_shape)
-        for cell in self.cells:
+        self._check_depths(input_shape)
+        for cell, shape in self._with_shapes(input_shape):
             build_cell(cell, shape, self.compute_dtype or "float32")
-            width = getattr(cell, "output_size", None)
-            width = nest.flatten(cell.state_size)[0] if width is None else width
-            shape = TensorShape((shape[0], *size_of(width)))
         self.built = True
+
+    def _with_shapes(self, input_shape: Any) -> Iterator[tuple[Any, Any]]:
+        """Give each cell with the shape of its inputs, lowest first."""
+        shape = nest.flatten(as_shape_structure(input_shape, self._name))[0]
+        for cell in self.cells:
+            yield cell, shape
+            shape = TensorShape((shape[0], *size_of(output_size_of(cell))))
+
+    def _check_depths(self, shape: Any) -> None:
+        for cell, own in self._with_shapes(shape):
+            check_cell_depths(cell, own)
 
     def call(
         self, inputs: Any, states: Any, constants: Any = None, training: Any = None, **kwargs: Any
@@ -87,26 +99,24 @@ class StackedRNNCells(Layer):
         current, new_states = inputs, []
         for cell, state in zip(self.cells, own, strict=True):
             nested = nest.is_nested(state)
-            current, new_state = cell(
-                current, state if nested else [state], **self._keywords(cell, constants, training, kwargs)
-            )
+            result = cell(current, state if nested else [state], **self._keywords(cell, constants, training, kwargs))
+            current, new_state = output_and_state(cell, result)
             flat = nest.flatten(new_state)
             new_states.append(nest.pack_sequence_as(cell.state_size, flat))
         return current, tuple(new_states[::-1] if self.reverse_state_order else new_states)
 
     @staticmethod
     def _keywords(cell: Any, constants: Any, training: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        signature = signature_of(getattr(cell, "call", cell))
         keywords = dict(kwargs)
-        if training is not None and signature.training:
+        if training is not None and signature_of(getattr(cell, "call", cell)).training:
             keywords["training"] = training
-        if constants is not None and "constants" in signature.names:
+        if constants is not None and takes_keyword(cell, "constants"):
             keywords["constants"] = constants
         return keywords
 
     def _fused_cells(self) -> list[Any] | None:
         """Return the cells, if running each over the whole sequence is the same as calling this one at each step."""
-        plain = type(self).call is StackedRNNCells.call and not self.reverse_state_order
+        plain = keeps(self, "call") and not self.reverse_state_order
         return self.cells if plain else None
 
     def get_config(self) -> dict[str, Any]:  # noqa: D102

@@ -11,16 +11,17 @@ from typing import Any
 from gpulayers import nest, ops
 from gpulayers.dtypes import TensorShape, as_dtype, is_floating
 from gpulayers.errors import LayerError, ShapeError, StructureError, message
-from gpulayers.layers.calling import signature_of
+from gpulayers.layers.calling import probing, signature_of
 from gpulayers.layers.core import CoreLayer
 from gpulayers.layers.legacy import LegacyLayer
 from gpulayers.layers.modern import Layer
-from gpulayers.nn.dropout_masks import draw_masks, held_masks, holding
-from gpulayers.nn.fused import FusedCell, Sequence
+from gpulayers.nn.dropout_masks import draw_masks, holding, is_held, may_drop
+from gpulayers.nn.fused import FusedCell, Sequence, keeps
 from gpulayers.nn.residual import check_depths
 from gpulayers.nn.scan import scan
-from gpulayers.nn.states import batch_of
-from gpulayers.trace import GraphTensor, active_graph, autocast
+from gpulayers.nn.states import batch_of, cell_name, output_and_state
+from gpulayers.trace import FunctionGraph, GraphTensor, active_graph, autocast
+from gpulayers.trace.graph import new_placeholder
 
 __all__ = ["Run", "is_symbolic", "run_cell"]
 
@@ -90,8 +91,8 @@ def fused_parts(cell: Any) -> list[Part] | None:
 
 
 def _quiet(cell: Any) -> bool:
-    """Say whether calling a cell does no more than its `call`: no losses, no checks of inputs by the user."""
-    if not isinstance(cell, CoreLayer):
+    """Say whether calling a cell does no more than its `call`: no losses, no checks of inputs, no steps of a user's."""
+    if not isinstance(cell, CoreLayer) or not keeps(cell, "__call__"):
         return False
     checked = cell.input_spec is not None and not isinstance(cell, LegacyLayer)
     return cell.activity_regularizer is None and not checked and not cell.dynamic
@@ -139,26 +140,20 @@ def _general(cell: Any, x: Any, states: list[Any], run: Run) -> tuple[Any, list[
     leaves = nest.flatten(x)
     time = tuple(leaves[0].shape)[0]
     stepper = _Stepper(cell, x, run)
-    symbolic = is_symbolic(x, states, run.mask)
-    with holding(_all_masks(cell, x, run.training)):
-        if symbolic and not run.unroll and not (time is not None and _has_losses(cell)):
-            if _has_losses(cell):
+    looped = is_symbolic(x, states, run.mask) and not run.unroll
+    with holding(_all_masks(cell, x, run.training, looped)):
+        found = _scan_steps(stepper, leaves, states, run) if looped else None
+        if found is None:
+            if time is None:
                 raise LayerError(
                     message(
-                        cell.name,
-                        "an activity regularizer inside a loop needs the number of steps",
+                        cell_name(cell),
+                        "losses and updates inside a loop need the number of steps",
                         do="Give the inputs a known time length.",
                     )
                 )
-            flat, states = _scan_steps(stepper, leaves, states, run)
-        else:
-            if time is None:
-                raise ShapeError(
-                    message("RNN", "Cannot unroll a RNN if the time dimension is undefined", do="Use unroll=False.")
-                )
-            if not time:
-                raise ShapeError(message("RNN", "the time axis is empty", "at least one step", 0))
-            flat, states = _call_steps(stepper, leaves, states, run)
+            found = _call_steps(stepper, leaves, states, run) if time else (_no_steps(stepper, leaves, states), states)
+    flat, states = found
     return nest.pack_sequence_as(stepper.output_structure, flat), states
 
 
@@ -175,25 +170,22 @@ class _Stepper:
 
     def __call__(self, slices: list[Any], states: list[Any]) -> tuple[list[Any], list[Any]]:
         state = nest.pack_sequence_as(self.cell.state_size, states)
-        output, new_state = self.cell(
-            nest.pack_sequence_as(self.input_structure, slices), [state] if self.listed else state, **self.keywords
-        )
+        inputs = nest.pack_sequence_as(self.input_structure, slices)
+        result = self.cell(inputs, [state] if self.listed else state, **self.keywords)
+        output, new_state = output_and_state(self.cell, result)
+        if any(leaf is None for leaf in nest.flatten(output)):
+            raise LayerError(message(cell_name(self.cell), "the output of a step is None", "tensors"))
         new_states = nest.flatten(new_state)
         if len(new_states) != len(states):
-            raise StructureError(
-                message(_name(self.cell), "the cell returned another number of states", len(states), len(new_states))
-            )
+            wrong = "the cell returned another number of states"
+            raise StructureError(message(cell_name(self.cell), wrong, len(states), len(new_states)))
         self.output_structure = output
         return nest.flatten(output), new_states
 
 
-def _name(cell: Any) -> str:
-    return getattr(cell, "name", None) or type(cell).__name__
-
-
 def _call_steps(stepper: _Stepper, leaves: list[Any], states: list[Any], run: Run) -> tuple[list[Any], list[Any]]:
-    slices = [ops.unstack(x, 0) for x in leaves]
-    masks = None if run.mask is None else ops.unstack(run.mask, 0)
+    slices = [ops.unstack(x, 0, tuple(leaves[0].shape)[0]) for x in leaves]
+    masks = None if run.mask is None else ops.unstack(run.mask, 0, len(slices[0]))
     collected: list[list[Any]] = []
     order = range(len(slices[0]))
     for t in reversed(order) if run.go_backwards else order:
@@ -205,6 +197,16 @@ def _call_steps(stepper: _Stepper, leaves: list[Any], states: list[Any], run: Ru
         states = new_states
         collected.append(outputs)
     return [ops.stack(list(column), 0) for column in zip(*collected, strict=True)], states
+
+
+def _no_steps(stepper: _Stepper, leaves: list[Any], states: list[Any]) -> list[Any]:
+    """Return the outputs of no steps (0, N, ...), of the shapes and dtypes that a step has: one that is not kept."""
+    graph = FunctionGraph()
+    slices = [new_placeholder(graph, x.dtype, tuple(x.shape)[1:], "step") for x in leaves]
+    carried = [new_placeholder(graph, s.dtype, s.shape, "state") for s in states]
+    with probing(), graph.as_default():
+        outputs, _ = stepper(slices, carried)
+    return [ops.zeros((0, batch_of(leaves, 1), *tuple(o.shape)[1:]), o.dtype) for o in outputs]
 
 
 def _held(
@@ -223,7 +225,21 @@ def _where(mask: Any, new: Any, old: Any) -> Any:
     return ops.where(ops.reshape(mask, (-1, *[1] * (len(new.shape) - 1))), new, old)
 
 
-def _scan_steps(stepper: _Stepper, leaves: list[Any], states: list[Any], run: Run) -> tuple[list[Any], list[Any]]:
+def _scan_steps(
+    stepper: _Stepper, leaves: list[Any], states: list[Any], run: Run
+) -> tuple[list[Any], list[Any]] | None:
+    """Run the steps as a loop in the graph; None if a step adds losses or updates: they would be those of one step."""
+    inside = _inside(stepper.cell)
+    if any(one.activity_regularizer is not None for one in inside):
+        return None
+    books = [one._loss_book for one in inside]
+    before = [book.state() for book in books]
+    found = _recorded_loop(stepper, leaves, states, run)
+    changed = [book.go_back(old) for book, old in zip(books, before, strict=True)]
+    return None if any(changed) else found
+
+
+def _recorded_loop(stepper: _Stepper, leaves: list[Any], states: list[Any], run: Run) -> tuple[list[Any], list[Any]]:
     if run.mask is None:
         return scan(stepper, leaves, states, run.go_backwards)
     count = len(states)
@@ -269,16 +285,23 @@ def _inside(cell: Any) -> list[Any]:
     return [cell, *cell.submodules] if isinstance(cell, CoreLayer) else []
 
 
-def _has_losses(cell: Any) -> bool:
-    return any(one.activity_regularizer is not None for one in _inside(cell))
+def _all_masks(cell: Any, x: Any, training: Any, looped: bool) -> list[tuple[Any, Any]]:
+    """Draw the dropout masks of all cells inside `cell`, for one layer call.
 
-
-def _all_masks(cell: Any, x: Any, training: Any) -> list[tuple[Any, Any]]:
-    """Draw the dropout masks of all cells inside `cell`, for one layer call."""
-    found = []
+    Cells that are not built yet, or may be called with a `training` of their own, get a place for masks of their first
+    step. A recorded loop has no first step: such cells then draw at every step, and have to be built for training.
+    """
+    found: list[tuple[Any, Any]] = []
     for one in _inside(cell):
-        if getattr(one, "_drops", False) and held_masks(one) is None:
+        if not getattr(one, "_drops", False) or is_held(one):
+            continue
+        if may_drop(training) and one.built:
             batch, dtype = batch_of(x, 1), one.compute_dtype or nest.flatten(x)[0].dtype
             x_nd, h_nu = (ops.zeros((batch, width), as_dtype(dtype)) for width in (one.kernel.shape[0], one.units))
             found.append((one, draw_masks(x_nd, h_nu, training, one.dropout, one.recurrent_dropout)))
+        elif not looped:
+            found.append((one, None))
+        elif may_drop(training):
+            wrong = f"the cell {one.name} inside it drops, and is not built before the loop"
+            raise LayerError(message(cell_name(cell), wrong, do="Build it in the build method of the cell around it."))
     return found

@@ -8,10 +8,10 @@ import numpy as np
 
 from gpulayers import nest, ops
 from gpulayers.device import is_array
-from gpulayers.dtypes import TensorShape, is_floating
+from gpulayers.dtypes import TensorShape
 from gpulayers.errors import DTypeError, LayerError, ShapeError, StructureError, message
 from gpulayers.nn.building import build_cell
-from gpulayers.nn.states import as_tensor, batch_of, check_states, initial_state, require_cell
+from gpulayers.nn.states import as_tensor, batch_of, check_states, require_cell, require_legacy_floating, starting_state
 from gpulayers.nn.unroll import Run, run_cell
 from gpulayers.ops.operation import Recordable
 from gpulayers.ops.recurrent import length_mask
@@ -109,12 +109,11 @@ def _run(cell: Any, x: Any, lengths: Any, state: Any, dtype: Any, name: str) -> 
     if state is None and dtype is None:
         raise LayerError(message(name, "If there is no initial_state, you must give a dtype"))
     steps = nest.map_structure(lambda leaf: TensorShape(tuple(leaf.shape)[1:]), x)
-    if not is_floating(first.dtype):
-        raise ValueError(f"{name}: RNN cell only supports floating point inputs, but saw dtype: {first.dtype}.")
+    require_legacy_floating(name, first)
     mask = None if lengths is None else length_mask(_checked_lengths(lengths, first, name), first)
     batch = batch_of(x, 1)
     if state is None:
-        states = nest.flatten(_zero_state(cell, batch, dtype))
+        states = nest.flatten(starting_state(cell, None, batch, dtype))
     else:
         _check_structure(cell, state, name)
         states = check_states(name, nest.flatten(state), cell.state_size, batch)
@@ -130,20 +129,12 @@ def _check_structure(cell: Any, state: Any, name: str) -> None:
         )
 
 
-def _zero_state(cell: Any, batch: Any, dtype: Any) -> Any:
-    own = getattr(cell, "get_initial_state", None)
-    if own is not None:
-        return own(inputs=None, batch_size=batch, dtype=dtype)
-    if hasattr(cell, "zero_state"):
-        return cell.zero_state(batch, dtype)
-    return initial_state(cell.state_size, None, batch, dtype)
-
-
 def _checked_lengths(lengths: Any, x: Any, name: str) -> Any:
     """Return lengths as a tensor, after the checks that need no look at device data."""
     given = lengths
     if not (isinstance(lengths, Recordable) or is_array(lengths)):
         lengths = np.asarray(lengths)
+        lengths = lengths if lengths.size else lengths.astype(np.int32)  # an empty list has no dtype
     if lengths.dtype.kind not in "iu":
         raise DTypeError(message(name, "sequence_length is not made of integers", "an integer dtype", lengths.dtype))
     time, batch = tuple(x.shape)[:2]

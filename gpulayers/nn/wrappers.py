@@ -18,13 +18,15 @@ from gpulayers.layers.naming import unique_layer_name
 from gpulayers.nn import registry
 from gpulayers.nn.building import build_inside
 from gpulayers.nn.dropout_maths import DropoutSettings, default_filter
-from gpulayers.nn.fused import FusedCell
-from gpulayers.nn.residual import apply_residual, check_depths
-from gpulayers.nn.states import cell_output_shape, initial_state, on_the_device
+from gpulayers.nn.fused import FusedCell, keeps
+from gpulayers.nn.residual import apply_residual, check_addition, check_cell_depths, check_depths
+from gpulayers.nn.states import cell_output_shape, initial_state, on_the_device, output_and_state, output_size_of
 from gpulayers.trace import FunctionGraph
 from gpulayers.trace.graph import new_placeholder
 
 __all__ = ["RNNCellDeviceWrapper", "RNNCellDropoutWrapper", "RNNCellResidualWrapper"]
+
+_FILTER = "dropout_state_filter_visitor"
 
 
 class _CellWrapper(Layer):
@@ -61,7 +63,7 @@ class _CellWrapper(Layer):
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """Return the shape (N, output_size) for inputs (N, D). TypeError for no shape, ValueError for an unknown D."""
-        return cell_output_shape(self._name, input_shape, self.output_size)
+        return cell_output_shape(self._name, input_shape, output_size_of(self.cell))
 
     def zero_state(self, batch_size: Any, dtype: Any) -> Any:
         """Return the cell's `zero_state`. Raises AttributeError for a modern cell, which has none."""
@@ -73,13 +75,18 @@ class _CellWrapper(Layer):
 
     def build(self, input_shape: Any) -> None:
         """Build the cell, unless it is built already: its variables are never made anew."""
-        build_inside(self.cell, input_shape, self.compute_dtype or "float32")
+        shape = as_shape_structure(input_shape, self._name)
+        self._check_depths(shape)
+        build_inside(self.cell, shape, self.compute_dtype or "float32")
         self.built = True
+
+    def _check_depths(self, shape: Any) -> None:
+        check_cell_depths(self.cell, shape)
 
     def _run_cell(self, inputs: Any, state: Any, training: Any, keywords: dict[str, Any]) -> tuple[Any, Any]:
         if training is not None and self._forwards_training:
             keywords = {**keywords, "training": training}
-        return self.cell.call(inputs, on_the_device(state), **keywords)
+        return output_and_state(self.cell, self.cell.call(inputs, on_the_device(state), **keywords))
 
     def get_config(self) -> dict[str, Any]:  # noqa: D102
         return {**super().get_config(), "cell": registry.cell_config(self.cell)}
@@ -160,12 +167,18 @@ class RNNCellResidualWrapper(_CellWrapper):
         own = as_shape_structure(input_shape, self._name)
         if not isinstance(own, TensorShape):
             return own
+        nest.assert_same_structure(own, shape)
         check_depths(own, shape)
         return shape
 
+    def _check_depths(self, shape: Any) -> None:
+        super()._check_depths(shape)
+        if self._residual_fn is None and keeps(self, "call"):
+            check_addition(shape, self.cell)
+
     def _fused_form(self) -> tuple[Any, bool] | None:
         """Return the cell whose fused sequence computes this wrapper, and True: inputs are added. None if none does."""
-        if self._residual_fn is None and type(self).call is RNNCellResidualWrapper.call:
+        if self._residual_fn is None and keeps(self, "call"):
             if isinstance(self.cell, FusedCell) and self.cell.fuses():
                 return self.cell, True
         return None
@@ -206,7 +219,7 @@ class RNNCellResidualWrapper(_CellWrapper):
                     "Register the function with gl.keras.utils.register_serializable and write it again.",
                 )
             )
-        settings["residual_fn"] = serialization.find(function, custom_objects, what="residual_fn")
+        settings["residual_fn"] = registry.find_function(function, "residual_fn", custom_objects)
         return settings
 
 
@@ -284,6 +297,10 @@ class RNNCellDropoutWrapper(_CellWrapper):
     def get_config(self) -> dict[str, Any]:  # noqa: D102
         return {**super().get_config(), **dropout_config(self._dropout, self._variational, self._input_size)}
 
+    @classmethod
+    def _read_settings(cls, settings: dict[str, Any], custom_objects: dict[str, Any] | None) -> dict[str, Any]:
+        return read_dropout_config(settings, custom_objects)
+
 
 def dropout_config(settings: DropoutSettings, variational: bool, input_size: Any) -> dict[str, Any]:
     """Return the configuration entries of a dropout wrapper."""
@@ -291,8 +308,13 @@ def dropout_config(settings: DropoutSettings, variational: bool, input_size: Any
     config = {f"{kind}_keep_prob": settings.keep[kind] for kind in ("input", "output", "state")}
     config |= {"variational_recurrent": variational, "input_size": input_size, "seed": settings.seed}
     if visitor is not default_filter:
-        config["dropout_state_filter_visitor"] = visitor
+        config[_FILTER] = registry.function_config(visitor)
     return config
+
+
+def read_dropout_config(settings: dict[str, Any], custom_objects: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the constructor's arguments for a dropout wrapper's configuration: the filter's name gives the filter."""
+    return {**settings, _FILTER: registry.find_function(settings.get(_FILTER), _FILTER, custom_objects)}
 
 
 class RNNCellDeviceWrapper(_CellWrapper):

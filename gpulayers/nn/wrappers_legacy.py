@@ -7,15 +7,17 @@ from typing import Any
 
 from gpulayers.device import device as on_device
 from gpulayers.device import parse_device
+from gpulayers.dtypes import TensorShape
 from gpulayers.errors import message
+from gpulayers.layers.config_part import as_shape_structure
 from gpulayers.nn import registry
 from gpulayers.nn.building import build_cell
 from gpulayers.nn.cells_legacy import RNNCell
 from gpulayers.nn.dropout_maths import DropoutSettings
-from gpulayers.nn.fused import FusedCell
-from gpulayers.nn.residual import apply_residual
-from gpulayers.nn.states import require_cell
-from gpulayers.nn.wrappers import dropout_config
+from gpulayers.nn.fused import FusedCell, keeps
+from gpulayers.nn.residual import apply_residual, check_addition, check_cell_depths
+from gpulayers.nn.states import output_and_state, require_cell, starting_state
+from gpulayers.nn.wrappers import dropout_config, read_dropout_config
 
 __all__ = ["DeviceWrapper", "DropoutWrapper", "ResidualWrapper"]
 
@@ -30,7 +32,11 @@ class _LegacyWrapper(RNNCell):
         self.cell = cell
 
     def _build_as_cell(self, shape: Any, dtype: Any) -> None:
+        self._check_depths(as_shape_structure(shape, self._name))
         build_cell(self.cell, shape, dtype)
+
+    def _check_depths(self, shape: Any) -> None:
+        check_cell_depths(self.cell, shape)
 
     @property
     def wrapped_cell(self) -> Any:
@@ -53,7 +59,7 @@ class _LegacyWrapper(RNNCell):
 
     def get_initial_state(self, inputs: Any = None, batch_size: Any = None, dtype: Any = None) -> Any:
         """Return the cell's initial state."""
-        return self.cell.get_initial_state(inputs=inputs, batch_size=batch_size, dtype=dtype)
+        return starting_state(self.cell, inputs, batch_size, dtype)
 
     def __call__(self, inputs: Any, state: Any, scope: Any = None) -> Any:  # type: ignore[override]
         """Run one step; `scope` is handed to the cell."""
@@ -74,12 +80,19 @@ class _LegacyWrapper(RNNCell):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Any:
-        """Make a wrapper of a configuration whose ``cell`` was replaced by a live cell. ValueError if it was not."""
+        """Make a wrapper of a configuration whose ``cell`` was replaced by a live cell. ValueError if it was not.
+
+        `custom_objects`: functions by name, besides the registered ones.
+        """
         if isinstance(config.get("cell"), dict):
             raise ValueError(
                 message(cls.__name__, "the cell is a configuration", "a live cell", config["cell"].get("class_name"))
             )
-        return cls(**config)
+        return cls(**cls._read_settings(config, custom_objects))
+
+    @classmethod
+    def _read_settings(cls, settings: dict[str, Any], custom_objects: dict[str, Any] | None) -> dict[str, Any]:
+        return settings
 
 
 class ResidualWrapper(_LegacyWrapper):
@@ -94,18 +107,32 @@ class ResidualWrapper(_LegacyWrapper):
         self._residual_fn = residual_fn
 
     def _around_cell(self, inputs: Any, state: Any, cell: Callable[[Any, Any], Any]) -> Any:
-        output, new_state = cell(inputs, state)
+        if not getattr(self.cell, "built", True) and hasattr(inputs, "shape"):
+            self._check_depths(TensorShape(inputs.shape))
+        output, new_state = output_and_state(self.cell, cell(inputs, state))
         return apply_residual(self._residual_fn, inputs, output), new_state
 
+    def _check_depths(self, shape: Any) -> None:
+        super()._check_depths(shape)
+        if self._residual_fn is None and keeps(self, "_around_cell"):
+            check_addition(shape, self.cell)
+
     def _fused_form(self) -> tuple[Any, bool] | None:
-        plain = type(self)._around_cell is ResidualWrapper._around_cell and self._residual_fn is None
+        plain = keeps(self, "_around_cell") and self._residual_fn is None
         if plain and isinstance(self.cell, FusedCell) and self.cell.fuses():
             return self.cell, True
         return None
 
     def get_config(self) -> dict[str, Any]:  # noqa: D102
         config = super().get_config()
-        return config if self._residual_fn is None else {**config, "residual_fn": self._residual_fn}
+        if self._residual_fn is not None:
+            config["residual_fn"] = registry.function_config(self._residual_fn)
+        return config
+
+    @classmethod
+    def _read_settings(cls, settings: dict[str, Any], custom_objects: dict[str, Any] | None) -> dict[str, Any]:
+        function = registry.find_function(settings.get("residual_fn"), "residual_fn", custom_objects)
+        return {**settings, "residual_fn": function}
 
 
 class DropoutWrapper(_LegacyWrapper):
@@ -143,10 +170,14 @@ class DropoutWrapper(_LegacyWrapper):
         self._variational, self._input_size = bool(variational_recurrent), input_size
 
     def _around_cell(self, inputs: Any, state: Any, cell: Callable[[Any, Any], Any]) -> Any:
-        return self._dropout.around(inputs, state, cell)
+        return self._dropout.around(inputs, state, lambda i, s: output_and_state(self.cell, cell(i, s)))
 
     def get_config(self) -> dict[str, Any]:  # noqa: D102
         return {**super().get_config(), **dropout_config(self._dropout, self._variational, self._input_size)}
+
+    @classmethod
+    def _read_settings(cls, settings: dict[str, Any], custom_objects: dict[str, Any] | None) -> dict[str, Any]:
+        return read_dropout_config(settings, custom_objects)
 
 
 class DeviceWrapper(_LegacyWrapper):
@@ -161,6 +192,11 @@ class DeviceWrapper(_LegacyWrapper):
         """Return the cell's zero state, on the device."""
         with on_device(self._device_name):
             return self.cell.zero_state(batch_size, dtype)
+
+    def get_initial_state(self, inputs: Any = None, batch_size: Any = None, dtype: Any = None) -> Any:
+        """Return the cell's initial state, on the device."""
+        with on_device(self._device_name):
+            return super().get_initial_state(inputs, batch_size, dtype)
 
     def _around_cell(self, inputs: Any, state: Any, cell: Callable[[Any, Any], Any]) -> Any:
         with on_device(self._device_name):

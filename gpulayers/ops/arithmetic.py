@@ -42,6 +42,7 @@ __all__ = [
     "remainder",
     "rint",
     "rsqrt",
+    "select",
     "sign",
     "sin",
     "sqrt",
@@ -162,9 +163,19 @@ isnan = _ufunc("isnan", type="IsNan", doc="Return whether `x` is not a number.")
 isinf = _ufunc("isinf", type="IsInf", doc="Return whether `x` is infinite.")
 isfinite = _ufunc("isfinite", type="IsFinite", doc="Return whether `x` is neither infinite nor not a number.")
 
+
+def select(xp: Any, condition: Any, x: Any, y: Any) -> Any:
+    """Return ``xp.where(condition, x, y)`` for arrays and numbers, bfloat16 for bfloat16: CuPy's makes that float32."""
+    result = xp.where(condition, x, y)
+    dtypes = [side.dtype for side in (x, y) if hasattr(side, "dtype")]
+    if dtypes and all(dtype.kind == "V" for dtype in dtypes):
+        return result.astype(dtypes[0], copy=False)
+    return result
+
+
 where: Operation = _elementwise(
     "where",
-    lambda xp, condition, x, y: xp.where(condition, x, y),
+    select,
     None,
     lambda c, g: where(c.inputs[0], g, 0.0),
     lambda c, g: where(c.inputs[0], 0.0, g),

@@ -1,9 +1,9 @@
 """Cutting an array into blocks that stay in a core's cache.
 
-A block is a megabyte, and four where it is only read: large enough that the calls on it last some 50 us and two
-threads seldom meet at the interpreter lock (``host_threads``), small enough that a chain of NumPy calls on it costs one
-trip to memory. Which blocks there are, and which of them are summed together, depends on the shape alone, never on the
-number of threads: results are the same bits on any machine with the same NumPy.
+A block is two megabytes, and four where it is only read: large enough that the calls on it last some 100 us and two
+threads seldom meet at the interpreter lock (``host_threads``), small enough that most of a chain of NumPy calls on it
+costs one trip to memory. Which blocks there are, and which of them are summed together, depends on the shape alone,
+never on the number of threads: results are the same bits on any machine with the same NumPy.
 
 No call made inside a task may start threads of its own: sums use ufuncs and ``vecdot`` on rows too short for a
 threaded BLAS.
@@ -18,17 +18,16 @@ from typing import Any, NamedTuple
 
 from gpulayers.ops.batch_norm_plan import Layout
 
-__all__ = ["LONG_ROW", "Block", "Operand", "View", "blocks_of", "runs_of", "threaded", "view_of"]
+__all__ = ["LONG_ROW", "Block", "Operand", "View", "blocks_of", "series_of", "threaded", "view_of"]
 
-ELEMENTS = 1024 * 1024 // 4  # of a block: the results of one call are in the cache for the next
-ELEMENTS_READ = 4 * ELEMENTS  # of a block that is only read
-TABLE = 64 * 1024 // 4  # elements of one row of a block with several rows channels first: its tables stay in the cache
+ELEMENTS = 2 * 1024 * 1024 // 4  # of a block
+ELEMENTS_READ = 2 * ELEMENTS  # of a block that is only read
+TABLE = 256 * 1024 // 4  # elements of one row of a block with several rows channels first: its tables stay in the cache
 LINE = 16  # slots: a multiple of it begins on a cache line, whatever `inner` is
-WIDE = 8192  # elements of a wide row: enough that a ufunc's inner loop hides its start
+WIDE = 2048  # elements of a wide row: enough to hide a loop's start, and a row of sums stays in the first-level cache
 NARROW_INNER = 64  # below this, channels-first rows are too short for a loop of their own
 LONG_ROW = 1024  # from here on a row's constants can be single numbers, and its sums taken by einsum
 THREADED_BYTES = 1 << 20  # below this, waking a thread costs more than it saves
-RUNS = 16  # enough that threads finish together when one is held up
 
 
 class Block(NamedTuple):
@@ -69,6 +68,11 @@ class View(NamedTuple):
     def shape(self) -> tuple[int, int, int, int]:
         """The shape to view arrays in."""
         return self.segments, self.length, self.slots, self.inner
+
+    def columns_of(self, block: Block) -> int:
+        """Return how many columns a block of a view with columns has."""
+        rows = self.length - self.even if block.rest else self.tile
+        return rows * (block.right - block.left) * self.inner
 
     @property
     def even(self) -> int:
@@ -134,13 +138,10 @@ def blocks_of(view: View) -> tuple[Block, ...]:
 
 
 @functools.lru_cache(maxsize=256)
-def runs_of(view: View) -> tuple[tuple[Block, ...], ...]:
-    """Return the blocks in runs that cover the same statistics, cut to about `RUNS` or more."""
-    blocks = blocks_of(view)
-    most = -(-len(blocks) // RUNS)
-    same = itertools.groupby(blocks, lambda block: (block.segment % view.tables, *block[1:2], *block[4:]))
-    groups = (tuple(group) for _, group in same)
-    return tuple(group[start : start + most] for group in groups for start in range(0, len(group), most))
+def series_of(view: View) -> tuple[tuple[Block, ...], ...]:
+    """Return the blocks in series that cover the same statistics, each series as long as the order of blocks allows."""
+    same = itertools.groupby(blocks_of(view), lambda block: (block.segment % view.tables, *block[1:2], *block[4:]))
+    return tuple(tuple(series) for _, series in same)
 
 
 def _blocks(view: View) -> Iterator[Block]:

@@ -1,9 +1,8 @@
 """Batch normalisation of large NumPy arrays in blocks: sums, and one affine sweep each way.
 
-Sums are taken of ``x - pivot``, in the working dtype inside a block and in float64 across blocks. The pivot is 0, which
-costs no subtraction, where a sample of the array and then the sums themselves show every channel's mean within a few
-standard deviations of 0; else it is the sample's mean, and the sums are taken again if even that lies too far away. The
-pivot stays in the normalise step, ``y = (x - pivot) * a + b``.
+Sums are taken of ``x - pivot``, in the working dtype inside a block and in float64 across blocks. The pivot is 0 first,
+which costs no subtraction. Where the sums show a channel's mean more than a few standard deviations away from 0, they
+are taken again with the means as pivots, which then stay in the normalise step, ``y = (x - pivot) * a + b``.
 """
 
 from __future__ import annotations
@@ -14,18 +13,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpulayers.ops.batch_norm_blocks import LONG_ROW, Block, Operand, View, blocks_of, runs_of, threaded, view_of
+from gpulayers.ops.batch_norm_blocks import LONG_ROW, Block, Operand, View, blocks_of, series_of, threaded, view_of
 from gpulayers.ops.batch_norm_plan import Layout
 from gpulayers.ops.host_buffers import aligned
 from gpulayers.ops.host_threads import run_tasks
 
 __all__ = ["Affine", "backward_apply", "backward_sums", "clear", "moments", "near_zero", "normalise"]
 
-FAR_PIVOT = 16.0  # (mean - pivot)^2 / variance above which float32 sums and factors lose digits: take a nearer pivot
+FAR_PIVOT = 16.0  # (mean - pivot)^2 / variance above which float32 factors lose digits: keep the pivot
+FAR_SUMS = 4.0  # and above which float32 sums do: take them again around the mean
 REPEATED = 1 << 20  # elements that a table may be blown up to
-SAMPLE = 4096  # elements of the sample, and at least
-SAMPLE_ROWS = 4  # from several rows: neighbours in one are often alike
-SAMPLE_EACH = 16  # of every statistic: fewer often look far from 0 by chance
 PIECE = 2048  # elements of a row summed at once, where it has two of them
 
 
@@ -133,27 +130,25 @@ def _sum_and_dot(u: Any, v: Any, ones: Any, into: Any) -> None:
 
 
 def _column_sums(view: View, operands: Sequence[Any], pair: Callable[..., Any], dtype: Any, itemsize: int) -> Any:
-    """Channels last: one sum for every column of a block, folded once per run of blocks."""
+    """Channels last: one sum for every column of a block, folded for all blocks of the same statistics at once."""
 
-    def work(run: list[tuple[Any, ...]]) -> Any:
-        sums = None
-        for index, parts in enumerate(run):
-            u, v = pair(*parts)
-            if sums is None:
-                sums = np.empty((2, len(run), u.shape[1]), dtype)
-            np.add.reduce(u, axis=0, out=sums[0, index])
-            np.einsum("rc,rc->c", u, v, out=sums[1, index])
-        return sums
+    def work(task: tuple[Any, Any, tuple[Any, ...]]) -> None:
+        first, second, parts = task
+        u, v = pair(*parts)
+        np.einsum("rc,rc->c", u, v, out=second)  # the slower one first: it hides behind the memory
+        np.add.reduce(u, axis=0, out=first)
 
-    runs = runs_of(view)
+    series = series_of(view)
+    sums = [np.empty((2, len(blocks), view.columns_of(blocks[0])), dtype) for blocks in series]
+    into = [pair for each in sums for pair in zip(*each, strict=True)]
+    parts = _parts(blocks_of(view), operands)
+    run_tasks(work, [(*pair, part) for pair, part in zip(into, parts, strict=True)], threaded(view, itemsize))
     totals = np.zeros((2, view.tables, view.slots))
-    results = run_tasks(work, [_parts(run, operands) for run in runs], threaded(view, itemsize))
-    for (block, *_), sums in zip(runs, results, strict=True):
-        width = (block.right - block.left) * view.inner
-        folded = np.add.reduce(sums.reshape(2, -1, width), axis=1, dtype=np.float64)
-        if view.inner > 1:
-            folded = np.add.reduce(folded.reshape(2, -1, view.inner), axis=2)
-        totals[:, block.segment % view.tables, block.left : block.right] += folded
+    for blocks, each in zip(series, sums, strict=True):
+        left, right = blocks[0].left, blocks[0].right
+        columns = np.matmul(np.ones(len(blocks)), each.astype(np.float64))
+        folded = np.add.reduce(columns.reshape(2, -1, right - left, view.inner), axis=(1, 3))
+        totals[:, blocks[0].segment % view.tables, left:right] += folded
     return totals
 
 
@@ -192,35 +187,18 @@ def _power_sums(x: Any, layout: Layout, pivot: Any, dtype: Any) -> Any:
     return _two_sums(view, (Operand(view, x), _pivot_table(view, pivot, dtype)), pair, dtype, x.itemsize)
 
 
-def _first_pivot(x: Any, layout: Layout, dtype: Any) -> Any:
-    """Return 0 where a sample's means are near it, beside its standard deviations; else the sample's means."""
-    rows, groups, spread, channels, inner, _ = layout
-    wanted = max(SAMPLE_EACH, SAMPLE // (groups * channels))  # values per statistic, from several rows if there are any
-    many = min(rows, max(SAMPLE_ROWS, -(-wanted // (spread * inner))))
-    places = min(spread, -(-wanted // many))
-    neighbours = min(inner, -(-wanted // (many * places)))
-    middle = (inner - neighbours) // 2
-    five = x.reshape(layout[:5])[:: -(-rows // many), :, :: -(-spread // places), :, middle : middle + neighbours]
-    sample = np.array(five.transpose(0, 2, 4, 1, 3), dtype, order="C").reshape(-1, groups * channels)
-    mean = np.add.reduce(sample, axis=0) / len(sample)
-    sample -= mean
-    variance = np.einsum("rc,rc->c", sample, sample) / len(sample)
-    near = (mean * mean <= FAR_PIVOT / 4 * variance).all()
-    pivot = np.zeros_like(mean) if near else np.where(np.isfinite(mean), mean, 0)
-    return pivot.reshape(groups, channels)
-
-
 def moments(x: Any, layout: Layout, dtype: Any) -> tuple[Any, Any, Any]:
     """Return (pivot, mean - pivot, biased variance), each of shape (groups, channels).
 
     `x` is contiguous. `pivot` has `dtype`, which the arithmetic is done in (float32 or float64); the others are
     float64.
     """
-    pivot = _first_pivot(x, layout, dtype)
+    pivot = np.zeros((layout.groups, layout.channels), dtype)
     offset, variance = _from_sums(_power_sums(x, layout, pivot, dtype), layout)
-    if (offset * offset > FAR_PIVOT * variance).any():
-        better = (pivot + offset).astype(dtype)
-        pivot = np.where(np.isfinite(better), better, pivot)
+    near = offset * offset <= FAR_SUMS * variance
+    if not (near & np.isfinite(variance)).all():
+        mean = offset.astype(dtype)
+        pivot = np.where(np.isfinite(mean), mean, pivot)
         offset, variance = _from_sums(_power_sums(x, layout, pivot, dtype), layout)
     return pivot, offset, variance
 

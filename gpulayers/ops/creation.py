@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gpulayers.device import asarray, asnumpy, is_array
+from gpulayers.device import asarray, asnumpy, current_device, is_array, placed
 from gpulayers.dtypes import as_dtype
 from gpulayers.errors import DTypeError, message
 from gpulayers.ops.operation import Operation, Recordable, Shape, Spec
@@ -38,7 +38,8 @@ def made(
 
     def forward(xp: Any, *vector: Any, shape: Shape, dtype: np.dtype, **options: Any) -> Any:
         sizes = host_sizes(vector[0]) if vector else shape
-        return create(default_module(), sizes, dtype=dtype, **options)
+        with placed(current_device()):
+            return create(default_module(), sizes, dtype=dtype, **options)
 
     operation = Operation(
         name,

@@ -11,6 +11,7 @@ import numpy as np
 from gpulayers.device import is_array
 from gpulayers.dtypes import as_dtype, broadcast_static_shape
 from gpulayers.errors import DTypeError, ShapeError, message
+from gpulayers.ops.indexing_kernels import add_rows, has_kernel
 from gpulayers.ops.operation import GradientContext, Operation, Recordable, Shape, Spec
 from gpulayers.ops.shaping import ravel
 from gpulayers.ops.static import axis_of, is_small_float, static_shape
@@ -31,18 +32,23 @@ class _Input(NamedTuple):
 def _add_rows(xp: Any, rows: Any, places: Any, count: int) -> Any:
     """Return an array of `count` rows, row i holding the sum of those `rows` whose place is i.
 
-    Rows are sorted by place, stably, and each run is added up from front to back, so the result has the same bits at
-    every run, which scattering with atomics would not give. 16-bit floats are added up in float32.
+    Rows are sorted by place, stably, and each run is added up by itself, from front to back, so the result has the same
+    bits at every run, which scattering with atomics would not give. 16-bit floats are added up in float32.
     """
+    if not rows.size or not count:
+        return xp.zeros((count, *rows.shape[1:]), dtype=rows.dtype)
+    order = xp.argsort(places, kind="stable")
+    sorted_places = places[order]
+    if xp is not np and has_kernel(rows.dtype):  # CuPy's reduceat takes differences of one sum over all rows
+        result = xp.zeros((count, *rows.shape[1:]), dtype=rows.dtype)
+        add_rows(rows, order, sorted_places, result)
+        return result
     wide = np.float32 if is_small_float(rows.dtype) else rows.dtype
     result = xp.zeros((count, *rows.shape[1:]), dtype=wide)
-    if rows.shape[0] and result.size:
-        order = xp.argsort(places, kind="stable")
-        sorted_places = places[order]
-        first = xp.ones(sorted_places.shape, dtype=bool)
-        first[1:] = sorted_places[1:] != sorted_places[:-1]
-        starts = xp.flatnonzero(first)
-        result[sorted_places[starts]] = xp.add.reduceat(rows[order].astype(wide, copy=False), starts, axis=0)
+    first = xp.ones(sorted_places.shape, dtype=bool)
+    first[1:] = sorted_places[1:] != sorted_places[:-1]
+    starts = xp.flatnonzero(first)
+    result[sorted_places[starts]] = xp.add.reduceat(rows[order].astype(wide, copy=False), starts, axis=0)
     return result.astype(rows.dtype, copy=False)
 
 

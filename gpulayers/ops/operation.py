@@ -262,15 +262,15 @@ def as_arrays(name: str, inputs: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
             arrays.append(np.asarray(asarray(value, device="cpu")))
         else:
             arrays.append(xp.asarray(value if is_array(value) else asarray(value, device="cpu")))
-    return xp, _beside_bfloat16(arrays) if xp is np else arrays
+    return xp, _beside_bfloat16(arrays)
 
 
 def _beside_bfloat16(inputs: Sequence[Any]) -> Sequence[Any]:
-    """Return numbers beside a bfloat16 array in its dtype: NumPy would promote such dtypes, which it does not own."""
-    dtype = next((v.dtype for v in inputs if type(v) is np.ndarray and v.dtype.kind == "V"), None)
+    """Return numbers beside a bfloat16 array in its dtype: NumPy and CuPy would make both float32 or more."""
+    dtype = next((v.dtype for v in inputs if type(v) not in _NUMBERS and v.dtype.kind == "V"), None)
     if dtype is None:
         return inputs
-    return [np.asarray(value, dtype) if type(value) in (int, float) else value for value in inputs]
+    return [dtype.type(float(value)) if type(value) in (int, float) else value for value in inputs]
 
 
 # --- shape rules that most operations share ---------------------------------------------------------------------------

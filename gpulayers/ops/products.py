@@ -82,7 +82,11 @@ matmul = Operation(
     spec=_matmul_spec,
     gradient=_matmul_rule,
     type="MatMul",
-    doc="Return the matrix product over the last two axes, the axes before them broadcast; vectors as in NumPy.",
+    doc="""Return the matrix product over the last two axes, the axes before them broadcast; vectors as in NumPy.
+
+    On a GPU the same bits on every run as long as a thread multiplies on one stream: cuBLAS promises them to a handle
+    that serves one stream at a time, and CuPy has one handle for each thread and device.
+    """,
 )
 
 

@@ -10,6 +10,7 @@ from gpulayers.device import current_device, is_array
 from gpulayers.dtypes import as_dtype
 from gpulayers.errors import DTypeError, message
 from gpulayers.launch import keep
+from gpulayers.ops.arithmetic import select
 from gpulayers.ops.creation import made
 from gpulayers.ops.operation import Operation, Recordable, Spec
 from gpulayers.ops.shaping import cast
@@ -101,7 +102,7 @@ def _uniform_create(xp: Any, shape: Any, *, dtype: np.dtype, low: Any, high: Any
         return _unit(xp, shape, dtype, stream)
     result = (_unit(xp, shape, dtype, stream) * (high - low) + low).astype(dtype, copy=False)
     limit, least = xp.full((), high, dtype=dtype), xp.full((), low, dtype=dtype)
-    return xp.where(result < limit, result, least)  # rounding went up
+    return select(xp, result < limit, result, least)  # rounding went up
 
 
 def _normal_create(xp: Any, shape: Any, *, dtype: np.dtype, mean: float, stddev: float, stream: _Stream) -> Any:

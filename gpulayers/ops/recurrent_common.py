@@ -21,11 +21,13 @@ __all__ = [
     "gate_scale",
     "gate_slope",
     "hold_outputs",
-    "hold_outputs_backward",
     "mask_from_lengths",
+    "output_cotangents",
     "reverse_if",
     "skipped_rows",
+    "state_cotangent",
     "steps_per_block",
+    "times_mask",
     "working_dtype",
 ]
 
@@ -116,13 +118,17 @@ def gate_scale(recurrent_activation: str, dtype: np.dtype) -> Any:
     return dtype.type(_SCALE[recurrent_activation])
 
 
+_HALF = {np.dtype(name): np.array(0.5, name) for name in ("float32", "float64")}  # an array: a number costs more a call
+
+
 def finish_gates(recurrent_activation: str, gates: np.ndarray) -> None:
     """Turn scaled pre-activations (for sigmoid: their tanh, which the caller has taken) into gate values, in place."""
+    half = _HALF[gates.dtype]
     if recurrent_activation == "sigmoid":
-        np.multiply(gates, 0.5, out=gates)
-        np.add(gates, 0.5, out=gates)
+        np.multiply(gates, half, gates)
+        np.add(gates, half, gates)
     else:
-        np.add(gates, 0.5, out=gates)
+        np.add(gates, half, gates)
         np.clip(gates, 0.0, 1.0, out=gates)
 
 
@@ -156,13 +162,31 @@ def hold_outputs(outputs: np.ndarray, mask_tn: np.ndarray, zero: bool) -> None:
         np.copyto(outputs[t], outputs[t - 1] if t else 0.0, where=skipped[t])
 
 
-def hold_outputs_backward(d_outputs: np.ndarray, mask_tn: np.ndarray, zero: bool) -> np.ndarray:
-    """Return the cotangent of the outputs before `hold_outputs`: what a repeated output collects, zeros elsewhere."""
-    d_outputs = d_outputs.copy()
-    skipped = ~mask_tn[:, :, None]
+def output_cotangents(
+    d_outputs: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype, mask_tn: np.ndarray | None, zero: bool
+) -> np.ndarray:
+    """Return the cotangent of the outputs before `hold_outputs`, zeros where none arrived.
+
+    A step that does not count gets 0; what arrived at an output that was repeated goes to the one it repeats.
+    """
+    if d_outputs is None:
+        return np.zeros(shape, dtype)
+    if mask_tn is None:
+        return d_outputs.astype(dtype, copy=False)
+    d_outputs, skipped = d_outputs.astype(dtype), ~mask_tn[:, :, None]
     if not zero:
         for t in np.flatnonzero(skipped.any(axis=(1, 2)))[::-1]:
             if t:
                 np.add(d_outputs[t - 1], d_outputs[t], out=d_outputs[t - 1], where=skipped[t])
     np.copyto(d_outputs, 0.0, where=skipped)
     return d_outputs
+
+
+def state_cotangent(d_state: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Return the cotangent of a last state, an array of its own, zeros where none arrived."""
+    return np.zeros(shape, dtype) if d_state is None else d_state.astype(dtype)
+
+
+def times_mask(array: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    """Return `array` times a dropout mask, in the array's dtype; the array itself where there is none."""
+    return array if mask is None else array * mask.astype(array.dtype, copy=False)

@@ -16,12 +16,13 @@ import numpy as np
 
 from gpulayers.ops.host_buffers import recycled
 from gpulayers.ops.host_threads import InOrder, run_tasks
+from gpulayers.ops.recurrent_common import reverse_if
 from gpulayers.ops.recurrent_products import SMALL_PRODUCT, WORTH_A_THREAD, in_strips, strip_width, weight_strips
 
-__all__ = ["WeightGradients", "rows_times"]
+__all__ = ["WeightGradients", "input_gradients", "rows_times"]
 
 _NARROW = 16  # columns of a strip
-_TALL = 128  # rows summed by one product: enough that adding its result costs little beside it
+_TALL = 256  # rows summed by one product: enough that adding its result costs little beside it
 _CACHED = 1 << 20  # bytes of a sum that stays in the second-level cache
 
 
@@ -44,7 +45,7 @@ class WeightGradients:
         if small:
             self._totals = [self._zeros(left) for left in self._lefts]
             self._parts = [self._zeros(left) for left in self._lefts]
-            self._row = np.zeros(columns, right.dtype)
+            self._rows: list[np.ndarray] = []
 
     def _zeros(self, left: np.ndarray) -> np.ndarray:
         return np.zeros((self._strips, left.shape[1], _NARROW), self._right.dtype)
@@ -58,7 +59,7 @@ class WeightGradients:
         for first in range(start, end, self._tall):
             some = slice(first, min(first + self._tall, end))
             right = self._right[some]
-            np.add(self._row, np.add.reduce(right, axis=0), out=self._row)  # brings all of it into the cache, too
+            self._rows.append(np.add.reduce(right, axis=0))  # which brings all of it into the cache
             strips = right.reshape(-1, self._strips, _NARROW).transpose(1, 0, 2)
             for left, part, total in zip(self._lefts, self._parts, self._totals, strict=True):
                 np.matmul(left[some].T, strips, out=part)
@@ -72,7 +73,7 @@ class WeightGradients:
             return *(np.matmul(left.T, right) for left in self._lefts), np.matmul(ones, right)
         self._calls.finish()
         columns = self._strips * _NARROW
-        return *(total.transpose(1, 0, 2).reshape(-1, columns) for total in self._totals), self._row
+        return *(total.transpose(1, 0, 2).reshape(-1, columns) for total in self._totals), np.sum(self._rows, axis=0)
 
 
 def rows_times(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -91,3 +92,18 @@ def rows_times(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
     run_tasks(work, range(0, time, steps), threaded=True)
     return out
+
+
+def input_gradients(
+    rows: np.ndarray, kernel: np.ndarray, mask: np.ndarray | None, added: np.ndarray | None, go_backwards: bool
+) -> np.ndarray:
+    """Return dx (T, N, D), in the inputs' own direction, from the gradients `rows` (T, N, C) of the pre-activations.
+
+    `mask` is the inputs' dropout mask, `added` what reaches the inputs beside the cell.
+    """
+    d_x = rows_times(rows, kernel.T)
+    if mask is not None:
+        d_x *= mask
+    if added is not None:
+        d_x += added
+    return np.ascontiguousarray(reverse_if(go_backwards, d_x))

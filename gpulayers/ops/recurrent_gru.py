@@ -13,7 +13,7 @@ and in both h' = z h + (1 - z) n, output = h' (+ x with `residual`). Columns z, 
 Source: Cho et al. 2014 (reset before the product), cuDNN's variant (after); TensorFlow's column order. PyTorch has the
 columns r, z, n and only the second variant.
 
-The plan is that of the LSTM: gates lie in one buffer, each a contiguous (N, U) block per step, filled by the projection
+The plan is that of the LSTM: a step's gates lie side by side, each a contiguous (N, U) block, filled by the projection
 and activated in place; the backward pass makes its factors a block of steps at a time.
 """
 
@@ -34,15 +34,17 @@ from gpulayers.ops.recurrent_common import (
     gate_scale,
     gate_slope,
     hold_outputs,
-    hold_outputs_backward,
+    output_cotangents,
     reverse_if,
     skipped_rows,
+    state_cotangent,
     steps_per_block,
+    times_mask,
     working_dtype,
 )
-from gpulayers.ops.recurrent_gradients import WeightGradients, rows_times
+from gpulayers.ops.recurrent_gradients import WeightGradients, input_gradients
 from gpulayers.ops.recurrent_products import in_strips, weight_strips
-from gpulayers.ops.recurrent_projections import projected_blocks, steps_kept
+from gpulayers.ops.recurrent_projections import Inputs, inputs_of, projected_blocks, steps_kept
 
 __all__ = [
     "gru_sequence",
@@ -185,13 +187,13 @@ def gru_step_backward(
         if cotangent is not None:
             d_new += cotangent
     dtype, (batch, units) = h.dtype, h.shape
-    gates_gtnu = np.ascontiguousarray(gates.reshape(batch, 3, units).transpose(1, 0, 2))[:, None]
+    gates_tgnu = np.ascontiguousarray(gates.reshape(batch, 3, units).swapaxes(0, 1))[None]
     inner = saved[3][None]
     kernel, recurrent_kernel = kernel.astype(dtype, copy=False), recurrent_kernel.astype(dtype, copy=False)
     d_input, d_state = _gradient_buffers(1, batch, units, dtype, reset_after)
     weights = _WeightGradients(d_input, d_state, x[None], h[None], saved[3][None], reset_after)
     for start, end in _gru_loop_backward(
-        np.zeros((1, batch, units), dtype), d_new, h[None], gates_gtnu, inner, d_input, d_state, recurrent_kernel, None,
+        np.zeros((1, batch, units), dtype), d_new, h[None], gates_tgnu, inner, d_input, d_state, recurrent_kernel, None,
         None, reset_after, recurrent_activation,
     ):  # fmt: skip
         weights.add(start, end)
@@ -266,11 +268,10 @@ def gru_sequence(
     """
     _check(x_tnd, h0, kernel, recurrent_kernel, bias, residual, reset_after, recurrent_activation)
     dtype, (time, batch, _), units = working_dtype(x_tnd), x_tnd.shape, h0.shape[1]
-    x = np.ascontiguousarray(reverse_if(go_backwards, x_tnd), dtype)
-    dropped = x if input_mask is None else x * input_mask.astype(dtype, copy=False)
+    inputs = inputs_of(x_tnd, go_backwards, dtype, input_mask)
     ring = time + 1 if save else 2
     kept = time if save else steps_kept(time, 3 * batch * units * dtype.itemsize)
-    gates = recycled((3, kept, batch, units), dtype)
+    gates = recycled((kept, 3, batch, units), dtype)
     inner = recycled((time if save else 1, batch, units), dtype)
     h_tnu = recycled((ring, batch, units), dtype)
     h_tnu[0] = h0
@@ -278,13 +279,13 @@ def gru_sequence(
     mask = reverse_if(go_backwards, mask)
     weights = _inner_weights(kernel, recurrent_kernel, bias, reset_after, recurrent_activation, dtype, batch)
     _gru_loop(
-        dropped, x if residual else None, weights, gates, inner, h_tnu, outputs, mask, recurrent_mask, reset_after,
+        inputs, residual, weights, gates, inner, h_tnu, outputs, mask, recurrent_mask, reset_after,
         recurrent_activation,
     )  # fmt: skip
     if mask is not None:
         hold_outputs(outputs, mask, zero_output_for_mask)
     h_last = h_tnu[time % ring].astype(x_tnd.dtype)
-    return outputs.astype(x_tnd.dtype, copy=False), h_last, (x, h_tnu, gates, inner) if save else ()
+    return outputs.astype(x_tnd.dtype, copy=False), h_last, (inputs.x, h_tnu, gates, inner) if save else ()
 
 
 def _inner_weights(
@@ -309,52 +310,55 @@ def _inner_weights(
 
 
 def _gru_loop(
-    x: np.ndarray, added: np.ndarray | None, weights: tuple[np.ndarray, ...], gates: np.ndarray, inner: np.ndarray,
+    inputs: Inputs, residual: bool, weights: tuple[np.ndarray, ...], gates: np.ndarray, inner: np.ndarray,
     h_tnu: np.ndarray, outputs: np.ndarray, mask: np.ndarray | None, recurrent_mask: np.ndarray | None,
     reset_after: bool, activation: str,
 ) -> None:  # fmt: skip
     """Run all steps; allocates nothing inside the loop.
 
-    `gates` (3, T, N, U) receives z, r, n; `inner` (T, N, U) what r multiplied: c_h with `reset_after`, otherwise r h.
+    `gates` (T, 3, N, U) receives z, r, n; `inner` (T, N, U) what r multiplied: c_h with `reset_after`, otherwise r h.
     Where nothing is saved they hold fewer steps and `h_tnu` is a ring of 2.
     """
+    add, multiply, tanh, matmul = np.add, np.multiply, np.tanh, np.matmul
     kernel, recurrent, offset_gu, inner_offset_u = weights
     entered = recurrent if reset_after else recurrent[:2]
-    (time, batch, _), units, ring = x.shape, gates.shape[3], len(h_tnu)
+    (time, batch, _), units, ring = inputs.x.shape, gates.shape[3], len(h_tnu)
     saved = ring == time + 1
     product, scratch = recycled((len(entered), batch, units), gates.dtype), recycled((batch, units), gates.dtype)
     dropped = recycled((batch, units), gates.dtype)
     into, into_scratch = in_strips(product, recurrent), in_strips(scratch, recurrent)
     inner_biased = bool(inner_offset_u.any())
     skipped, skips = skipped_rows(mask, time)
-    for start, part in projected_blocks(x, kernel, offset_gu, gates):
-        for t in range(start, start + part.shape[1]):
-            h, new_h, kept = h_tnu[t % ring], h_tnu[(t + 1) % ring], inner[t if saved else 0]
-            gate_gnu = part[:, t - start]
+    h = h_tnu[0]
+    for start, block in projected_blocks(inputs, kernel, offset_gu, gates):
+        for t, gate_gnu in enumerate(block, start):
+            new_h, kept = h_tnu[(t + 1) % ring], inner[t if saved else 0]
             z, r, n = gate_gnu
-            entering = h if recurrent_mask is None else np.multiply(h, recurrent_mask, out=dropped)
-            np.matmul(entering, entered, out=into)
-            np.add(gate_gnu[:2], product[:2], out=gate_gnu[:2])
+            zr = gate_gnu[:2]
+            entering = h if recurrent_mask is None else multiply(h, recurrent_mask, dropped)
+            matmul(entering, entered, into)
+            add(zr, product[:2], zr)
             if activation == "sigmoid":
-                np.tanh(gate_gnu[:2], out=gate_gnu[:2])
-            finish_gates(activation, gate_gnu[:2])
+                tanh(zr, zr)
+            finish_gates(activation, zr)
             if reset_after:
-                np.add(product[2], inner_offset_u, out=kept) if inner_biased else np.copyto(kept, product[2])
-                np.multiply(r, kept, out=scratch)
+                add(product[2], inner_offset_u, kept) if inner_biased else np.copyto(kept, product[2])
+                multiply(r, kept, scratch)
             else:
-                np.multiply(r, entering, out=kept)
-                np.matmul(kept, recurrent[2], out=into_scratch)
-            np.add(n, scratch, out=n)
-            np.tanh(n, out=n)
-            np.subtract(h, n, out=new_h)
-            np.multiply(new_h, z, out=new_h)
-            np.add(new_h, n, out=new_h)
-            if added is not None:
-                np.add(new_h, added[t], out=outputs[t])
+                multiply(r, entering, kept)
+                matmul(kept, recurrent[2], into_scratch)
+            add(n, scratch, n)
+            tanh(n, n)
+            np.subtract(h, n, new_h)
+            multiply(new_h, z, new_h)
+            add(new_h, n, new_h)
+            if residual:
+                add(new_h, inputs.x[t], outputs[t])
             else:
                 np.copyto(outputs[t], new_h)
             if skips[t]:
                 np.copyto(new_h, h, where=skipped[t])
+            h = new_h
 
 
 def gru_sequence_backward(
@@ -378,30 +382,20 @@ def gru_sequence_backward(
     Cotangents may be None where none arrived. Gradients have the working dtype. Same bits on every run.
     """
     x, h_tnu, gates, inner = saved
-    dtype, (_, time, batch, units) = x.dtype, gates.shape
+    dtype, (time, _, batch, units) = x.dtype, gates.shape
     mask = reverse_if(go_backwards, mask)
-    if d_outputs is None:
-        d_outputs = np.zeros((time, batch, units), dtype)
-    d_outputs = d_outputs.astype(dtype, copy=False)
-    if mask is not None:
-        d_outputs = hold_outputs_backward(d_outputs, mask, zero_output_for_mask)
-    d_h = np.zeros((batch, units), dtype) if d_h_last is None else d_h_last.astype(dtype)
-    kernel, recurrent_kernel = kernel.astype(dtype, copy=False), recurrent_kernel.astype(dtype, copy=False)
+    d_outputs = output_cotangents(d_outputs, (time, batch, units), dtype, mask, zero_output_for_mask)
+    d_h = state_cotangent(d_h_last, (batch, units), dtype)
     d_input, d_state = _gradient_buffers(time, batch, units, dtype, reset_after)
-    dropped = x if input_mask is None else x * input_mask.astype(dtype, copy=False)
-    entering = h_tnu[:-1] if recurrent_mask is None else h_tnu[:-1] * recurrent_mask.astype(dtype, copy=False)
-    weights = _WeightGradients(d_input, d_state, dropped, entering, inner, reset_after)
+    entered = times_mask(x, input_mask), times_mask(h_tnu[:-1], recurrent_mask)
+    weights = _WeightGradients(d_input, d_state, *entered, inner, reset_after)
     for start, end in _gru_loop_backward(
         d_outputs, d_h, h_tnu, gates, inner, d_input, d_state, recurrent_kernel, mask, recurrent_mask, reset_after,
         recurrent_activation,
     ):  # fmt: skip
         weights.add(start, end)
-    d_x = rows_times(d_input, kernel.T)
-    if input_mask is not None:
-        d_x *= input_mask
-    if residual:
-        d_x += d_outputs
-    return np.ascontiguousarray(reverse_if(go_backwards, d_x)), d_h, *weights.results()
+    d_x = input_gradients(d_input, kernel, input_mask, d_outputs if residual else None, go_backwards)
+    return d_x, d_h, *weights.results()
 
 
 def _gru_loop_backward(
@@ -413,45 +407,45 @@ def _gru_loop_backward(
 
     Both are (T, N, 3U): the gradients by a and by c, or one array without `reset_after`. `d_h` becomes dh0.
     """
-    _, time, batch, units = gates.shape
-    dtype, zr = gates.dtype, 2 * units
-    d_gates = d_input.reshape(time, batch, 3, units).transpose(0, 2, 1, 3)
-    d_state_gates = d_state.reshape(time, batch, 3, units).transpose(0, 2, 1, 3)
+    time, _, batch, units = gates.shape
+    add, multiply, matmul, dtype, zr = np.add, np.multiply, np.matmul, gates.dtype, 2 * units
+    d_gates = d_input.reshape(time, batch, 3, units).swapaxes(1, 2)
+    d_state_gates = d_state.reshape(time, batch, 3, units).swapaxes(1, 2)
     parts = (recurrent,) if reset_after else (recurrent[:, :zr], recurrent[:, zr:])
     transposed = [weight_strips(part.T, batch, dtype) for part in parts]
     carried, d_reset = recycled((batch, units), dtype), recycled((batch, units), dtype)
     into, into_reset = in_strips(d_h[None], transposed[0]), in_strips(d_reset[None], transposed[-1])
     skipped, _ = skipped_rows(mask, time)
-    block = steps_per_block(time, 5 * batch * units * dtype.itemsize)
-    factors = recycled((4, block, batch, units), dtype)
-    for end in range(time, 0, -block):
-        start = max(0, end - block)
-        part = factors[:, : end - start]
+    longest = steps_per_block(time, 5 * batch * units * dtype.itemsize)
+    factors = recycled((longest, 4, batch, units), dtype)
+    for end in range(time, 0, -longest):
+        start = max(0, end - longest)
+        block = factors[: end - start]
         kept = _gru_factors(
-            gates[:, start:end], h_tnu[start:end], inner[start:end], recurrent_mask, reset_after, activation, part
+            gates[start:end], h_tnu[start:end], inner[start:end], recurrent_mask, reset_after, activation, block
         )
         if skipped is not None:
-            np.copyto(part, 0.0, where=skipped[start:end])
+            np.copyto(block, 0.0, where=skipped[start:end, None])
             kept = np.where(skipped[start:end], dtype.type(1.0), kept)
         for t in range(end - 1, start - 1, -1):
-            of_n, of_z, of_r, of_c = part[:, t - start]
-            np.add(d_h, d_outputs[t], out=d_h)
-            np.multiply(d_h, kept[t - start], out=carried)
-            np.multiply(d_h, of_n, out=d_gates[t, 2])
+            of_n, of_z, of_r, of_c = of = block[t - start]
+            add(d_h, d_outputs[t], d_h)
+            multiply(d_h, kept[t - start], carried)
+            multiply(d_h, of_n, d_gates[t, 2])
             if reset_after:
-                np.multiply(d_h, part[1:, t - start], out=d_state_gates[t])
+                multiply(d_h, of[1:], d_state_gates[t])
                 np.copyto(d_input[t, :, :zr], d_state[t, :, :zr])
-                np.matmul(d_state[t], transposed[0], out=into)
+                matmul(d_state[t], transposed[0], into)
             else:
-                np.multiply(d_h, of_z, out=d_gates[t, 0])
-                np.matmul(d_input[t, :, zr:], transposed[1], out=into_reset)
-                np.multiply(d_reset, of_r, out=d_gates[t, 1])
-                np.matmul(d_input[t, :, :zr], transposed[0], out=into)
-                np.multiply(d_reset, of_c, out=d_reset)
-                np.add(d_h, d_reset, out=d_h)
+                multiply(d_h, of_z, d_gates[t, 0])
+                matmul(d_input[t, :, zr:], transposed[1], into_reset)
+                multiply(d_reset, of_r, d_gates[t, 1])
+                matmul(d_input[t, :, :zr], transposed[0], into)
+                multiply(d_reset, of_c, d_reset)
+                add(d_h, d_reset, d_h)
             if recurrent_mask is not None:
-                np.multiply(d_h, recurrent_mask, out=d_h)
-            np.add(d_h, carried, out=d_h)
+                multiply(d_h, recurrent_mask, d_h)
+            add(d_h, carried, d_h)
         yield start, end
 
 
@@ -459,14 +453,14 @@ def _gru_factors(
     gates: np.ndarray, h: np.ndarray, inner: np.ndarray, recurrent_mask: np.ndarray | None, reset_after: bool,
     activation: str, factors: np.ndarray,
 ) -> np.ndarray:  # fmt: skip
-    """Fill the factors of a block of steps and return z, which carries dh to the step before.
+    """Fill a block's factors (steps, 4, N, U) and return z, which carries dh to the step before.
 
     da_z = dh of_z, da_n = dh of_n. With `reset_after` da_r = dh of_r and dc_h = dh of_c; otherwise, for the gradient q
     by the product r h, da_r = q of_r and q of_c is what reaches h through r h.
     """
-    z, r, n = gates
-    of_n, of_z, of_r, of_c = factors
-    gate_slope(activation, gates[:2], factors[1:3])
+    z, r, n = (gates[:, gate] for gate in range(3))
+    of_n, of_z, of_r, of_c = (factors[:, which] for which in range(4))
+    gate_slope(activation, gates[:, :2], factors[:, 1:3])
     np.subtract(h, n, out=of_n)
     np.multiply(of_z, of_n, out=of_z)
     np.multiply(n, n, out=of_c)

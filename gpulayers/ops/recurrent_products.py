@@ -30,10 +30,10 @@ def strip_width(rows: int, depth: int, columns: int) -> int:
     """Return the columns of a strip such that ``(rows, depth) (depth, columns)`` is made of small products; 0: none.
 
     >>> strip_width(32, 128, 512), strip_width(64, 512, 128), strip_width(32, 128, 100), strip_width(1024, 1024, 64)
-    (64, 16, 0, 0)
+    (64, 16, 100, 0)
     """
-    fit = (width for width in _WIDTHS if columns % width == 0 and 0 < rows * depth * width <= SMALL_PRODUCT)
-    return next(fit, 0)
+    fit = (width for width in (*_WIDTHS, columns) if width and columns % width == 0)
+    return next((width for width in fit if 0 < rows * depth * width <= SMALL_PRODUCT), 0)
 
 
 def weight_strips(

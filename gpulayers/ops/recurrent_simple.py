@@ -15,15 +15,17 @@ from gpulayers.ops.host_buffers import recycled
 from gpulayers.ops.recurrent_common import (
     check_gate_weights,
     hold_outputs,
-    hold_outputs_backward,
+    output_cotangents,
     reverse_if,
     skipped_rows,
+    state_cotangent,
     steps_per_block,
+    times_mask,
     working_dtype,
 )
-from gpulayers.ops.recurrent_gradients import WeightGradients, rows_times
+from gpulayers.ops.recurrent_gradients import WeightGradients, input_gradients
 from gpulayers.ops.recurrent_products import in_strips, weight_strips
-from gpulayers.ops.recurrent_projections import projected_blocks
+from gpulayers.ops.recurrent_projections import Inputs, inputs_of, projected_blocks
 
 __all__ = [
     "simple_rnn_sequence",
@@ -112,35 +114,34 @@ def simple_rnn_sequence(
     """
     check_gate_weights("simple_rnn", 1, x_tnd, (h0,), kernel, recurrent_kernel, residual)
     dtype, (time, batch, _), units = working_dtype(x_tnd), x_tnd.shape, h0.shape[1]
-    x = np.ascontiguousarray(reverse_if(go_backwards, x_tnd), dtype)
-    dropped = x if input_mask is None else x * input_mask.astype(dtype, copy=False)
+    inputs = inputs_of(x_tnd, go_backwards, dtype, input_mask)
     h_tnu = recycled((time + 1, batch, units), dtype)  # the projections lie where the states will be
     h_tnu[0] = h0
     mask = reverse_if(go_backwards, mask)
     offset_gu = np.zeros((1, units), dtype) if bias is None else bias.astype(dtype, copy=False)[None]
-    _simple_loop(dropped, kernel, offset_gu, recurrent_kernel, h_tnu, mask, recurrent_mask)
+    _simple_loop(inputs, kernel, offset_gu, recurrent_kernel, h_tnu, mask, recurrent_mask)
     outputs = recycled((time, batch, units), dtype)
     if residual:
-        np.add(h_tnu[1:], x, out=outputs)
+        np.add(h_tnu[1:], inputs.x, out=outputs)
     else:
         np.copyto(outputs, h_tnu[1:])
     if mask is not None:
         hold_outputs(outputs, mask, zero_output_for_mask)
-    return outputs.astype(x_tnd.dtype, copy=False), h_tnu[-1].astype(x_tnd.dtype), (x, h_tnu) if save else ()
+    return outputs.astype(x_tnd.dtype, copy=False), h_tnu[-1].astype(x_tnd.dtype), (inputs.x, h_tnu) if save else ()
 
 
 def _simple_loop(
-    x: np.ndarray, kernel: np.ndarray, offset_gu: np.ndarray, recurrent_kernel: np.ndarray, h_tnu: np.ndarray,
+    inputs: Inputs, kernel: np.ndarray, offset_gu: np.ndarray, recurrent_kernel: np.ndarray, h_tnu: np.ndarray,
     mask: np.ndarray | None, recurrent_mask: np.ndarray | None,
 ) -> None:  # fmt: skip
     """Make the states in ``h_tnu[1:]``, where their projections lie before; allocates nothing inside the loop."""
-    (time, batch, _), dtype = x.shape, x.dtype
+    (time, batch, _), dtype = inputs.x.shape, inputs.x.dtype
     kernel, recurrent = (weight_strips(each, batch, dtype) for each in (kernel, recurrent_kernel))
     product, dropped = np.empty_like(h_tnu[0]), np.empty_like(h_tnu[0])
     into = in_strips(product[None], recurrent)
     skipped, skips = skipped_rows(mask, time)
-    for start, part in projected_blocks(x, kernel, offset_gu, h_tnu[None, 1:]):
-        for t in range(start, start + part.shape[1]):
+    for start, block in projected_blocks(inputs, kernel, offset_gu, h_tnu[1:, None]):
+        for t in range(start, start + len(block)):
             h, new_h = h_tnu[t], h_tnu[t + 1]
             entering = h if recurrent_mask is None else np.multiply(h, recurrent_mask, out=dropped)
             np.matmul(entering, recurrent, out=into)
@@ -171,28 +172,18 @@ def simple_rnn_sequence_backward(
     x, h_tnu = saved
     dtype, (_, batch, units), time = x.dtype, h_tnu.shape, len(x)
     mask = reverse_if(go_backwards, mask)
-    if d_outputs is None:
-        d_outputs = np.zeros((time, batch, units), dtype)
-    d_outputs = d_outputs.astype(dtype, copy=False)
-    if mask is not None:
-        d_outputs = hold_outputs_backward(d_outputs, mask, zero_output_for_mask)
-    d_h = np.zeros((batch, units), dtype) if d_h_last is None else d_h_last.astype(dtype)
+    d_outputs = output_cotangents(d_outputs, (time, batch, units), dtype, mask, zero_output_for_mask)
+    d_h = state_cotangent(d_h_last, (batch, units), dtype)
     d_sums = recycled((time, batch, units), dtype)
     np.multiply(h_tnu[1:], h_tnu[1:], out=d_sums)
     np.subtract(1.0, d_sums, out=d_sums)
     if mask is not None:
         np.copyto(d_sums, 0.0, where=~mask[:, :, None])
-    dropped = x if input_mask is None else x * input_mask.astype(dtype, copy=False)
-    entering = h_tnu[:-1] if recurrent_mask is None else h_tnu[:-1] * recurrent_mask.astype(dtype, copy=False)
-    weights = WeightGradients(d_sums, dropped, entering)
+    weights = WeightGradients(d_sums, times_mask(x, input_mask), times_mask(h_tnu[:-1], recurrent_mask))
     for start, end in _simple_loop_backward(d_outputs, d_h, d_sums, recurrent_kernel, mask, recurrent_mask):
         weights.add(start, end)
-    d_x = rows_times(d_sums, kernel.T)
-    if input_mask is not None:
-        d_x *= input_mask
-    if residual:
-        d_x += d_outputs
-    return np.ascontiguousarray(reverse_if(go_backwards, d_x)), d_h, *weights.results()
+    d_x = input_gradients(d_sums, kernel, input_mask, d_outputs if residual else None, go_backwards)
+    return d_x, d_h, *weights.results()
 
 
 def _simple_loop_backward(

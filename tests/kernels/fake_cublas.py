@@ -12,6 +12,7 @@ from gpulayers._cupy import Cublas
 CUBLAS_OP_N, CUBLAS_OP_T, CUBLAS_GEMM_DEFAULT = 0, 1, -1
 CUBLAS_POINTER_MODE_HOST, CUBLAS_POINTER_MODE_DEVICE = 0, 1
 CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_64F = 68, 70
+CUBLAS_TF32_TENSOR_OP_MATH = 3
 HANDLE = 1234
 
 
@@ -43,6 +44,7 @@ class FakeCublas:
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
         self.pointer_mode = CUBLAS_POINTER_MODE_DEVICE  # someone else's: it has to be put back
+        self.math_modes = {HANDLE: CUBLAS_TF32_TENSOR_OP_MATH}  # someone else's too
 
     def getPointerMode(self, handle: int) -> int:  # noqa: N802
         return self.pointer_mode
@@ -50,12 +52,18 @@ class FakeCublas:
     def setPointerMode(self, handle: int, mode: int) -> None:  # noqa: N802
         self.pointer_mode = mode
 
+    def getMathMode(self, handle: int) -> int:  # noqa: N802
+        return self.math_modes[handle]
+
+    def setMathMode(self, handle: int, mode: int) -> None:  # noqa: N802
+        self.math_modes[handle] = mode
+
     def gemmEx(  # noqa: N802
         self, handle: int, transa: int, transb: int, m: int, n: int, k: int, alpha: int, a: int, a_type: int, lda: int,
         b: int, b_type: int, ldb: int, beta: int, c: int, c_type: int, ldc: int, compute_type: int, algorithm: int,
     ) -> None:  # fmt: skip
         """C = alpha op(A) op(B) + beta C, all by columns."""
-        if self.pointer_mode != CUBLAS_POINTER_MODE_HOST or handle != HANDLE:
+        if self.pointer_mode != CUBLAS_POINTER_MODE_HOST or handle not in self.math_modes:
             raise ValueError("host addresses of alpha and beta need the host pointer mode")
         scalar, wide = (
             (ctypes.c_double, np.float64) if compute_type == CUBLAS_COMPUTE_64F else (ctypes.c_float, np.float32)
@@ -67,7 +75,8 @@ class FakeCublas:
         product = factor * (left.astype(wide) @ right.astype(wide))
         out[...] = (product + keep * out.astype(wide)) if keep else product
         self.calls.append({"transposed": (transa, transb), "sizes": (m, n, k), "leading": (lda, ldb, ldc),
-                           "types": (a_type, b_type, c_type), "compute": compute_type, "beta": keep})  # fmt: skip
+                           "types": (a_type, b_type, c_type), "compute": compute_type, "beta": keep,
+                           "math": self.math_modes[handle]})  # fmt: skip
 
 
 def fake_cublas() -> tuple[FakeCublas, Cublas]:

@@ -2,7 +2,7 @@
 
 What CuPy 14.2 does in a capture, by its source (`stream.pyx`, `memory.pyx`, `cublas.pyx`): copies between host and
 device raise RuntimeError, calls into cuBLAS NotImplementedError; memory comes from the current allocator as always;
-nothing is executed until the graph is launched.
+nothing is executed until the graph is launched. A pool keeps what is freed, and what it keeps when it dies is lost.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
+import functools
 import sys
+import weakref
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +23,91 @@ from tests.kernels import strict_array
 from tests.kernels.fake_cublas import CUBLAS_POINTER_MODE_HOST, HANDLE, FakeCublas
 
 
+class CUDARuntimeError(RuntimeError):
+    """An error of the driver."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"status {status}")
+        self.status = status
+
+
+class OutOfMemoryError(MemoryError):
+    """What a pool raises when the driver has no memory left for it."""
+
+
+class Memory:
+    """Device memory that is given back when this object dies."""
+
+    def __init__(self, machine: Machine, size: int) -> None:
+        self._machine, self.size = machine, 0
+        if machine.allocated + size > machine.capacity:
+            raise CUDARuntimeError(2)
+        machine.allocated += size
+        self.size = size
+
+    def __del__(self) -> None:
+        self._machine.allocated -= self.size
+
+
+class MemoryPointer(SimpleNamespace):
+    """A place in memory, which it keeps alive."""
+
+    def __init__(self, mem: Any, offset: int) -> None:
+        super().__init__(mem=mem, offset=offset)
+
+
+class PooledMemory:
+    """A block of a pool, which gets it back; nobody gets it back where the pool is gone."""
+
+    def __init__(self, pool: MemoryPool, mem: Memory) -> None:
+        self._pool, self.mem, self.size = weakref.ref(pool), mem, mem.size
+
+    def __del__(self) -> None:
+        pool = self._pool()
+        if pool is not None:
+            pool.free.append(self.mem)
+
+
+class MemoryPool:
+    """CuPy's pool on one device, without splitting blocks."""
+
+    def __init__(self, machine: Machine, allocator: Any = None) -> None:
+        self._machine = machine
+        self._allocator = allocator or (lambda size: MemoryPointer(Memory(machine, size), 0))
+        self.free: list[Memory] = []
+        self._total, self.limit = 0, None
+
+    def __del__(self) -> None:
+        self._machine.leaked += self.free  # blocks and arena hold each other, and no collector sees it
+
+    def malloc(self, size: int) -> MemoryPointer:
+        for place, mem in enumerate(self.free):
+            if mem.size == size:
+                return MemoryPointer(PooledMemory(self, self.free.pop(place)), 0)
+        if self.limit is not None and self._total + size > self.limit:
+            self.free_all_blocks()
+            if self._total + size > self.limit:
+                raise OutOfMemoryError(size)
+        for _ in range(3):
+            try:
+                mem = self._allocator(size).mem
+            except CUDARuntimeError as error:
+                if error.status != 2:
+                    raise
+                self.free_all_blocks()
+            else:
+                self._total += size
+                return MemoryPointer(PooledMemory(self, mem), 0)
+        raise OutOfMemoryError(size)
+
+    def free_all_blocks(self) -> None:
+        self._total -= sum(mem.size for mem in self.free)
+        self.free = []
+
+    def total_bytes(self) -> int:
+        return self._total
+
+
 class Machine:
     """A device with one stream that may be capturing; work is a list of functions."""
 
@@ -28,10 +115,20 @@ class Machine:
         self.work: list[Any] | None = None
         self.current: Any = None
         self.serial, self.allocators, self.log = 0, [], []
+        self.capacity, self.allocated, self.leaked = 1 << 40, 0, []
+        self.devices, self.device = 1, 0
+        self.pinned: set[int] = set()  # addresses
+        self.copies: list[Any] = []  # from pinned memory, under way
+        self.default_pool = MemoryPool(self)
         self._memory: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._generators: dict[int, tuple[Any, Any]] = {}
         self._fresh: list[Any] = []
         self._held: list[Any] = []  # by the pools of the graphs
+
+    def allocate(self, size: int) -> MemoryPointer:
+        """Return memory of the current allocator."""
+        allocator = self.allocators[-1] if self.allocators else self.default_pool.malloc
+        return allocator(size)
 
     def launch(self, function: Any) -> None:
         """Run a kernel, or record it while a stream is capturing."""
@@ -115,7 +212,7 @@ class WrappedCublas(FakeCublas):
 
     def create(self) -> int:
         handle = HANDLE + len(self.streams)
-        self.streams[handle] = 0
+        self.streams[handle] = self.math_modes[handle] = 0
         return handle
 
     def destroy(self, handle: int) -> None:
@@ -132,7 +229,7 @@ class WrappedCublas(FakeCublas):
 
     def gemmEx(self, handle: int, *arguments: int) -> None:  # noqa: N802
         self.setStream(handle, self._machine.current.ptr)
-        super().gemmEx(HANDLE, *arguments)
+        super().gemmEx(handle, *arguments)
 
 
 class Library:
@@ -151,7 +248,7 @@ class Library:
 
         def product() -> None:
             self._wrapped.pointer_mode, mode = CUBLAS_POINTER_MODE_HOST, self._wrapped.pointer_mode
-            FakeCublas.gemmEx(self._wrapped, HANDLE, *arguments)
+            FakeCublas.gemmEx(self._wrapped, handle, *arguments)
             self._wrapped.pointer_mode = mode
 
         if self._machine.work is not None:
@@ -175,6 +272,8 @@ def fake_cuda(machine: Machine) -> SimpleNamespace:
 
         def launch(self) -> None:
             machine.log.append("launch")
+            while machine.copies:  # they come before it, but only now
+                machine.copies.pop(0)()
             for function in self.work:
                 function()
 
@@ -200,6 +299,9 @@ def fake_cuda(machine: Machine) -> SimpleNamespace:
 
         def synchronize(self) -> None:
             assert machine.work is None
+            machine.log.append(f"stream {self.ptr} is done")
+            while machine.copies:
+                machine.copies.pop(0)()
 
         def begin_capture(self) -> None:
             assert self.non_blocking and machine.current is self and machine.work is None
@@ -210,9 +312,22 @@ def fake_cuda(machine: Machine) -> SimpleNamespace:
             machine.log.append("captured")
             return Graph(work)
 
-    class MemoryPool:
-        def malloc(self, size: int) -> Any:
-            raise AssertionError("the double allocates nothing")
+    class Device:
+        def __init__(self, number: int) -> None:
+            self.id, self.outer = number, []
+
+        def use(self) -> None:
+            if self.id >= machine.devices:
+                raise CUDARuntimeError(101)
+            machine.device = self.id
+
+        def __enter__(self) -> Any:
+            self.outer.append(machine.device)
+            self.use()
+            return self
+
+        def __exit__(self, *_: Any) -> None:
+            machine.device = self.outer.pop()
 
     @contextmanager
     def using_allocator(allocator: Any) -> Any:
@@ -225,10 +340,19 @@ def fake_cuda(machine: Machine) -> SimpleNamespace:
     machine.current = Stream()
     return SimpleNamespace(
         Stream=Stream,
-        MemoryPool=MemoryPool,
+        Device=Device,
+        Memory=functools.partial(Memory, machine),
+        MemoryPointer=MemoryPointer,
+        MemoryPool=functools.partial(MemoryPool, machine),
+        pinned_memory=SimpleNamespace(is_memory_pinned=lambda address: address in machine.pinned),
         using_allocator=using_allocator,
         get_current_stream=lambda: machine.current,
-        runtime=SimpleNamespace(getDevice=lambda: 0, getDeviceProperties=lambda device: {"major": 9}),
+        runtime=SimpleNamespace(
+            getDevice=lambda: machine.device,
+            getDeviceCount=lambda: machine.devices,
+            getDeviceProperties=lambda device: {"major": 9},
+            CUDARuntimeError=CUDARuntimeError,
+        ),
     )
 
 
@@ -239,6 +363,7 @@ def emulated_cuda(monkeypatch: Any) -> Any:
 
     machine, module = Machine(), strict_array.xp
     monkeypatch.setattr(module, "cuda", fake_cuda(machine), raising=False)
+    monkeypatch.setattr(module, "get_default_memory_pool", lambda: machine.default_pool, raising=False)
     monkeypatch.setitem(sys.modules, "cupy", module)
     monkeypatch.setattr(_cupy, "cupy", lambda: module)
     machine.cublas = WrappedCublas(machine)

@@ -93,8 +93,12 @@ class StrictArray:
 
     def set(self, host: np.ndarray) -> None:
         _to_device()
-        if host.dtype != self.dtype or host.shape != self.shape:
-            raise TypeError(f"{host.dtype}{host.shape} array cannot be set to {self.dtype}{self.shape} array")
+        if not isinstance(host, np.ndarray):
+            raise TypeError("Only numpy.ndarray can be set to cupy.ndarray")
+        if host.dtype != self.dtype:
+            raise TypeError(f"{host.dtype} array cannot be set to {self.dtype} array")
+        if host.shape != self.shape:
+            raise ValueError(f"Shape mismatch. Old shape: {self.shape}, new shape: {host.shape}")
         np.copyto(self._memory, host)
 
     def item(self, *index: Any) -> Any:
@@ -229,6 +233,8 @@ def _operator(name: str) -> Any:
             return NotImplemented
         if capture is not None and name in ("__matmul__", "__rmatmul__"):
             raise NotImplementedError("calling cuBLAS API during stream capture is currently unsupported")
+        if name == "__matmul__" and isinstance(other, StrictArray):
+            return _matmul(self, other)
         function, value = getattr(self._memory, name), _unwrap(other)
         result = function(value)
         if result is NotImplemented or capture is None:
@@ -319,8 +325,40 @@ def _creator_of(function: Any, known: frozenset[str] | None = None) -> Any:
     return create
 
 
+def _where(condition: Any, x: Any, y: Any) -> StrictArray:
+    """As `cupy.where`, whose list of dtypes has no bfloat16: float32 is the first that both sides fit into."""
+    result = _call(np.where, condition, x, y)
+    sides = [getattr(side, "dtype", None) for side in (x, y)]
+    return result.astype(np.float32) if any(dtype is not None and dtype.kind == "V" for dtype in sides) else result
+
+
+def _matmul(a: StrictArray, b: StrictArray, out: StrictArray | None = None, **keywords: Any) -> StrictArray:
+    """As `cupy.matmul`, which knows bfloat16 for matrices and vectors, not for batches (``_routines_linalg.pyx``)."""
+    if np.result_type(a.dtype, b.dtype).kind != "V":
+        return _call(np.matmul, a, b, **keywords, **({} if out is None else {"out": out}))
+    if max(a.ndim, b.ndim) > 2:
+        raise TypeError(a.dtype, b.dtype)
+    product = _call(np.matmul, a, b, **keywords).astype(np.result_type(a.dtype, b.dtype))  # NumPy's is float32
+    if out is not None:
+        out[...] = product
+    return product if out is None else out
+
+
 def _as_strided(x: StrictArray, shape: Any = None, strides: Any = None) -> StrictArray:
     return StrictArray._wrap(np.lib.stride_tricks.as_strided(x._memory, shape, strides))
+
+
+def _reduceat(array: StrictArray, indices: StrictArray, axis: int = 0) -> StrictArray:
+    """As `cupy.add.reduceat`: differences of one running sum (``_routines_indexing.pyx``), for ascending indices."""
+
+    def differences(memory: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        running = np.cumsum(memory, axis, memory.dtype)
+        running = np.concatenate([np.zeros_like(running.take([0], axis)), running], axis)
+        ends = np.append(starts[1:], memory.shape[axis])
+        with np.errstate(invalid="ignore"):
+            return running.take(ends, axis) - running.take(starts, axis)
+
+    return _call(differences, array, indices)
 
 
 class _Generator:
@@ -361,9 +399,9 @@ def _fill() -> None:
         setattr(xp, name, _creator(name))
     for function in (asnumpy, asarray, array, empty, empty_like):
         setattr(xp, function.__name__, function)
-    xp.ndarray = StrictArray
+    xp.ndarray, xp.where, xp.matmul = StrictArray, _where, _matmul
     xp.newaxis = None
-    xp.add.reduceat = _creator_of(np.add.reduceat)
+    xp.add.reduceat = _reduceat
     xp.lib = types.SimpleNamespace(stride_tricks=types.SimpleNamespace(as_strided=_as_strided))
     xp.random = types.SimpleNamespace(default_rng=_Generator)
 

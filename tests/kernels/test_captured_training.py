@@ -427,6 +427,15 @@ def test_products_are_captured_through_a_handle_of_our_own(machine, name):
     handles = [handle for handle, stream in machine.cublas.streams.items() if stream > 1]
     assert handles and all(machine.library.workspaces[handle][1] == 32 << 20 for handle in handles)
     assert machine.cublas.pointer_mode == 1, "the pointer mode of others is put back"
+    assert all(machine.cublas.math_modes[handle] == 16 for handle in handles)
+
+
+@pytest.mark.parametrize(("major", "mebibytes"), [(8, 4), (9, 32), (10, 32), (12, 12)])
+def test_the_workspace_has_the_size_that_cublas_recommends(machine, monkeypatch, major, mebibytes):
+    monkeypatch.setattr(xp.cuda.runtime, "getDeviceProperties", lambda device: {"major": major})
+    products_of(lambda x: ops.matmul(x, ops.transpose(x)))
+    ((_, size),) = machine.library.workspaces.values()
+    assert size == mebibytes << 20
 
 
 @pytest.mark.gpu

@@ -7,7 +7,7 @@ import pytest
 
 from gpulayers import _cupy
 from gpulayers.errors import ShapeError
-from gpulayers.ops.device_products import product_into
+from gpulayers.ops.device_products import matmul, product_into
 from tests.kernels.fake_cublas import HANDLE, fake_cublas
 from tests.kernels.strict_array import xp
 
@@ -81,6 +81,18 @@ def test_a_wide_result_of_narrow_operands(dtype, monkeypatch):
     assert functions.calls[0]["transposed"] == (0, 1) and functions.calls[0]["types"][2] == 0
 
 
+@pytest.mark.parametrize(("operands", "result"), [("float16", "float16"), ("bfloat16", "bfloat16"),
+                                                  ("float16", "float32"), ("float32", "float32"),
+                                                  ("float64", "float64")])  # fmt: skip
+def test_parts_of_a_narrow_result_are_not_added_in_its_type(operands, result, monkeypatch):
+    functions, found = fake_cublas()
+    monkeypatch.setattr(xp, "cublas", found, raising=False)
+    out = xp.empty((2, 2), np.dtype(result))
+    product_into(xp)(xp.ones((2, 3), np.dtype(operands)), xp.ones((3, 2), np.dtype(operands)), out, False)
+    assert functions.calls[0]["math"] == (3 | 16 if out.dtype.itemsize == 2 else 3)
+    assert functions.math_modes[HANDLE] == 3, "the math mode is put back"
+
+
 @pytest.mark.parametrize(("m", "k", "n"), [(0, 3, 2), (2, 3, 0), (2, 0, 3)])
 @pytest.mark.parametrize("add", [False, True])
 def test_empty_operands_never_reach_cublas(m, k, n, add, monkeypatch):
@@ -114,6 +126,25 @@ def test_the_handle_is_asked_for_at_each_product(monkeypatch):
     assert len(asked) == 2
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("library", [True, False])
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [((2, 3), (3, 4)), ((3,), (3, 4)), ((2, 3), (3,)), ((3,), (3,)), ((5, 2, 3), (3, 4)), ((5, 2, 3), (3,)),
+     ((5, 2, 3), (5, 3, 4)), ((2, 3), (5, 3, 4)), ((3,), (5, 3, 4)), ((0, 2, 3), (3, 4)), ((5, 2, 0), (0, 4))],
+)  # fmt: skip
+def test_matmul_of_any_shapes(dtype, library, left, right, monkeypatch):
+    functions, found = fake_cublas()
+    if library:
+        monkeypatch.setattr(xp, "cublas", found, raising=False)
+    a, b = draw(left, np.dtype(dtype), 1), draw(right, np.dtype(dtype), 2)
+    product = matmul(xp, xp.asarray(a), xp.asarray(b))
+    want = np.matmul(a.astype(np.float64), b.astype(np.float64))
+    assert product.shape == want.shape and product.dtype == a.dtype
+    np.testing.assert_allclose(product.get().astype(np.float64), want, atol=DTYPES[dtype])
+    assert bool(functions.calls) == (library and len(right) < 3 and want.size > 0 and left[-1] > 0)
+
+
 def test_the_installed_cupy_has_this_signature():
     """The names and the order of arguments that are relied on, where CuPy and a cuBLAS are installed."""
     pytest.importorskip("cupy")
@@ -128,6 +159,7 @@ def test_the_installed_cupy_has_this_signature():
     assert (functions.CUBLAS_OP_N, functions.CUBLAS_OP_T, functions.CUBLAS_GEMM_DEFAULT) == (0, 1, -1)
     assert (functions.CUBLAS_COMPUTE_32F, functions.CUBLAS_COMPUTE_64F) == (68, 70)
     assert functions.CUBLAS_POINTER_MODE_HOST == 0 and callable(functions.getPointerMode)
+    assert callable(functions.getMathMode) and callable(functions.setMathMode)
 
 
 @pytest.mark.gpu

@@ -616,6 +616,32 @@ def test_cupys_workspace_is_one_per_thread(monkeypatch):
     assert cupy_launcher.workspace(None, 1, 1)[1] is first[1]
 
 
+def test_cupys_workspaces_of_a_stream_are_forgotten_in_every_thread(monkeypatch):
+    fake, streams = FakeCupy(), threading.local()
+    monkeypatch.setattr(_cupy, "cupy", lambda: fake)
+    fake.cuda.get_current_stream = lambda: types.SimpleNamespace(ptr=streams.ptr)
+    cupy_launcher, ready, forgotten, kept = CupyLauncher(), threading.Event(), threading.Event(), []
+
+    def found(number):
+        streams.ptr = number
+        return cupy_launcher.workspace(None, 1, 1)[1]
+
+    def work():
+        before = [found(7), found(8)]
+        ready.set()
+        forgotten.wait()
+        kept.extend(one is other for one, other in zip(before, [found(7), found(8)], strict=True))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    ready.wait()
+    before = found(7)
+    cupy_launcher.forget_stream(7)
+    forgotten.set()
+    thread.join()
+    assert kept == [False, True] and found(7) is not before
+
+
 @pytest.mark.skipif(not _cupy.installed(), reason="needs CuPy")
 def test_the_installed_cupy_has_what_the_launcher_uses():
     cupy = _cupy.cupy()

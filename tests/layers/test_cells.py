@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -290,7 +291,7 @@ def test_multi_cell():
     above, second = cells[1](below, zero[1])
     np.testing.assert_array_equal(output, above)
     np.testing.assert_array_equal(states[0].c, first.c)
-    assert [w.name for w in multi.weights][0] == "multi_rnn_cell/cell_0/basic_lstm_cell/kernel:0"
+    assert [w.name for w in multi.weights][0] == f"{multi.scope_name}/cell_0/basic_lstm_cell/kernel:0"
     assert len(multi.trainable_weights) == 6
     twin = rnn_cell.MultiRNNCell.from_config(multi.get_config())
     assert [type(c) for c in twin.cells] == [type(c) for c in cells]
@@ -448,3 +449,335 @@ def test_host_constants_are_copied_to_the_layers_device():
     with gl.device("emulated"):
         y = layers.RNN(_Keeping())(x, constants=[constant], initial_state=[constant])
     assert (y.get() == 11).all()
+
+
+# --- subclasses that change how a cell is called ----------------------------------------------------------------------
+
+
+def _doubling(kind):
+    """Return a subclass of a cell or wrapper whose call gives twice the output."""
+
+    class Doubling(kind):
+        def __call__(self, inputs, state, *args, **kwargs):
+            output, new_state = super().__call__(inputs, state, *args, **kwargs)
+            return 2 * output, new_state
+
+    return Doubling
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda change: change(rnn_cell.BasicRNNCell)(3),
+        lambda change: change(rnn_cell.MultiRNNCell)([rnn_cell.BasicRNNCell(3)]),
+        lambda change: rnn_cell.MultiRNNCell([change(rnn_cell.BasicRNNCell)(3)]),
+        lambda change: change(rnn_cell.ResidualWrapper)(rnn_cell.BasicRNNCell(3)),
+        lambda change: rnn_cell.ResidualWrapper(change(rnn_cell.BasicRNNCell)(3)),
+        lambda change: change(layers.SimpleRNNCell)(3),
+        lambda change: change(layers.StackedRNNCells)([layers.SimpleRNNCell(3)]),
+        lambda change: change(RNNCellResidualWrapper)(layers.SimpleRNNCell(3)),
+    ],
+    ids=["legacy", "multi", "in multi", "legacy residual", "in legacy residual", "modern", "stacked", "residual"],
+)
+@pytest.mark.parametrize("run", ["dynamic_rnn", "RNN"])
+def test_a_changed_call_operator_counts_in_sequences_too(make, run):
+    cell = make(_doubling)
+    x = np.stack([X] * 3, 1).astype("float32")
+    if run == "dynamic_rnn":
+        outputs, _ = gl.nn.dynamic_rnn(cell, x, dtype="float32")
+    else:
+        outputs = layers.RNN(cell, return_sequences=True)(x)
+    states = cell.get_initial_state(batch_size=2, dtype="float32")
+    for t in range(3):
+        output, states = cell(x[:, t], states)
+        np.testing.assert_allclose(outputs[:, t], output, rtol=1e-5, atol=1e-6)
+
+
+def test_a_modern_residual_wrapper_runs_the_call_of_its_cell_not_its_call_operator():
+    cell = _doubling(layers.SimpleRNNCell)(3)
+    wrapper = RNNCellResidualWrapper(cell)
+    x = np.stack([X] * 3, 1).astype("float32")
+    outputs = layers.RNN(wrapper, return_sequences=True)(x)
+    first = np.tanh(x[:, 0] @ cell.kernel.numpy())
+    np.testing.assert_allclose(outputs[:, 0], x[:, 0] + first, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda cell: layers.RNN(cell),
+        lambda cell: gl.keras.Sequential([layers.RNN(cell)]),
+        lambda cell: layers.RNN(RNNCellResidualWrapper(cell)),
+    ],
+    ids=["RNN", "Sequential", "residual"],
+)
+def test_variables_of_a_stack_of_legacy_cells_belong_to_the_layer_around_it(around):
+    stack = rnn_cell.MultiRNNCell([rnn_cell.BasicLSTMCell(3), rnn_cell.BasicRNNCell(3)])
+    outer = around(stack)
+    outer(np.ones((2, 4, 3), "float32"))
+    assert len(outer.trainable_variables) == 4 and outer.weights == stack.weights
+    stack.trainable = False
+    assert not outer.trainable_variables and len(outer.non_trainable_variables) == 4
+
+
+# --- dtypes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64"])
+def test_a_built_legacy_cell_refuses_integers_however_it_is_called(dtype):
+    cell = rnn_cell.BasicRNNCell(3)
+    wrapper = RNNCellResidualWrapper(cell)
+    wrapper(X, H)
+    step, sequence = np.ones((2, 3), dtype), np.ones((2, 4, 3), dtype)
+    for call in (
+        lambda: cell(step, H),
+        lambda: wrapper(step, H),
+        lambda: layers.RNN(cell)(sequence),
+        lambda: rnn_cell.MultiRNNCell([cell])(step, (H,)),
+    ):
+        with pytest.raises(ValueError, match="RNN cell only supports floating point inputs"):
+            call()
+
+
+@pytest.mark.parametrize("options", [{}, {"activation": "relu"}, {"implementation": 1}, {"dropout": 0.5}], ids=str)
+@pytest.mark.parametrize("kind", [layers.SimpleRNNCell, layers.GRUCell, layers.LSTMCell])
+def test_results_have_the_compute_dtype_whatever_the_states_have(kind, options):
+    cell = kind(3, dtype="mixed_float16", **options)
+    states = [h.astype("float32") for h in (H, C)[: len(nest.flatten(cell.state_size))]]
+    output, new_states = cell(X, states, training=True)
+    assert {v.dtype.name for v in (output, *new_states)} == {"float16"}
+    layer = layers.RNN(RNNCellResidualWrapper(kind(3, **options)), return_state=True)
+    wide = [s.astype("float64") for s in states]
+    results = layer(np.stack([X] * 3, 1), initial_state=wide, training=True)
+    assert {v.dtype.name for v in results} == {"float32"}
+    with Graph().as_default():  # a loop carries its states in the dtype that they start with
+        x = placeholder("float64", (2, None, 3))
+        output = layers.RNN(RNNCellResidualWrapper(kind(3, **options), dtype="mixed_float16"))(x, training=True)
+        assert output.dtype.name == "float16"
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (rnn_cell.LSTMCell, {"use_peepholes": True}),
+        (rnn_cell.LSTMCell, {"cell_clip": 0.5}),
+        (rnn_cell.LSTMCell, {"num_proj": 3, "proj_clip": 0.1}),
+        (rnn_cell.BasicLSTMCell, {"activation": "relu"}),
+        (rnn_cell.GRUCell, {"activation": "relu"}),
+        (rnn_cell.BasicRNNCell, {"activation": "relu"}),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_composed_legacy_cells_keep_sixteen_bits(kind, options, dtype):
+    cell = kind(3, **options)
+    states = cell.zero_state(2, dtype)
+    results = nest.flatten(cell(gl.cast(X, dtype), states))
+    assert {v.dtype.name for v in results} == {dtype}
+    results = nest.flatten(cell(gl.cast(X, dtype), nest.map_structure(lambda s: gl.cast(s, "float64"), states)))
+    assert {v.dtype.name for v in results} == {dtype}
+
+
+@pytest.mark.parametrize("kind", ["input", "output", "state"])
+@pytest.mark.parametrize("keep", [0.5, np.float32(0.5), np.float64(0.5), np.array(0.5)], ids=repr)
+@pytest.mark.parametrize("variational", [False, True])
+def test_dropout_wrappers_keep_sixteen_bits(kind, keep, variational):
+    wrapper = rnn_cell.DropoutWrapper(
+        rnn_cell.GRUCell(3),
+        **{f"{kind}_keep_prob": keep},
+        variational_recurrent=variational,
+        dtype="bfloat16",
+        input_size=3,
+    )
+    results = nest.flatten(wrapper(gl.cast(X, "bfloat16"), wrapper.zero_state(2, "bfloat16")))
+    assert {v.dtype.name for v in results} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("variational", [False, True])
+def test_a_dropout_wrapper_that_keeps_nothing_gives_zeros(variational):
+    wrapper = rnn_cell.DropoutWrapper(
+        rnn_cell.GRUCell(3), output_keep_prob=0.0, variational_recurrent=variational, dtype="float64"
+    )
+    np.testing.assert_array_equal(wrapper(X, H)[0], np.zeros((2, 3)))
+
+
+@pytest.mark.parametrize("kind", [RNNCellDropoutWrapper, rnn_cell.DropoutWrapper])
+@pytest.mark.parametrize("keep", [1.5, np.float32(1.5), np.float64(-0.5), np.int64(2)], ids=repr)
+def test_probabilities_of_any_number_type_are_checked(kind, keep):
+    with pytest.raises(ValueError, match="output_keep_prob is not a probability"):
+        kind(rnn_cell.GRUCell(3), output_keep_prob=keep)
+
+
+def test_a_gate_function_that_is_set_later_counts():
+    cell, other = layers.LSTMCell(3), layers.LSTMCell(3, recurrent_activation="hard_sigmoid")
+    cell.build((2, 3))
+    other.build((2, 3))
+    other.set_weights(cell.get_weights())
+    cell.recurrent_activation = other.recurrent_activation
+    np.testing.assert_array_equal(cell(X, [H, C])[0], other(X, [H, C])[0])
+    x = np.stack([X] * 3, 1)
+    np.testing.assert_array_equal(layers.RNN(cell)(x), layers.RNN(other)(x))
+
+
+# --- states to start from ---------------------------------------------------------------------------------------------
+
+
+class _StartingAtOne(rnn_cell.BasicRNNCell):
+    def zero_state(self, batch_size, dtype):
+        return ops.ones((batch_size, 3), dtype)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda cell: cell,
+        lambda cell: rnn_cell.MultiRNNCell([cell]),
+        lambda cell: rnn_cell.ResidualWrapper(cell),
+        lambda cell: rnn_cell.DropoutWrapper(cell),
+        lambda cell: rnn_cell.DeviceWrapper(cell, "cpu"),
+        lambda cell: layers.StackedRNNCells([cell]),
+    ],
+    ids=["cell", "multi", "residual", "dropout", "device", "stacked"],
+)
+def test_a_changed_zero_state_is_where_a_cell_starts(around):
+    cell = around(_StartingAtOne(3))
+    for arguments in ({"batch_size": 2, "dtype": "float32"}, {"inputs": np.zeros((2, 5), "float32")}):
+        (state,) = nest.flatten(cell.get_initial_state(**arguments))
+        np.testing.assert_array_equal(state, np.ones((2, 3), "float32"))
+    x = np.zeros((2, 1, 3), "float32")
+    first, _ = gl.nn.dynamic_rnn(cell, x, dtype="float32")
+    np.testing.assert_allclose(layers.RNN(cell)(x), first[:, 0], rtol=1e-6)
+    assert np.abs(first).min() > 0
+
+
+def test_a_stack_of_legacy_and_modern_cells_starts_at_zero():
+    stack = rnn_cell.MultiRNNCell([rnn_cell.GRUCell(3), layers.GRUCell(2)])
+    assert [s.shape for s in stack.zero_state(2, "float32")] == [(2, 3), (2, 2)]
+    assert [s.shape for s in stack.get_initial_state(batch_size=2, dtype="float32")] == [(2, 3), (2, 2)]
+
+
+def test_a_legacy_device_wrapper_makes_every_state_on_its_device(monkeypatch):
+    devices = []
+
+    class Noting(rnn_cell.BasicRNNCell):
+        def zero_state(self, batch_size, dtype):
+            devices.append(gl.current_device())
+            return super().zero_state(batch_size, dtype)
+
+    entered = []
+    from gpulayers.nn import wrappers_legacy
+
+    original = wrappers_legacy.on_device
+    monkeypatch.setattr(wrappers_legacy, "on_device", lambda name: entered.append(name) or original(name))
+    wrapper = rnn_cell.DeviceWrapper(Noting(3), "cpu")
+    wrapper.zero_state(2, "float32")
+    wrapper.get_initial_state(batch_size=2, dtype="float32")
+    assert entered == ["cpu"] * 2 and [d.kind for d in devices] == ["cpu"] * 2
+
+
+# --- functions in configurations --------------------------------------------------------------------------------------
+
+
+@gl.keras.utils.register_serializable("CellTests")
+def _thrice_the_inputs(inputs, outputs):
+    return 3 * inputs + outputs
+
+
+@gl.keras.utils.register_serializable("CellTests")
+def _drop_nothing(state):
+    return False
+
+
+def test_a_registered_residual_fn_of_a_legacy_wrapper_survives_json():
+    cell = rnn_cell.GRUCell(3)
+    wrapper = rnn_cell.ResidualWrapper(cell, _thrice_the_inputs)
+    config = json.loads(gl.keras.utils.to_json(wrapper.get_config()))
+    assert config["residual_fn"] == "CellTests>_thrice_the_inputs"
+    twin = rnn_cell.ResidualWrapper.from_config({**config, "cell": cell})
+    np.testing.assert_array_equal(twin(X, H)[0], wrapper(X, H)[0])
+    other = rnn_cell.ResidualWrapper.from_config(
+        {**config, "cell": cell, "residual_fn": "own"}, custom_objects={"own": lambda inputs, outputs: 0 * outputs}
+    )
+    assert not other(X, H)[0].any()
+    with pytest.raises(ValueError, match="unheard"):
+        rnn_cell.ResidualWrapper.from_config({**config, "cell": cell, "residual_fn": "unheard"})
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_a_registered_state_filter_survives_json(kind):
+    cell = rnn_cell.GRUCell(3)
+    wrapper = kind(cell, state_keep_prob=0.001, dropout_state_filter_visitor=_drop_nothing)
+    config = json.loads(gl.keras.utils.to_json(wrapper.get_config()))
+    assert config["dropout_state_filter_visitor"] == "CellTests>_drop_nothing"
+    twin = kind.from_config({**config, "cell": cell})
+    x, h = X.astype("float32"), H.astype("float32")
+    np.testing.assert_array_equal(twin(x, h)[1], cell(x, h)[1])
+    plain = kind.from_config({**kind(cell).get_config(), "cell": cell})
+    np.testing.assert_array_equal(plain(x, h)[1], cell(x, h)[1])
+
+
+# --- the face of TensorFlow 1 -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["GRU", "LSTM"])
+def test_cells_and_layers_of_version_1_have_its_defaults(name):
+    old = gl.compat.v1.keras.layers
+    cell, layer = getattr(old, f"{name}Cell")(3), getattr(old, name)(3)
+    for config in (cell.get_config(), layer.get_config()):
+        assert config["recurrent_activation"] == "hard_sigmoid" and config["implementation"] == 1
+        assert config.get("reset_after", False) is False
+    x = np.stack([X] * 3, 1).astype("float32")
+    expected = layer(x)
+    changes = {"recurrent_activation": "hard_sigmoid", **({"reset_after": False} if name == "GRU" else {})}
+    modern = getattr(layers, name)(3, **changes)
+    modern.build(x.shape)
+    modern.set_weights(layer.get_weights())
+    np.testing.assert_allclose(modern(x), expected, rtol=1e-6)
+    for twin in (type(layer).from_config(layer.get_config()), layers.RNN.from_config(layers.RNN(cell).get_config())):
+        assert twin.cell.recurrent_activation is ops.activations.hard_sigmoid and twin.cell.implementation == 1
+        twin.build(x.shape)
+        twin.set_weights(layer.get_weights())
+        np.testing.assert_allclose(twin(x), expected, rtol=1e-6)
+    assert getattr(old, f"{name}Cell")(3, "relu", "tanh").get_config()["recurrent_activation"] == "tanh"
+
+
+def test_the_rest_of_version_1s_keras_is_the_same():
+    old = gl.compat.v1.keras
+    assert old.layers.SimpleRNNCell is layers.SimpleRNNCell and old.layers.RNN is layers.RNN
+    assert old.Model is gl.keras.Model and old.layers.__all__ == layers.__all__
+
+
+# --- what does not fit one step ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: layers.GRUCell(3),
+        lambda: layers.GRUCell(3, implementation=1),
+        lambda: rnn_cell.GRUCell(3),
+        lambda: rnn_cell.BasicRNNCell(3, activation="relu"),
+    ],
+    ids=["fused", "composed", "legacy", "legacy composed"],
+)
+def test_inputs_and_states_of_other_sizes(make):
+    cell = make()
+    with pytest.raises(ValueError, match=r"the shape of state 0 does not fit. Expected \(2, 3\); got \(1, 3\)"):
+        cell(X, H[:1])
+    with pytest.raises(ValueError, match=r"not those of one step|expected ndim=2"):
+        cell(np.stack([X] * 2), H)
+    cell = make()
+    with pytest.raises(ValueError, match=r"not those of one step.*\(batch, depth\)"):
+        gl.nn.dynamic_rnn(cell, X, dtype="float32")
+    assert not cell.built
+
+
+def test_a_stack_of_legacy_cells_warns_like_its_cells():
+    with pytest.warns(DeprecationWarning, match="MultiRNNCell is a legacy cell") as caught:
+        stack = rnn_cell.MultiRNNCell([layers.GRUCell(3)])
+    assert caught[0].filename == __file__
+    with pytest.raises(ValueError, match="the state is not a tuple. Expected a tuple of 1; got ndarray"):
+        stack(X, H)
+    with pytest.warns(DeprecationWarning, match="GRUCell is a legacy cell") as caught:
+        rnn_cell.GRUCell(3)
+    assert caught[0].filename == __file__

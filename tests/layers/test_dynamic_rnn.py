@@ -198,3 +198,62 @@ def test_a_cell_that_changes_its_state_is_refused_in_a_graph():
 
     with Graph().as_default(), pytest.raises(ValueError, match="changes its shape"):
         dynamic_rnn(Growing(), placeholder("float32", (None, None, 4)), dtype="float32")
+
+
+class MakingInCall(rnn_cell.RNNCell):
+    """A legacy cell as programs without `build` write them."""
+
+    state_size = output_size = 3
+
+    def call(self, inputs, state):
+        kernel = gl.get_variable("kernel", (inputs.shape[-1], 3))
+        output = ops.tanh(ops.matmul(inputs, kernel) + state)
+        return output, output
+
+
+@pytest.mark.parametrize(
+    ("around", "names"),
+    [
+        (lambda cell: cell, ["making_in_call"]),
+        (lambda cell: rnn_cell.ResidualWrapper(cell), ["making_in_call"]),
+        (
+            lambda cell: rnn_cell.MultiRNNCell([cell, rnn_cell.ResidualWrapper(MakingInCall())]),
+            [f"multi_rnn_cell/cell_{i}/making_in_call" for i in range(2)],
+        ),
+    ],
+    ids=["cell", "residual", "multi"],
+)
+@pytest.mark.parametrize("how", ["dynamic", "lengths", "static"])
+def test_a_cell_may_make_its_variables_in_call(around, names, how):
+    x = np.ones((2, 4, 3), "float32")
+    with Graph().as_default():
+        cell, fed = around(MakingInCall()), placeholder("float32", (2, 4, 3))
+        if how == "static":
+            outputs = ops.stack(static_rnn(cell, ops.unstack(fed, 1), dtype="float32")[0], 1)
+        else:
+            lengths = [4, 4] if how == "lengths" else None
+            outputs, _ = dynamic_rnn(cell, fed, sequence_length=lengths, dtype="float32")
+        assert [v.name for v in gl.global_variables()] == [f"rnn/{name}/kernel:0" for name in names]
+        (slope,) = gradients(ops.sum(outputs), [gl.global_variables()[0]])
+        with Session() as session:
+            session.run(gl.global_variables_initializer())
+            found, slope, kernels = session.run([outputs, slope, gl.global_variables()], {fed: x})
+    states, residual = [np.zeros((2, 3))] * len(kernels), isinstance(cell, rnn_cell.ResidualWrapper)
+    for t in range(4):
+        above = x[:, t]
+        for i, kernel in enumerate(kernels):
+            below, states[i] = above, np.tanh(above @ kernel + states[i])
+            above = below + states[i] if i or residual else states[i]
+        np.testing.assert_allclose(found[:, t], above, rtol=1e-4, atol=1e-5)
+    assert np.abs(slope).sum() > 0
+
+
+def test_an_empty_batch_has_an_empty_list_of_lengths():
+    outputs, state = dynamic_rnn(layers.GRUCell(4), X[:0], sequence_length=[], dtype="float32")
+    assert outputs.shape == (0, 5, 4) and state.shape == (0, 4)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+def test_no_steps(activation):
+    outputs, state = dynamic_rnn(layers.GRUCell(3, activation=activation), X[:, :0], dtype="float32")
+    assert outputs.shape == (3, 0, 3) and not state.any()

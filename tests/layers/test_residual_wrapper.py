@@ -11,7 +11,7 @@ import gpulayers as gl
 from gpulayers import nest, ops
 from gpulayers.keras import layers
 from gpulayers.keras.utils import register_serializable, to_json
-from gpulayers.nn import RNNCellResidualWrapper, rnn_cell
+from gpulayers.nn import RNNCellDeviceWrapper, RNNCellResidualWrapper, rnn_cell
 from gpulayers.trace import GradientTape, Graph, Session, gradients, placeholder
 from gpulayers.variables import global_variables_initializer
 
@@ -518,3 +518,66 @@ def test_second_gradients_of_fused_and_composed_cells_agree():
         found.append(outer.gradient(slope, x))
     np.testing.assert_allclose(*found, atol=1e-13)
     assert np.abs(found[0]).max() > 1e-3
+
+
+# --- a depth that does not fit ----------------------------------------------------------------------------------------
+
+
+def _all_in(cell):
+    inner = getattr(cell, "cells", None) or ([cell.cell] if hasattr(cell, "cell") else [])
+    return [cell, *(found for one in inner for found in _all_in(one))]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: RNNCellResidualWrapper(layers.GRUCell(4)),
+        lambda: RNNCellResidualWrapper(rnn_cell.GRUCell(4)),
+        lambda: RNNCellResidualWrapper(layers.GRUCell(4, activation="relu")),
+        lambda: rnn_cell.ResidualWrapper(rnn_cell.GRUCell(4)),
+        lambda: rnn_cell.DropoutWrapper(rnn_cell.ResidualWrapper(layers.GRUCell(4))),
+        lambda: RNNCellDeviceWrapper(RNNCellResidualWrapper(layers.GRUCell(4)), "cpu"),
+    ],
+    ids=["modern", "around legacy", "composed", "legacy", "in a legacy wrapper", "in a wrapper"],
+)
+def test_a_depth_that_cannot_be_added_builds_nothing(make):
+    narrow, wide, state = X.astype("float32"), np.ones((2, 4), "float32"), np.zeros((2, 4), "float32")
+    wrapper = make()
+    with pytest.raises(ValueError, match="incompatible"):
+        wrapper(narrow, state)
+    assert not any(cell.built for cell in _all_in(wrapper))
+    assert wrapper(wide, state)[0].shape == (2, 4)
+    layer = layers.RNN(make())
+    with pytest.raises(ValueError, match="incompatible"):
+        layer(np.stack([narrow] * 2, 1))
+    assert not layer.built and layer(np.stack([wide] * 2, 1)).shape == (2, 4)
+    with Graph().as_default():
+        with pytest.raises(ValueError, match="incompatible"):
+            gl.nn.dynamic_rnn(make(), placeholder("float32", (2, None, 3)), dtype="float32")
+        assert not gl.global_variables()
+
+
+@pytest.mark.parametrize("kind", [layers.StackedRNNCells, rnn_cell.MultiRNNCell])
+def test_a_depth_that_cannot_be_added_builds_no_cell_below(kind):
+    stack = kind([layers.GRUCell(5), RNNCellResidualWrapper(layers.GRUCell(4))])
+    with pytest.raises(ValueError, match="incompatible"):
+        layers.RNN(stack)(np.ones((2, 4, 3), "float32"))
+    assert not any(cell.built for cell in _all_in(stack))
+
+
+def test_cells_that_do_not_say_their_output_are_added_as_before():
+    class Silent(layers.Layer):
+        state_size = 3
+
+        def call(self, inputs, states):
+            return inputs, states
+
+    wrapper = RNNCellResidualWrapper(Silent())
+    np.testing.assert_allclose(wrapper(X, [H])[0], 2 * X, rtol=1e-6)
+
+    class Projecting(RNNCellResidualWrapper):
+        def call(self, inputs, state, training=None, **kwargs):
+            output, new_state = self.cell.call(inputs, state)
+            return inputs[:, :2] + output, new_state
+
+    assert Projecting(layers.GRUCell(2))(X, np.zeros((2, 2), "float32"))[0].shape == (2, 2)

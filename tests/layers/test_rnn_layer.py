@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -260,6 +261,38 @@ def test_a_list_of_inputs_brings_its_states():
     x, states = numbers(2, 4, 3, dtype=np.float32), [numbers(2, 3, dtype=np.float32)] * 2
     np.testing.assert_array_equal(layer([x, *states]), layer(x, initial_state=states))
     assert not np.allclose(layer(x), layer(x, initial_state=states))
+
+
+def test_states_given_twice_are_refused():
+    x, state = numbers(2, 4, 3, dtype=np.float32), numbers(2, 3, dtype=np.float32)
+    layer = layers.GRU(3)
+    with pytest.raises(ValueError, match="the states come twice"):
+        layer([x, state], initial_state=state)
+    np.testing.assert_array_equal(layer([x], initial_state=state), layer([x, state]))
+
+
+class _Two(NamedTuple):
+    a: object
+    b: object
+
+
+@pytest.mark.parametrize(
+    "pack", [lambda a, b: (a, b), _Two, lambda a, b: {"a": a, "b": b}], ids=["tuple", "named", "dict"]
+)
+def test_nested_inputs_need_no_list_around_them(pack):
+    class Adding(layers.Layer):
+        state_size = output_size = 3
+
+        def call(self, inputs, states):
+            a, b = nest.flatten(inputs)
+            return a + b + states[0], [a]
+
+    x, state = numbers(2, 4, 3, dtype=np.float32), numbers(2, 3, dtype=np.float32)
+    layer = layers.RNN(Adding(), return_sequences=True)
+    y = layer(pack(x, 2 * x))
+    np.testing.assert_allclose(y[:, 1:], 3 * x[:, 1:] + x[:, :-1], rtol=1e-6)
+    np.testing.assert_allclose(layer([pack(x, 2 * x), state])[:, 0], 3 * x[:, 0] + state, rtol=1e-6)
+    assert layer.compute_output_shape(pack((2, 4, 3), (2, 4, 3))) == (2, 4, 3)
 
 
 @pytest.mark.parametrize("states", [[np.zeros((2, 3))], [np.zeros((2, 3)), np.zeros((2, 4))], [np.zeros((3, 3))] * 2])
@@ -542,3 +575,323 @@ def test_second_gradients_of_a_loop_that_draws_are_refused():
         total = gl.reduce_sum(slope * slope)
     with pytest.raises(gl.errors.GradientError, match="draws random numbers.*unroll=True"):
         outer.gradient(total, tensor)
+
+
+# --- constants --------------------------------------------------------------------------------------------------------
+
+
+class _Scaling(layers.GRUCell):
+    def call(self, inputs, states, training=None, *, constants=None):
+        output, states = super().call(inputs, states, training)
+        return output * (1 if constants is None else constants[0]), states
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda cell: cell,
+        lambda cell: [cell],
+        lambda cell: RNNCellResidualWrapper(cell, lambda inputs, outputs: outputs),
+        lambda cell: [RNNCellResidualWrapper(cell, lambda inputs, outputs: outputs)],
+        lambda cell: [RNNCellResidualWrapper(RNNCellResidualWrapper(cell, lambda i, o: o), lambda i, o: o)],
+    ],
+    ids=["cell", "stacked", "wrapped", "wrapped in a stack", "wrapped twice"],
+)
+def test_constants_reach_the_cells_that_take_them(around):
+    layer = layers.RNN(around(_Scaling(3)))
+    x, scale = numbers(2, 4, 3, dtype=np.float32), np.float32(3) * np.ones((2, 1), "float32")
+    for constants in (scale, [scale], (scale,)):
+        np.testing.assert_allclose(layer(x, constants=constants), 3 * layer(x), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: layers.GRUCell(3),
+        lambda: RNNCellResidualWrapper(layers.GRUCell(3)),
+        lambda: gl.nn.rnn_cell.BasicRNNCell(3),
+    ],
+    ids=["modern", "wrapped", "legacy"],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_constants_for_a_cell_that_takes_none(make):
+    cell = make()
+    layer = layers.RNN(cell)
+    with pytest.raises(ValueError, match="does not take constants"):
+        layer(numbers(2, 4, 3), constants=np.ones(2))
+    assert not layer.built and not cell.built
+
+
+# --- building by hand -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("shape", [(2, 4, 3), [None, None, 3], gl.TensorShape((None, 4, 3))], ids=str)
+def test_layers_and_wrappers_are_built_for_any_form_of_a_shape(shape):
+    for cell in (layers.GRUCell(3), gl.nn.rnn_cell.GRUCell(3), [layers.GRUCell(2), layers.GRUCell(3)]):
+        layer = layers.RNN(cell)
+        layer.build(shape)
+        assert layer.built and layer.cell.built and layer(numbers(2, 4, 3)).shape == (2, 3)
+    for cell in (layers.GRUCell(3), gl.nn.rnn_cell.GRUCell(3)):
+        wrapper = RNNCellResidualWrapper(cell)
+        wrapper.build(list(shape)[1:])
+        assert cell.built and wrapper.weights
+
+
+# --- unrolling --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize("time_major", [False, True])
+def test_unrolling_needs_a_known_number_of_steps(activation, time_major):
+    with Graph().as_default():
+        layer = layers.RNN(layers.GRUCell(3, activation=activation), unroll=True, time_major=time_major)
+        with pytest.raises(ValueError, match="Cannot unroll"):
+            layer(placeholder("float32", (None, 2, 3) if time_major else (2, None, 3)))
+
+
+def test_unrolling_takes_the_number_of_steps_from_the_inputs_where_the_masks_is_unknown():
+    layer = layers.RNN(layers.GRUCell(3, activation="relu"), unroll=True)
+    x, mask = numbers(2, 4, 3, dtype=np.float32), np.array([[1, 1, 0, 0], [0, 1, 1, 1]], bool)
+    with Graph().as_default():
+        fed, fed_mask = placeholder("float32", (2, 4, 3)), placeholder("bool", (2, None))
+        y = layer(fed, mask=fed_mask)
+        with Session() as session:
+            session.run(gl.global_variables_initializer())
+            found, weights = session.run([y, layer.weights], {fed: x, fed_mask: mask})
+    eager = layers.RNN(layers.GRUCell(3, activation="relu"))
+    eager.build((2, 4, 3))
+    eager.set_weights(weights)
+    np.testing.assert_allclose(found, eager(x, mask=mask), rtol=1e-5, atol=1e-6)
+
+
+# --- calls that fail leave nothing behind -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"mask": np.ones((2, 3), bool)}, {"initial_state": np.ones((2, 4), "float32")}],
+    ids=["mask", "initial_state"],
+)
+def test_a_first_call_that_fails_does_not_settle_the_batch_size(wrong):
+    layer = layers.GRU(3, stateful=True)
+    with pytest.raises(ValueError):
+        layer(numbers(2, 4, 3), **wrong)
+    assert not layer.built and not layer.cell.built
+    assert layer(numbers(5, 4, 3)).shape == (5, 3)
+
+
+def test_a_stateful_layer_without_a_batch_size_builds_nothing():
+    layer = layers.GRU(3, stateful=True)
+    with Graph().as_default(), pytest.raises(ValueError, match="batch size"):
+        layer(placeholder("float32", (None, 4, 3)))
+    assert not layer.built and not layer.cell.built
+
+
+def test_states_are_kept_together_or_not_at_all():
+    layer = layers.LSTM(3, stateful=True)
+    layer(numbers(2, 4, 3))
+    before = [state.copy() for state in layer.states]
+    with pytest.raises(ValueError):
+        layer.reset_states([np.ones((2, 3)), np.full((2, 3), "one")])
+    for old, now in zip(before, layer.states, strict=True):
+        np.testing.assert_array_equal(old, now)
+
+    class Widening(layers.Layer):
+        state_size = (3, 3)
+
+        def call(self, inputs, states):
+            return inputs, (states[0] + 1, ops.concatenate([states[1], states[1]], -1))
+
+    layer = layers.RNN(Widening(), stateful=True)
+    with pytest.raises(ValueError):
+        layer(numbers(2, 1, 3))
+    assert not any(state.any() for state in layer.states)
+
+
+# --- what a cell holds inside -----------------------------------------------------------------------------------------
+
+
+class _Holding(layers.Layer):
+    """A user's cell around one of ours, which it builds itself or leaves to the first call."""
+
+    state_size = output_size = 64
+
+    def __init__(self, builds=False, own_training=False):
+        super().__init__()
+        self.inner, self.builds, self.own_training = layers.GRUCell(64, dropout=0.5), builds, own_training
+
+    def build(self, input_shape):
+        if self.builds:
+            self.inner.build(input_shape)
+
+    def call(self, inputs, states):
+        return self.inner(inputs, states, **({"training": True} if self.own_training else {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"builds": True}, {"own_training": True}], ids=str)
+def test_a_cell_inside_a_users_cell_drops_by_one_mask(options, monkeypatch):
+    layer = layers.RNN(_Holding(**options))
+    x = numbers(4, 6, 64, dtype=np.float32)
+    drawn = []
+    original = gl.nn.dropout_masks.dropout_mask
+    monkeypatch.setattr(gl.nn.dropout_masks, "dropout_mask", lambda *given: drawn.append(given) or original(*given))
+    layer(x)
+    assert len(drawn) == layer.cell.own_training
+    drawn.clear()
+    layer(x, training=True)
+    assert len(drawn) == 1
+
+
+def test_a_cell_inside_a_users_cell_in_a_graph():
+    x = numbers(4, 6, 64, dtype=np.float32)
+    with Graph().as_default():
+        fed = placeholder("float32", (4, 6, 64))
+        outputs = [layers.RNN(_Holding())(fed), layers.RNN(_Holding(builds=True))(fed, training=True)]
+        with pytest.raises(ValueError, match="not built before the loop"):
+            layers.RNN(_Holding())(fed, training=True)
+        with Session() as session:
+            session.run(gl.global_variables_initializer())
+            for value in session.run(outputs, {fed: x}):
+                assert value.shape == (4, 64) and np.isfinite(value).all()
+
+
+class _Costly(layers.Layer):
+    """A user's cell that adds a loss, or an update, at every step."""
+
+    state_size = output_size = 3
+
+    def __init__(self, updates=False):
+        super().__init__()
+        self.updating = updates
+        self.count = self.add_weight("count", (), initializer="zeros", trainable=False)
+
+    def call(self, inputs, states):
+        if self.updating:
+            self.add_update(self.count.assign_add(1.0))
+        else:
+            self.add_loss(ops.sum(inputs), inputs=inputs)
+        return inputs, states
+
+
+def test_losses_of_every_step_in_a_graph():
+    x = numbers(2, 4, 3, dtype=np.float32)
+    with Graph().as_default():
+        fed = placeholder("float32", (2, 4, 3))
+        layer = layers.RNN(_Costly())
+        layer(fed)
+        with Session() as session:
+            np.testing.assert_allclose(session.run(layer.losses, {fed: x}), x.sum((0, 2)), rtol=1e-5)
+        layer = layers.RNN(_Costly(updates=True))
+        layer(fed)
+        with Session() as session:
+            session.run(gl.global_variables_initializer())
+            session.run(layer.updates, {fed: x})
+            assert session.run(layer.cell.count) == 4
+
+
+@pytest.mark.parametrize("updates", [False, True])
+def test_losses_in_a_loop_of_unknown_length_are_refused_and_leave_nothing(updates):
+    with Graph().as_default():
+        layer = layers.RNN(_Costly(updates))
+        with pytest.raises(ValueError, match="losses and updates inside a loop need the number of steps"):
+            layer(placeholder("float32", (2, None, 3)))
+        assert not layer.losses and not layer.updates
+
+
+# --- no steps, nested outputs, errors ---------------------------------------------------------------------------------
+
+
+def _wide(inputs, outputs):
+    return ops.concatenate([inputs, outputs], -1)
+
+
+@pytest.mark.parametrize(
+    ("make", "width"),
+    [
+        (lambda: layers.GRUCell(3), 3),
+        (lambda: layers.GRUCell(3, activation="relu", dropout=0.5), 3),
+        (lambda: [layers.GRUCell(2), layers.GRUCell(3, activation="relu")], 3),
+        (lambda: RNNCellResidualWrapper(layers.GRUCell(3)), 3),
+        (lambda: RNNCellResidualWrapper(layers.GRUCell(3), _wide), 6),
+        (lambda: Counting(), 3),
+    ],
+    ids=["fused", "composed", "stacked", "residual", "wider", "a user's"],
+)
+def test_no_steps_are_alike_for_all_cells(make, width):
+    x = np.zeros((2, 0, 3), np.float32)
+    layer = layers.RNN(make(), return_sequences=True, return_state=True)
+    output, *states = layer(x, training=True)
+    assert output.shape == (2, 0, width) and output.dtype == np.float32 and not any(s.any() for s in states)
+    with pytest.raises(ValueError, match="there is no last output"):
+        layers.RNN(make())(x)
+    with Graph().as_default():
+        fed = placeholder("float32", (2, None, 3))
+        layer = layers.RNN(make(), return_sequences=True, return_state=True)
+        results = layer(fed)
+        slopes = gradients(ops.sum(results[0]), layer.trainable_weights) if layer.trainable_weights else []
+        with Session() as session:
+            session.run(gl.global_variables_initializer())
+            output, *states = session.run(results, {fed: x})
+            assert output.shape == (2, 0, width) and not any(s.any() for s in states)
+            assert not any(np.any(slope) for slope in session.run(slopes, {fed: x}))
+
+
+def test_nested_outputs_have_nested_shapes():
+    class Forking(layers.Layer):
+        state_size, output_size = 3, {"a": 3, "b": gl.TensorShape((2, 4))}
+
+        def call(self, inputs, states):
+            return {"a": inputs, "b": ops.zeros((2, 2, 4))}, states
+
+    cell = Forking()
+    for sequences in (False, True):
+        layer = layers.RNN(cell, return_sequences=sequences, return_state=True)
+        shapes, actual = layer.compute_output_shape((2, 4, 3)), layer(numbers(2, 4, 3))
+        assert nest.map_structure(tuple, shapes) == nest.map_structure(lambda v: v.shape, actual)
+    wrapper = RNNCellResidualWrapper(cell, lambda inputs, outputs: outputs)
+    assert wrapper.compute_output_shape((2, 3)) == {"a": (2, 3), "b": (2, 2, 4)}
+    with pytest.raises(ValueError, match="nested"):
+        RNNCellResidualWrapper(cell).compute_output_shape((2, 3))
+
+
+def test_initial_states_of_a_layer_are_a_list():
+    x = numbers(2, 4, 3, dtype=np.float32)
+    (state,) = layers.GRU(5).get_initial_state(x)
+    assert state.shape == (2, 5) and state.dtype == np.float32
+    assert [s.shape for s in layers.LSTM(5, time_major=True).get_initial_state(x)] == [(4, 5)] * 2
+
+    class Started(layers.GRU):
+        def get_initial_state(self, inputs):
+            return [np.ones((2, 3), "float32")]
+
+    layer = Started(3)
+    np.testing.assert_array_equal(layer(x), layer(x, initial_state=np.ones((2, 3), "float32")))
+
+
+def test_a_mask_may_be_a_list():
+    layer, x = layers.GRU(3, return_sequences=True), numbers(2, 4, 3)
+    mask = [[True, True, False, False], [False, True, True, True]]
+    np.testing.assert_array_equal(layer(x, mask=mask), layer(x, mask=np.array(mask)))
+    np.testing.assert_array_equal(layer(x, mask=np.array(mask).astype(int).tolist()), layer(x, mask=np.array(mask)))
+    with pytest.raises(ValueError, match=r"mask does not fit the inputs. Expected \(2, 4\); got \(2, 2\)"):
+        layer(x, mask=[[True, False]] * 2)
+
+
+def test_what_a_step_returns_is_checked():
+    class Returning(layers.Layer):
+        state_size = output_size = 3
+
+        def __init__(self, result):
+            super().__init__()
+            self.result = result
+
+        def call(self, inputs, states):
+            return self.result
+
+    x = numbers(2, 4, 3)
+    for cell in (Returning(x[:, 0]), RNNCellResidualWrapper(Returning(None)), [Returning(x)]):
+        with pytest.raises(ValueError, match="did not return its output and its new state. Expected a pair"):
+            layers.RNN(cell)(x)
+    with pytest.raises(ValueError, match="the output of a step is None"):
+        layers.RNN(RNNCellResidualWrapper(layers.GRUCell(3), lambda inputs, outputs: None))(x)

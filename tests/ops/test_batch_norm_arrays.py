@@ -425,7 +425,7 @@ def test_blocks_cover_every_element_once():
     for (shape, axis, groups), read in itertools.product(CASES, (False, True)):
         view = batch_norm_blocks.view_of(collapse(shape, axis, groups), read)
         seen = np.zeros(view.shape, int)
-        assert list(itertools.chain(*batch_norm_blocks.runs_of(view))) == list(batch_norm_blocks.blocks_of(view))
+        assert list(itertools.chain(*batch_norm_blocks.series_of(view))) == list(batch_norm_blocks.blocks_of(view))
         for block in batch_norm_blocks.blocks_of(view):
             cut = batch_norm_blocks.Operand(view, seen).cut(block)
             assert np.shares_memory(cut, seen)

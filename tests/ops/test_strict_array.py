@@ -39,6 +39,7 @@ def test_forward(case: Case) -> None:
         np.testing.assert_allclose(asnumpy(result), truth, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.emulated
 @parametrize([c for c in CASES if c.first])
 def test_gradient(case: Case) -> None:
     with device("cpu"):
@@ -51,6 +52,7 @@ def test_gradient(case: Case) -> None:
         np.testing.assert_allclose(asnumpy(gradient), truth, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.emulated
 @parametrize([c for c in CASES if c.first and c.second])
 def test_gradient_of_gradient_runs(case: Case) -> None:
     with device("cpu"):
@@ -94,3 +96,56 @@ def test_half_precision(name: str) -> None:
     result = getattr(ops, name)(x, *arguments)
     assert isinstance(result, StrictArray)
     assert result.dtype == np.float16
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: ops.multiply(x, 0.5),
+        lambda x: ops.subtract(1.0, x),
+        lambda x: ops.add(x, 1),
+        lambda x: ops.maximum(x, 0.0),
+        lambda x: ops.where(ops.greater(x, 0.0), x, ops.negative(x)),
+        lambda x: ops.where(ops.isnan(x), 0.0, x),
+        lambda x: ops.relu(x),
+        lambda x: ops.random_uniform((3,), -2.0, 2.0, x.dtype, seed=1) + x,
+    ],
+    ids=["times", "from", "integer", "maximum", "where of arrays", "where of a number", "relu", "uniform"],
+)
+def test_bfloat16_stays_bfloat16(call: Any) -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    host = np.asarray([-1.5, 0.25, 2.0], ml_dtypes.bfloat16)
+    with device("cpu"):
+        want = call(host)
+    x = xp.asarray(host)
+    found = call(x)
+    assert isinstance(found, StrictArray)
+    assert found.dtype == want.dtype == host.dtype
+    np.testing.assert_array_equal(asnumpy(found).astype("f"), want.astype("f"))
+    with GradientTape() as tape:
+        total = call(tape.watch(x))
+    gradient = tape.gradient(total, x)
+    assert gradient.dtype == host.dtype
+
+
+SELECTIONS = {
+    "take": lambda x, places: ops.take(x, places, axis=0),
+    "gather": lambda x, places: ops.gather(x, places),
+    "take_along_axis": lambda x, places: ops.take_along_axis(x, ops.stack([places, places], axis=1), axis=0),
+    "index": lambda x, places: x[places],
+}
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_gradients_of_selected_rows_do_not_touch_each_other(name: str, dtype: str) -> None:
+    """One running sum over all rows would lose what is small behind what is large, and all behind an infinity."""
+    places = np.array([3, 0, 1, 0, 3, 4], np.int32)
+    weights = np.array([[2e4], [3], [0.25], [5], [np.inf], [0.5]], dtype).repeat(2, 1)
+    x = xp.zeros((6, 2), dtype)
+    with GradientTape() as tape:
+        selected = SELECTIONS[name](tape.watch(x), xp.asarray(places))
+    gradient = tape.gradient(selected, x, output_gradients=xp.asarray(weights))
+    want = np.array([8, 0.25, 0, np.inf, 0.5, 0], dtype)[:, None].repeat(2, 1)
+    np.testing.assert_array_equal(asnumpy(gradient), want)

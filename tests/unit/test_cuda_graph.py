@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import gc
 import sys
 from types import SimpleNamespace
 
@@ -9,20 +11,43 @@ import numpy as np
 import pytest
 
 import gpulayers as gl
-from gpulayers import _cupy
+from gpulayers import _cupy, graph_memory
 from gpulayers.trace.stored import StoredValue
 from tests.kernels.fake_cuda import Machine, fake_cuda
 
 
 class FakeArray(np.ndarray):
-    """Stands for cupy.ndarray."""
+    """Stands for cupy.ndarray; `block` is the memory that it would lie in on a device."""
+
+    def __array_finalize__(self, base):
+        self.block = getattr(base, "block", None)
 
     def set(self, host):
-        np.copyto(self, host)
+        if not isinstance(host, np.ndarray):
+            raise TypeError("Only numpy.ndarray can be set to cupy.ndarray")
+        if host.dtype != self.dtype:
+            raise TypeError(f"{host.dtype} array cannot be set to {self.dtype} array")
+        if host.shape != self.shape:
+            raise ValueError(f"Shape mismatch. Old shape: {self.shape}, new shape: {host.shape}")
+        if not (self.flags.c_contiguous or self.flags.f_contiguous):
+            raise RuntimeError("Cannot set to non-contiguous array")
+        if host.ctypes.data in self.machine.pinned:
+            self.machine.copies.append(lambda: np.copyto(self, host))
+        else:
+            np.copyto(self, host)
 
 
 def fake_cupy(machine):
-    return SimpleNamespace(cuda=fake_cuda(machine), ndarray=FakeArray, array=lambda a: np.array(a).view(FakeArray))
+    FakeArray.machine = machine
+
+    def array(a, order="K"):
+        made = np.array(a, np.asarray(a).dtype.newbyteorder("="), order=order).view(FakeArray)
+        made.block = machine.allocate(made.nbytes)
+        return made
+
+    return SimpleNamespace(
+        cuda=fake_cuda(machine), ndarray=FakeArray, array=array, get_default_memory_pool=lambda: machine.default_pool
+    )
 
 
 @pytest.fixture
@@ -31,6 +56,7 @@ def machine(monkeypatch):
     module = fake_cupy(machine)
     monkeypatch.setitem(sys.modules, "cupy", module)
     monkeypatch.setattr(_cupy, "cupy", lambda: module)
+    monkeypatch.setattr(graph_memory, "_released", collections.deque())
     machine.array = module.array
     machine.Stream = module.cuda.Stream
     return machine
@@ -87,12 +113,11 @@ def test_each_shape_dtype_and_value_has_its_graph(machine):
         assert graph.captures == number
 
 
-def test_each_device_has_its_graph(machine, monkeypatch):
+def test_each_device_has_its_graph(machine):
     """Streams and memory belong to a device: the buffers of one are not where arrays of another are expected."""
     graph, x = gl.cuda_graph(doubling(machine, {"host": 0, "device": 0})), machine.array([1.0])
-    results = []
-    for device in (0, 1, 0):
-        monkeypatch.setattr(_cupy.cupy().cuda.runtime, "getDevice", lambda device=device: device)
+    results, machine.devices = [], 2
+    for machine.device in (0, 1, 0):
         results.append([graph(x)["out"] for _ in range(4)][-1])
     assert graph.captures == 2 and results[0] is results[2] and results[1] is not results[0]
 
@@ -104,6 +129,40 @@ def test_host_arguments_are_copied_into_the_buffers(machine):
     for number in range(5):
         out = graph(np.full(2, float(number)), machine.array([0.0]))
     assert out.tolist() == [8.0, 8.0] and graph.reason == ""
+
+
+def test_numpys_scalars_are_copied_into_the_buffers(machine):
+    double = doubling(machine, {"host": 0, "device": 0})
+    graph = gl.cuda_graph(lambda x, bias: double(x)["out"])
+    for number in range(5):
+        out = graph(np.float32(number), machine.array([0.0]))
+    assert out == 8.0 and out.dtype == np.float32 and graph.reason == ""
+
+
+def test_host_arguments_of_any_layout_and_byte_order(machine):
+    double = doubling(machine, {"host": 0, "device": 0})
+    graph = gl.cuda_graph(lambda x, bias: double(x)["out"])
+    for number in range(5):
+        x = np.full((2, 3, 4), number, ">f4").transpose(1, 2, 0)  # contiguous neither by rows nor by columns
+        out = graph(x, machine.array([0.0]))
+        assert (out == 2 * number).all()
+    assert graph.reason == ""
+
+
+def test_pinned_memory_may_be_written_after_the_call(machine):
+    """A copy from pinned memory is made when the device comes to it: it must have come to it when the call returns."""
+    double = doubling(machine, {"host": 0, "device": 0})
+    graph = gl.cuda_graph(lambda x, bias: double(x)["out"])
+    x = np.zeros(2)
+    machine.pinned.add(x.ctypes.data)
+    for number in range(5):
+        x[:] = number
+        if graph.captures:  # the device comes to it when the host is already further
+            (step,) = graph._steps.values()
+            step.seen.replays.before_replay = lambda: x.fill(np.nan)
+        out = graph(x, machine.array([0.0]))
+        assert out.tolist() == [2.0 * number] * 2
+    assert graph.reason == ""
 
 
 @pytest.mark.parametrize("error", [NotImplementedError("cuBLAS calls during capture"), RuntimeError("invalidated")])
@@ -242,6 +301,161 @@ def test_an_argument_that_cannot_be_a_key(machine):
     graph = gl.cuda_graph(lambda x, y: x)
     graph(machine.array([1.0]), {1, 2})
     assert graph.reason == "an argument is neither an array nor hashable"
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def scratching(machine, size=1000):
+    """Return a function that needs temporaries of so many bytes, and makes a result of its own."""
+
+    def step(x):
+        for _ in range(3):
+            machine.array(np.zeros(size, np.uint8))
+        return machine.array(x)
+
+    return step
+
+
+def held(machine):
+    """Return the bytes that are allocated but for what the default pool keeps, after a collection."""
+    gc.collect()
+    machine.default_pool.free_all_blocks()
+    return machine.allocated
+
+
+def next_step(machine, x):
+    """Make a step and drop it: what was in use when others were dropped is given back at such occasions."""
+    graph = gl.cuda_graph(scratching(machine))
+    graph(x)
+
+
+def test_a_dropped_graph_gives_its_memory_back(machine):
+    graph, x = gl.cuda_graph(scratching(machine)), machine.array([1.0])
+    for _ in range(4):
+        graph(x)
+    assert graph.captures == 1 and held(machine) > 1000
+    del graph
+    assert held(machine) == x.nbytes and not machine.leaked
+
+
+def test_a_graph_captured_anew_gives_the_memory_of_the_old_one_back(machine, monkeypatch):
+    on_device(monkeypatch)
+    scale, scratch = stored(machine.array([2.0])), scratching(machine)
+    graph, x = gl.cuda_graph(lambda x: scratch(x * scale.read())), machine.array([1.0])
+    sizes = []
+    for number in range(4):
+        scale.store(machine.array([float(number)]))
+        for _ in range(4):
+            graph(x)
+        sizes.append(held(machine))
+    assert machine.log.count("captured") == 4 and len(set(sizes)) == 1 and not machine.leaked
+
+
+def test_a_refused_capture_gives_its_memory_back(machine):
+    scratch = scratching(machine)
+
+    def step(x):
+        scratch(x)
+        if machine.work is not None:
+            raise RuntimeError("invalidated")
+
+    graph, x = gl.cuda_graph(step), machine.array([1.0])
+    for _ in range(4):
+        graph(x)
+    assert graph.reason == "RuntimeError: invalidated" and held(machine) == x.nbytes and not machine.leaked
+
+
+def test_a_step_that_cannot_be_captured_gives_its_memory_back(machine):
+    counter, scratch = stored(np.zeros(1), "iterations:0"), scratching(machine)
+
+    def step(x):
+        counter.writable()[...] += 1
+        return scratch(x)
+
+    graph, x = gl.cuda_graph(step), machine.array([1.0])
+    for _ in range(4):
+        graph(x)
+    assert "lives on the host" in graph.reason and not machine.leaked
+    next_step(machine, x)
+    assert held(machine) == x.nbytes
+
+
+def test_results_that_outlive_their_graph_give_their_memory_back_later(machine):
+    graph, x = gl.cuda_graph(scratching(machine)), machine.array([1.0])
+    results = [graph(x) for _ in range(4)]
+    del graph
+    assert held(machine) == x.nbytes + sum({id(r): r.nbytes for r in results}.values())
+    del results
+    next_step(machine, x)
+    assert held(machine) == x.nbytes and not machine.leaked
+
+
+def test_a_step_finds_room_that_the_default_pool_hoards(machine):
+    machine.capacity = 10_000
+    hoard = machine.array(np.zeros(8000, np.uint8))
+    del hoard
+    graph, x = gl.cuda_graph(scratching(machine, 3000)), machine.array([1.0])
+    for _ in range(4):
+        graph(x)
+    assert graph.captures == 1, graph.reason
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_a_capture_without_room_is_refused_and_frees_nothing_that_it_uses(machine, limited):
+    """A pool without room gives its free blocks back and tries again; kernels of the capture may use those."""
+    freed = []
+
+    def step(x):
+        machine.array(np.zeros(1000, np.uint8))  # a temporary, whose block is free again
+        if machine.work is not None:
+            (pool,) = {allocator.__self__ for allocator in machine.allocators}
+            pool.limit = 2000 if limited else None
+            machine.capacity = 1 << 40 if limited else machine.allocated + 500
+            try:
+                machine.array(np.zeros(1500, np.uint8))
+            finally:
+                machine.capacity = 1 << 40
+                freed.append(1000 not in [block.size for block in pool.free])
+        return machine.array(x)
+
+    graph, x = gl.cuda_graph(step), machine.array([1.0])
+    for _ in range(4):
+        assert graph(x) == 1.0
+    assert graph.captures == 0 and freed == [limited]
+    assert ("was freed during the capture" if limited else "no device memory is left") in graph.reason
+
+
+def test_the_workspaces_of_a_step_go_with_it(machine, monkeypatch):
+    forgotten = []
+    monkeypatch.setattr(sys.modules["gpulayers.cuda_graph"], "forget_stream", forgotten.append)
+    graph, x = gl.cuda_graph(scratching(machine)), machine.array([1.0])
+    graph(x)
+    (stream,) = [step.stream.ptr for step in graph._steps.values()]
+    del graph
+    gc.collect()
+    assert forgotten == [stream]
+
+
+# ---- streams ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_plain_call_that_raises_is_waited_for_too(machine):
+    """What it launched before it raised may still write what the caller's stream reads next."""
+    graph, outer = gl.cuda_graph(lambda x: {}["missing"]), machine.current
+    with pytest.raises(KeyError):
+        graph(machine.array([1.0]))
+    assert machine.log[-1] == f"stream {outer.ptr} waits"
+
+
+def test_a_capture_begins_when_both_streams_are_done(machine):
+    """Plain calls from another stream may still use the memory that the graph is going to use."""
+    graph = gl.cuda_graph(doubling(machine, {"host": 0, "device": 0}))
+    for _ in range(3):
+        graph(machine.array([1.0]))
+    (step,) = graph._steps.values()
+    before = machine.log[: machine.log.index("captured")]
+    assert {f"stream {machine.current.ptr} is done", f"stream {step.stream.ptr} is done"} <= set(before)
 
 
 def test_on_numpy_it_does_nothing():

@@ -1,9 +1,11 @@
 """Where arrays live: the default device, moving, foreign arrays, and the border between host and device."""
 
+import copy
 import importlib
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import pytest
 import gpulayers as gl
 from gpulayers import _cupy
 from gpulayers.errors import DeviceError
+from tests.kernels.fake_cuda import Machine, fake_cuda
 from tests.kernels.strict_array import StrictArray, xp
 
 device = importlib.import_module("gpulayers.device")  # the package's attribute of this name is the function
@@ -25,6 +28,47 @@ def restored(monkeypatch):
 
 def without_gpu(monkeypatch, reason="no driver here"):
     monkeypatch.setattr(_cupy, "unusable_reason", lambda: reason)
+
+
+class GpuArray(np.ndarray):
+    """Stands for cupy.ndarray: it knows on which GPU it was made."""
+
+    def __array_finalize__(self, base):
+        self.data_device = getattr(base, "data_device", None)
+
+    @property
+    def data(self):
+        return types.SimpleNamespace(device_id=self.data_device)
+
+    def copy(self):
+        return _cupy.cupy().asarray(np.array(self))  # to the current GPU
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Two GPUs; what is made lies on CuPy's current one."""
+    machine = Machine()
+    machine.devices = 2
+
+    def asarray(value, dtype=None):
+        if isinstance(value, GpuArray) and dtype in (None, value.dtype):
+            return value
+        made = np.array(value, dtype).view(GpuArray)
+        made.data_device = machine.device
+        return made
+
+    module = types.ModuleType("fake_cupy")
+    module.cuda, module.ndarray, module.asarray = fake_cuda(machine), GpuArray, asarray
+    module.zeros = lambda shape, dtype: asarray(np.zeros(shape, dtype))
+    module.full = lambda shape, value, dtype: asarray(np.full(shape, value, dtype))
+    without_gpu(monkeypatch, reason="")
+    monkeypatch.delenv("GPULAYERS_DEVICE", raising=False)
+    monkeypatch.setattr(device, "_default", None)
+    monkeypatch.setattr(device, "_by_kind", dict(device._by_kind))
+    monkeypatch.setattr(device, "_modules", dict(device._modules))
+    monkeypatch.setattr(_cupy, "cupy", lambda: module)
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    return machine
 
 
 def python(code, **environment):
@@ -49,16 +93,8 @@ def test_the_cpu_is_the_default_where_no_gpu_is_usable(monkeypatch):
     assert not gl.gpu_available() and gl.gpu_unavailable_reason() == "no driver here"
 
 
-def test_the_gpu_is_the_default_where_an_allocation_succeeds(monkeypatch):
-    without_gpu(monkeypatch, reason="")
-    monkeypatch.delenv("GPULAYERS_DEVICE", raising=False)
-    monkeypatch.setattr(device, "_default", None)
-    monkeypatch.setattr(_cupy, "cupy", lambda: xp)
-    monkeypatch.setattr(xp, "ndarray", type("GpuArray", (StrictArray,), {}))
-    try:
-        assert gl.current_device() == gl.Device("gpu", 0)
-    finally:
-        device._by_kind.pop("gpu", None)
+def test_the_gpu_is_the_default_where_an_allocation_succeeds(gpus):
+    assert gl.current_device() == gl.Device("gpu", 0)
 
 
 def test_the_environment_variable_decides_in_a_fresh_process():
@@ -128,6 +164,60 @@ def test_a_gpu_that_is_not_usable_is_refused_with_the_reason(monkeypatch, choose
             choose(name)
 
 
+# --- several GPUs -----------------------------------------------------------------------------------------------------
+
+
+def by_environment(monkeypatch, name):
+    monkeypatch.setenv("GPULAYERS_DEVICE", name)
+    return gl.current_device()
+
+
+@pytest.mark.parametrize("choose", [lambda monkeypatch, name: gl.set_device(name), by_environment])
+def test_what_is_made_by_default_lies_on_the_chosen_gpu(gpus, monkeypatch, choose):
+    assert choose(monkeypatch, "gpu:1") == gl.Device("gpu", 1)
+    assert gpus.device == 1, "kernels are launched on CuPy's current device"
+    gpus.device = 0  # as in another thread
+    v = gl.Variable(X)
+    assert gl.asarray(X).data_device == v.value.data_device == 1 and v.device == "gpu:1"
+    assert gl.ops.zeros((2,)).data_device == gl.asarray(1.0).data_device == 1 and gpus.device == 0
+    v.assign(X * 2)
+    assert v.value.data_device == 1 and copy.deepcopy(v).value.data_device == 1
+
+
+def test_asarray_takes_the_number_of_a_gpu(gpus):
+    for number in (0, 1):
+        assert gl.asarray(X, device=f"gpu:{number}").data_device == number
+        assert gl.asarray([1.0], device=gl.Device("gpu", number)).data_device == number
+    assert gpus.device == 0
+
+
+def test_a_gpu_without_a_number_is_cupys_current_one(gpus):
+    for number in (0, 1, 0):
+        gpus.device = number
+        assert gl.current_device() == device.parse_device("gpu") == gl.Device("gpu", number)
+        assert gl.asarray(X).data_device == gl.Variable(X).value.data_device == number
+    gl.set_device("gpu")
+    gpus.device = 1
+    assert gl.current_device() == gl.Device("gpu", 1)
+
+
+def test_an_array_is_not_moved_between_gpus(gpus):
+    x = gl.asarray(X, device="gpu:1")
+    assert gl.asarray(x, device="gpu:1") is x
+    with pytest.raises(DeviceError, match="an array on gpu:1 is given where one on gpu:0 is needed"):
+        gl.asarray(x, device="gpu:0")
+
+
+@pytest.mark.parametrize(
+    "choose", [gl.set_device, lambda name: gl.device(name).__enter__(), lambda name: gl.asarray(X, device=name)]
+)
+@pytest.mark.parametrize("name", ["gpu:2", gl.Device("gpu", 2)])
+def test_a_gpu_that_does_not_exist(gpus, choose, name):
+    with pytest.raises(DeviceError, match="there is no such GPU.*gpu:0 to gpu:1.*gpu:2"):
+        choose(name)
+    assert gpus.device == 0 and gl.current_device() == gl.Device("gpu", 0)
+
+
 # --- arrays -----------------------------------------------------------------------------------------------------------
 
 
@@ -183,6 +273,26 @@ def test_torch_tensors_come_in_without_a_copy(requires_grad):
     assert found.__array_interface__["data"][0] == tensor.data_ptr()
     np.testing.assert_array_equal(gl.asnumpy(tensor), X)
     np.testing.assert_array_equal(gl.ops.add(tensor, 1.0), X + 1)
+
+
+class PinnedTensor:
+    """Stands for a PyTorch tensor in pinned host memory, which DLPack has a code of its own for."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack_device__(self):
+        return (3, 0)
+
+    def __dlpack__(self, **keywords):
+        return self.array.__dlpack__()
+
+
+def test_pinned_tensors_come_in_as_host_arrays():
+    x = X.copy()
+    found = gl.asarray(PinnedTensor(x))
+    assert type(found) is np.ndarray and found.ctypes.data == x.ctypes.data
+    np.testing.assert_array_equal(gl.asnumpy(PinnedTensor(x)), X)
 
 
 @pytest.mark.parametrize("family", [gl.layers, gl.keras.layers])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gpulayers.ops import host_threads
-from gpulayers.ops.host_threads import InOrder, run_beside, run_tasks
+from gpulayers.ops.host_threads import InOrder, run_ahead, run_tasks
 
 
 @pytest.fixture
@@ -84,22 +84,60 @@ def test_a_system_that_forbids_it(pool, monkeypatch):
     assert pool._current_processor is None
 
 
-def test_work_beside(pool):
-    waiting = run_beside(lambda: threading.get_ident())
-    time.sleep(0.05)
-    assert waiting() != threading.get_ident()
-    with pytest.raises(ZeroDivisionError):
-        run_beside(lambda: 1 / 0)()
+def occupy(pool):
+    """Keep all threads of the pool busy until the event is set that is returned."""
+    gate, begun = threading.Event(), threading.Semaphore(0)
+    for future in pool.submit(lambda: (begun.release(), gate.wait(20)), pool.workers):
+        assert not future.done()
+    for _ in range(pool.workers):
+        assert begun.acquire(timeout=20)
+    return gate
 
 
-def test_work_that_nobody_has_begun_is_done_by_the_one_who_waits(pool):
-    gate = threading.Event()
-    busy = [run_beside(lambda: gate.wait(20)) for _ in range(pool.workers)]
-    time.sleep(0.05)
+def test_work_ahead_is_done_on_another_thread_before_it_is_asked_for(pool):
     done = []
-    assert run_beside(lambda: done.append(threading.get_ident()))() is None
+    waiting = run_ahead([lambda number=number: done.append((number, threading.get_ident())) for number in range(20)])
+    while len(done) < 20:
+        time.sleep(0.001)
+    for _ in range(20):
+        next(waiting)
+    assert [number for number, _ in done] == list(range(20)) and next(waiting, "end") == "end"
+    assert len({thread for _, thread in done}) == 1 and threading.get_ident() != done[0][1]
+
+
+def test_one_waits_for_each_work_ahead(pool):
+    gates = [threading.Event() for _ in range(3)]
+    done = []
+    waiting = run_ahead([lambda gate=gate: (gate.wait(20), time.sleep(0.01), done.append(gate)) for gate in gates])
+    for number, gate in enumerate(gates):
+        gate.set()
+        next(waiting)
+        assert done == gates[: number + 1]
+
+
+def test_work_ahead_that_nobody_has_begun_is_done_by_the_one_who_asks(pool):
+    gate, done = occupy(pool), []
+    waiting = run_ahead([lambda number=number: done.append((number, threading.get_ident())) for number in range(3)])
+    for number in range(3):
+        next(waiting)
+        assert done == [(each, threading.get_ident()) for each in range(number + 1)]
     gate.set()
-    assert done == [threading.get_ident()] and all(waiting() for waiting in busy)
+
+
+def test_an_error_of_work_ahead_reaches_the_one_who_asks(pool):
+    made = []
+    waiting = run_ahead([lambda: made.append(0), lambda: 1 / 0, lambda: made.append(2)])
+    with pytest.raises(ZeroDivisionError):
+        list(waiting)
+    assert made == [0]
+
+
+def test_work_ahead_without_a_pool(monkeypatch):
+    monkeypatch.setattr(host_threads, "_pool", lambda: None)
+    done = []
+    waiting = run_ahead([lambda number=number: done.append(number) for number in range(3)])
+    assert next(waiting) is None and done == [0]
+    assert list(waiting) == [None, None] and done == [0, 1, 2]
 
 
 def test_calls_in_order_on_another_thread(pool):
@@ -114,15 +152,13 @@ def test_calls_in_order_on_another_thread(pool):
 
 
 def test_calls_that_nobody_has_begun_are_made_by_the_one_who_finishes(pool):
-    gate = threading.Event()
-    busy = [run_beside(lambda: gate.wait(20)) for _ in range(pool.workers)]
-    time.sleep(0.05)
+    gate = occupy(pool)
     calls, made = InOrder(), []
     for number in range(3):
         calls.add(lambda number=number: made.append((number, threading.get_ident())))
     calls.finish()
     gate.set()
-    assert made == [(number, threading.get_ident()) for number in range(3)] and all(waiting() for waiting in busy)
+    assert made == [(number, threading.get_ident()) for number in range(3)]
 
 
 def test_calls_in_order_without_a_pool(monkeypatch):
@@ -144,8 +180,6 @@ def test_an_error_of_a_call_in_order_reaches_the_one_who_finishes(pool):
         calls.finish()
 
 
-def test_work_beside_has_the_callers_numpy_error_state(pool):
+def test_work_ahead_has_the_callers_numpy_error_state(pool):
     with np.errstate(divide="raise"), pytest.raises(FloatingPointError):
-        waiting = run_beside(lambda: np.ones(3) / np.zeros(3))
-        time.sleep(0.05)
-        waiting()
+        next(run_ahead([lambda: np.ones(3) / np.zeros(3)]))

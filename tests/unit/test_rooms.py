@@ -27,7 +27,7 @@ ORDER = [
     ["metrics", "losses", "legacy_losses"],
     ["layers"],
     ["nn"],
-    ["optimizers", "checkpoint", "model", "cuda_graph", "report"],
+    ["optimizers", "checkpoint", "model", "cuda_graph", "graph_memory", "report"],
     ["keras", "compat", "__init__"],
     ["examples", "__main__"],
 ]

@@ -1,9 +1,9 @@
 """The names of TensorFlow 1: ``import gpulayers.compat.v1 as tf``. What is in `gpulayers` too is the same object."""
 
 import gpulayers as _top
-from gpulayers import keras as keras
 from gpulayers import legacy_losses as losses
 from gpulayers import metrics as metrics
+from gpulayers.compat.v1 import keras as keras
 from gpulayers.compat.v1 import train as train
 from gpulayers.trace.graph import enter_default_graph as disable_eager_execution
 from gpulayers.trace.graph import enter_default_graph as disable_v2_behavior

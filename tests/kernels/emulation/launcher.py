@@ -135,6 +135,9 @@ class EmulatedLauncher:
         zeros, scratch = self.workspace(array_type, counters, size)
         return zeros, *carve(scratch, pieces)
 
+    def forget_stream(self, stream: int) -> None:
+        """Do nothing: there is one workspace."""
+
     def resident_blocks(self, specialisation: Specialisation, threads: int, shared: int) -> int:
         """Return how many blocks one multiprocessor holds: by threads, registers and shared memory."""
         device, warps = self.device, (threads + 31) // 32
