@@ -137,9 +137,9 @@ class Variable(StoredValue):
             return self._own(as_value(value() if callable(value) else value), dtype)
 
     def _own(self, value: Any, dtype: Any) -> Any:
-        """Return `value` as an array on the variable's device that nobody else has."""
+        """Return `value` as an array on the variable's device that nobody else has; updates need it contiguous."""
         array = asarray(value, dtype=dtype, device=self._device)
-        if array is not value:
+        if array is not value and array.flags.c_contiguous:
             return array
         with placed(self._device):  # CuPy copies to its current device
             return array.copy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gpulayers import initializers
 from gpulayers.layers.batch_normalization_mixin import BatchNormalizationMixin
 from gpulayers.layers.legacy import LegacyLayer
 from gpulayers.layers.modern import Layer
@@ -30,7 +31,9 @@ class LegacyBatchNormalization(BatchNormalizationMixin, LegacyLayer):
       callables.
     - `renorm`, `renorm_clipping` (dictionary with any of ``rmax``, ``rmin``, ``dmax``: numbers, scalars, or functions
       without arguments for a schedule), `renorm_momentum`: batch renormalisation; y becomes ``(n * r + d) * gamma +
-      beta``.
+      beta``. A function gives a number or a scalar on the host or the device. In eager mode it is called in each
+      training call; where a graph or `gl.function` records, once then and again whenever what was recorded runs, unless
+      it gave a tensor or variable, which is used as such. `gl.cuda_graph` cannot capture such a call, and says so.
     - `fused`: None, True or False. Which kernel runs is our affair; this decides the estimator of the moving variance,
       as in TensorFlow: fused for rank 4 or 5, axis 1 or last, no renorm, sub-batches or adjustment, not float64.
     - `trainable`: False leaves the moving statistics alone and makes gamma and beta non-trainable; training calls still
@@ -54,10 +57,11 @@ class LegacyBatchNormalization(BatchNormalizationMixin, LegacyLayer):
     x's rank with 1 elsewhere; with `virtual_batch_size` a further 1 at index 1.
 
     Raises TypeError and ValueError as TensorFlow does: `axis` of a wrong type (constructor) or out of range (build),
-    unknown keys in `renorm_clipping` (constructor), integer input (call), a batch that `virtual_batch_size` does not
-    divide (training call), and so on; GraphError for a training call in a branch of a graph's `cond`, whose updates no
-    session could run: pass the condition as `training`. An empty batch returns an empty array and changes nothing
-    (TensorFlow: NaN). One value per channel gives y = beta and warns once. The config of a built layer with
+    unknown keys in `renorm_clipping` (constructor), integer input or another `training` (call; what a graph is fed is
+    checked when it runs, its value only on the host), a batch that `virtual_batch_size` does not divide (training
+    call), and so on; GraphError for a training call in a branch of a graph's `cond`, whose updates no session could
+    run: pass the condition as `training`. An empty batch returns an empty array and changes nothing (TensorFlow: NaN).
+    One value per channel gives y = beta and warns once. The config of a built layer with
     `virtual_batch_size` numbers `axis` as inputs do, so that a copy can be made (TensorFlow: as `layer.axis`).
 
     Numerics: 16-bit data is accumulated in float32, sums are taken around a pivot; same bits on every run.
@@ -69,6 +73,34 @@ class LegacyBatchNormalization(BatchNormalizationMixin, LegacyLayer):
     >>> y.round(3).tolist(), layer.moving_mean.numpy().round(3).tolist()
     ([[-1.0], [1.0]], [0.20000000298023224])
     """
+
+    def __init__(
+        self,
+        axis: Any = -1,
+        momentum: float = 0.99,
+        epsilon: float = 1e-3,
+        center: bool = True,
+        scale: bool = True,
+        beta_initializer: Any = initializers.zeros_initializer(),  # noqa: B008  (it holds nothing but a dtype)
+        gamma_initializer: Any = initializers.ones_initializer(),  # noqa: B008
+        moving_mean_initializer: Any = initializers.zeros_initializer(),  # noqa: B008
+        moving_variance_initializer: Any = initializers.ones_initializer(),  # noqa: B008
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            axis,
+            momentum,
+            epsilon,
+            center,
+            scale,
+            beta_initializer,
+            gamma_initializer,
+            moving_mean_initializer,
+            moving_variance_initializer,
+            *args,
+            **kwargs,
+        )
 
     def call(self, inputs: Any, training: Any = False, mask: Any = None, residual: Any = None) -> Any:
         """Normalise `inputs`; see the class."""

@@ -20,13 +20,26 @@ from gpulayers.layers.spec import InputSpec
 from gpulayers.ops import batch_norm_arrays
 from gpulayers.ops.batch_norm import (
     MovingVariables,
+    adjusted,
+    asked_clip,
     batch_norm_inference,
     batch_norm_training,
     sub_batches,
+    training_flag,
     update_moving,
 )
-from gpulayers.ops.operation import Recordable
-from gpulayers.trace import GraphTensor, StoredValue, active_graph, cond, control_dependencies, symbolic_graph
+from gpulayers.ops.operation import Recordable, state
+from gpulayers.trace import (
+    GraphTensor,
+    StoredValue,
+    active_graph,
+    active_replays,
+    active_tapes,
+    as_value,
+    cond,
+    control_dependencies,
+    symbolic_graph,
+)
 from gpulayers.variables import PartitionedVariable
 
 __all__ = ["BatchNormalizationMixin"]
@@ -103,21 +116,20 @@ class BatchNormalizationMixin(CoreLayer):
         and for a `virtual_batch_size` that is not positive or does not go with the other arguments.
         """
         shape = TensorShape(input_shape)
-        if not shape.rank:
-            raise ShapeError(message(self._name, "Input has undefined rank", "rank 1 or more", shape))
+        rank = _known_rank(self._name, shape)
         axes = self._resolved_axes(shape)
         self._check_virtual_batch(axes)
         self.fused = self._can_fuse(shape, axes)
         sizes = {axis: shape[axis] for axis in axes}
         if None in sizes.values():
             raise ShapeError(message(self._name, "Input has undefined `axis` dimension", axes, shape))
-        self.input_spec = InputSpec(ndim=shape.rank, axes=sizes)
+        self.input_spec = InputSpec(ndim=rank, axes=sizes)
         self._kept_axes = tuple(sorted(axes))
-        self._rank = shape.rank
+        self._fitting_shape = TensorShape([sizes.get(axis) for axis in range(rank)])
         if len(axes) == 1 and self.virtual_batch_size is None:
             parameter_shape = [sizes[axes[0]]]
         else:
-            parameter_shape = [sizes.get(axis, 1) for axis in range(shape.rank)]
+            parameter_shape = [sizes.get(axis, 1) for axis in range(rank)]
         if self.virtual_batch_size is not None:
             parameter_shape.insert(1, 1)
             axes = [axis + 1 for axis in axes]
@@ -249,9 +261,8 @@ class BatchNormalizationMixin(CoreLayer):
             training = ops.identity(training)  # read when the graph runs
         infers = self._trainable_false_means_inference and not self._trainable
         if isinstance(training, GraphTensor):
-            if infers:
-                return False
-            return training if training.dtype == np.bool_ else ops.cast(training, np.bool_)
+            training = _graph_flag(self._name, training)
+            return False if infers else training
         return _flag(self._name, training) and not infers
 
     def _refuse_branch(self) -> None:
@@ -283,9 +294,7 @@ class BatchNormalizationMixin(CoreLayer):
             named["weights"] = _mask_weights(mask, x)
         if self.renorm:
             named["renorm_mean"], named["renorm_stddev"] = self.renorm_mean, self.renorm_stddev
-            for key in _CLIPS:
-                clip = self.renorm_clipping.get(key)
-                named[key] = clip() if callable(clip) else clip
+            named.update({key: self._clip(key) for key in _CLIPS})
         named = {key: value for key, value in named.items() if value is not None}
         y, mean, variance, *_ = batch_norm_training(
             _raised(x) if adjustment is not None else x,
@@ -304,13 +313,27 @@ class BatchNormalizationMixin(CoreLayer):
                 y = y + residual
         return [y if relu or self.activation is ops.activations.linear else self.activation(y), mean, variance]
 
+    def _clip(self, key: str) -> Any:
+        """Return a clip of renorm, or None. A function is asked now, or where something records when that runs."""
+        clip = self.renorm_clipping.get(key)
+        if not callable(clip):
+            return clip
+        value = self._ask(clip)
+        if active_graph() is None or value is None or isinstance(value, Recordable):
+            return value
+        return asked_clip(ask=lambda: self._ask(clip))
+
+    def _ask(self, clip: Callable[[], Any]) -> Any:
+        if (replays := active_replays()) is not None:
+            replays.refuse(f"{self._name} has a function in renorm_clipping, which the host asks in every call")
+        return clip()
+
     def _inference(self, x: Any, residual: Any, adjustment: Any = None) -> Any:
         named = {"gamma": self.gamma, "beta": self.beta, "residual": residual}
         named = {key: value for key, value in named.items() if value is not None}
         y = batch_norm_inference(
             x,
-            self.moving_mean,
-            self.moving_variance,
+            *map(_constant, (self.moving_mean, self.moving_variance)),
             *[_whole(value) for value in named.values()],
             given=tuple(named),
             axis=self._kept_axes,
@@ -335,13 +358,18 @@ class BatchNormalizationMixin(CoreLayer):
         return [self._convert_one(v) if is_array(v) else v for v in self.adjustment(ops.shape_of(x))]
 
     def _adjusted(self, n: Any, adjustment: Any, dtype: Any) -> Any:
-        """Return ``(n scale + bias) gamma + beta``, computed in the dtype of the parameters."""
+        """Return ``(n scale + bias) gamma + beta``, computed in the dtype of the parameters; may overwrite `n`.
+
+        What broadcasts is put together first: it is smaller.
+        """
         scale, bias = adjustment
-        y = n * scale + bias
-        for variable, combine in ((self.gamma, ops.multiply), (self.beta, ops.add)):
-            if variable is not None:
-                shape = [size if axis in self._kept_axes else 1 for axis, size in enumerate(tuple(n.shape))]
-                y = combine(y, ops.reshape(_whole(variable), shape))
+        shape = [size if axis in self._kept_axes else 1 for axis, size in enumerate(tuple(n.shape))]
+        if self.gamma is not None:
+            gamma = ops.reshape(_whole(self.gamma), shape)
+            scale, bias = scale * gamma, bias * gamma
+        if self.beta is not None:
+            bias = bias + ops.reshape(_whole(self.beta), shape)
+        y = adjusted(n, scale, bias, overwrite=not state.recorders)
         return ops.cast(y, dtype) if y.dtype != dtype else y
 
     def _warn_about_single_values(self, shape: tuple[Any, ...], stacklevel: int = 2) -> None:
@@ -363,7 +391,7 @@ class BatchNormalizationMixin(CoreLayer):
         variables = [self.gamma, self.beta, self.moving_mean, self.moving_variance]
         if (
             not plain
-            or type(self).call is not type(self)._own_call
+            or getattr(self.call, "__func__", None) is not type(self)._own_call
             or inputs.dtype != self.compute_dtype
             or not (relu or self.activation is ops.activations.linear)
             or any(isinstance(variable, PartitionedVariable) for variable in variables)
@@ -417,10 +445,19 @@ class BatchNormalizationMixin(CoreLayer):
     # --- the rest -----------------------------------------------------------------------------------------------------
 
     def compute_output_shape(self, input_shape: Any) -> Any:
-        """Return `input_shape` as a `TensorShape`. Raises TypeError for something that is no shape."""
+        """Return `input_shape` as a `TensorShape`; sizes may be None.
+
+        Raises TypeError for something that is no shape, ValueError for unknown rank, for one that `axis` does not go
+        with, and once built for another rank or another size of a normalised axis.
+        """
         shape = as_shape_structure(input_shape, self._name)
-        if self.built and shape.rank is not None:
-            shape.with_rank(self._rank)
+        if not isinstance(shape, TensorShape):
+            raise TypeError(message(self._name, "takes one input", "one shape", repr(input_shape)))
+        _known_rank(self._name, shape)
+        if not self.built:
+            self._resolved_axes(shape)
+        elif not shape.is_compatible_with(self._fitting_shape):
+            raise ShapeError(message(self._name, "the shape does not fit the layer", self._fitting_shape, shape))
         return shape
 
     def get_config(self) -> dict[str, Any]:
@@ -468,6 +505,13 @@ class _SquareRoot:
         return ops.sqrt(self.initializer(shape, dtype=dtype, **keywords))
 
 
+def _known_rank(name: str, shape: TensorShape) -> int:
+    """Return the rank. Raises ShapeError if it is unknown or 0."""
+    if not shape.rank:
+        raise ShapeError(message(name, "Input has undefined rank", "rank 1 or more", shape))
+    return shape.rank
+
+
 def _checked_axis(name: str, axis: Any) -> Any:
     """Return a copy of `axis`. Raises TypeError unless it is an int or a list or tuple of ints."""
     if isinstance(axis, list | tuple) and all(type(a) is int for a in axis):
@@ -478,14 +522,29 @@ def _checked_axis(name: str, axis: Any) -> Any:
 
 
 def _flag(name: str, training: Any) -> bool:
-    """Return `training` as a bool. Raises TypeError unless it is a bool, 0, 1, or an array without axes."""
-    if isinstance(training, int | float | np.generic):
-        scalar = bool(training in (0, 1))
+    """Return `training` as a bool. Raises TypeError unless it is a bool, 0, 1, or an array of one of these."""
+    if isinstance(training, Recordable):
+        training = as_value(training)
+    if isinstance(training, int | float):
+        scalar = training in (0, 1)
     else:
-        scalar = (is_array(training) or isinstance(training, Recordable)) and tuple(training.shape) == ()
+        scalar = is_array(training) and training.shape == () and training.item() in (0, 1)
     if not scalar:
-        raise TypeError(message(name, "training is not a bool", "True, False, 0, 1 or a scalar", repr(training)))
+        raise _wrong_training(name, repr(training))
     return bool(training)
+
+
+def _graph_flag(name: str, training: GraphTensor) -> Any:
+    """Return `training` as a boolean tensor; what is not known of it yet is checked when the graph runs."""
+    shape = TensorShape(training.shape)
+    if shape.rank not in (0, None):
+        raise _wrong_training(name, f"a tensor of shape {shape}")
+    known = shape.rank == 0 and training.dtype == np.bool_
+    return training if known else training_flag(training, name=name)
+
+
+def _wrong_training(name: str, got: str) -> TypeError:
+    return TypeError(message(name, "training is not a bool", "True, False, 0, 1 or a scalar of these", got))
 
 
 def _mask_weights(mask: Any, x: Any) -> Any:
@@ -496,6 +555,16 @@ def _mask_weights(mask: Any, x: Any) -> Any:
 def _value(variable: Any) -> Any:
     """Return the array of a variable, None for None."""
     return None if variable is None else variable.read()
+
+
+def _constant(variable: Any) -> Any:
+    """Return what inference reads: on a tape a value that stays, though the layer may go on to train on it.
+
+    A step that may be captured gets a copy, else the next update makes one: a captured update cannot change arrays.
+    """
+    if not active_tapes() or active_graph() is not None:
+        return variable
+    return ops.stop_gradient(variable) if active_replays() is None else variable.read().copy()
 
 
 def _whole(value: Any) -> Any:

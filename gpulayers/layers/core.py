@@ -86,6 +86,11 @@ class CoreLayer(VariablesPart, LossesPart, NodesPart, ConfigPart):
         self.activity_regularizer = None if activity_regularizer is None else regularizers.get(activity_regularizer)
         self._settle_name(name, kwargs)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name[0] != "_" and "_shortcuts" in self.__dict__:
+            self._shortcuts.clear()  # they were prepared for the layer as it was
+
     def _set_batch_input_shape(self, kwargs: dict[str, Any]) -> None:
         shape = kwargs.get("batch_input_shape")
         if shape is None and kwargs.get("input_dim") is not None:
@@ -149,7 +154,6 @@ class CoreLayer(VariablesPart, LossesPart, NodesPart, ConfigPart):
     def input_spec(self, value: Any) -> None:
         check_spec_structure(value)
         self._input_spec = value
-        self._shortcuts.clear()
 
     @property
     def submodules(self) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ call makes a new layer, so its variables are new too unless they are shared.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 _ZEROS = initializers.zeros_initializer()
+_ONES = initializers.ones_initializer()
 
 
 def dense(
@@ -217,10 +219,10 @@ def batch_normalization(
     epsilon: float = 1e-3,
     center: bool = True,
     scale: bool = True,
-    beta_initializer: Any = "zeros",
-    gamma_initializer: Any = "ones",
-    moving_mean_initializer: Any = "zeros",
-    moving_variance_initializer: Any = "ones",
+    beta_initializer: Any = _ZEROS,
+    gamma_initializer: Any = _ONES,
+    moving_mean_initializer: Any = _ZEROS,
+    moving_variance_initializer: Any = _ONES,
     beta_regularizer: Any = None,
     gamma_regularizer: Any = None,
     beta_constraint: Any = None,
@@ -239,14 +241,21 @@ def batch_normalization(
     """Make a `gl.layers.BatchNormalization` with its variables at ``name/...``, call it on `inputs`, return the output.
 
     `reuse`: share the variables of that name (True), or make new ones (None; ValueError in a graph if they exist). The
-    other arguments are the layer's. Deprecated in TensorFlow, as is every function of ``tf.layers``; not here.
-    Source: ``tf.layers.batch_normalization``; works in eager mode too, with new variables at each call.
+    other arguments are the layer's. Works in eager mode too, with new variables at each call. Issues a
+    DeprecationWarning, as ``tf.layers.batch_normalization`` does, its source: use the layer in new programs.
 
-    >>> import numpy as np, gpulayers as gl
-    >>> gl.layers.batch_normalization(np.array([[1.0], [3.0]], np.float32), epsilon=0.0, training=True)
+    >>> import warnings, numpy as np, gpulayers as gl
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("ignore", DeprecationWarning)
+    ...     gl.layers.batch_normalization(np.array([[1.0], [3.0]], np.float32), epsilon=0.0, training=True)
     array([[-1.],
            [ 1.]], dtype=float32)
     """
+    warnings.warn(
+        "batch_normalization is a legacy function; use gl.layers.BatchNormalization or gl.keras.layers.",
+        DeprecationWarning,
+        stacklevel=2,
+    )
     layer = LegacyBatchNormalization(
         axis=axis,
         momentum=momentum,

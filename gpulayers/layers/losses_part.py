@@ -74,19 +74,17 @@ class LossesPart(LayerHooks):
     def add_update(self, updates: Any, inputs: Any = None) -> None:
         """Add an operation to be run with each training step: a node, tensor, or function that returns one.
 
-        `inputs` as in `add_loss`. In eager mode a function is called now (unless the layer is not trainable), and
-        nothing is kept: everything else has happened already. State written: `updates`.
+        `inputs` as in `add_loss`. A function is called now. In eager mode and in `gl.function` the call is ignored, and
+        functions are not called: variables are updated on the fly there (TensorFlow 2.15 does call them, against its
+        documentation). State written: `updates`.
         """
         symbolic = any(isinstance(update, GraphTensor | Node) for update in nest.flatten(updates))
-        eager = recording_function() or (active_graph() is None and not symbolic)
+        if recording_function() or (active_graph() is None and not symbolic):
+            return
         for update in nest.flatten(updates):
-            if update is None:
-                continue
             if callable(update) and not isinstance(update, Recordable):
-                if eager and not self._trainable:
-                    continue
                 update = update()
-            if not eager and isinstance(update, GraphTensor | Node):
+            if isinstance(update, GraphTensor | Node):
                 self._loss_book.updates.append(Entry(update, inputs is not None))
 
     def _update_entries(self) -> list[Entry]:

@@ -6,6 +6,7 @@ it has.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,11 +16,21 @@ from gpulayers.dtypes import parameter_dtype
 from gpulayers.errors import ShapeError, message
 from gpulayers.ops import batch_norm_arrays as arrays
 from gpulayers.ops import batch_norm_moving as moving_arrays
+from gpulayers.ops.arithmetic import add, multiply
 from gpulayers.ops.batch_norm_second import inference_second_gradient, training_second_gradient
 from gpulayers.ops.operation import GradientContext, Operation, Spec, match
 from gpulayers.ops.shaping import reshape
 
-__all__ = ["MovingVariables", "batch_norm_inference", "batch_norm_training", "sub_batches", "update_moving"]
+__all__ = [
+    "MovingVariables",
+    "adjusted",
+    "asked_clip",
+    "batch_norm_inference",
+    "batch_norm_training",
+    "sub_batches",
+    "training_flag",
+    "update_moving",
+]
 
 
 class MovingVariables(NamedTuple):
@@ -298,10 +309,8 @@ def _inference_backward_forward(
 
 
 def _inference_backward_spec(g: Spec, x: Spec, mean: Spec, *values: Spec, residual: bool, **_: Any) -> Any:
-    size = 1
-    for one in mean.shape or ():
-        size *= one or 1
-    statistic = Spec((size,), parameter_dtype(x.dtype))
+    sizes = (None,) if mean.shape is None else mean.shape
+    statistic = Spec((None if None in sizes else math.prod(sizes),), parameter_dtype(x.dtype))  # type: ignore[arg-type]
     return (x, statistic, statistic, x) if residual else (x, statistic, statistic)
 
 
@@ -348,4 +357,55 @@ update_moving = Operation(
     Attributes: `moving`, the variables; `epsilon`; `part`, ``"mean"`` or ``"variance"`` (with renorm each also steps
     its own renorm statistic first). An empty x changes nothing.
     """,
+)
+
+
+def _training_flag(xp: Any, value: Any, *, name: str) -> Any:
+    if value.shape != () or (xp is np and value not in (0, 1)):
+        raise TypeError(message(name, "training is not a bool", "True, False, 0, 1 or a scalar of these", repr(value)))
+    return value.astype(np.bool_)
+
+
+training_flag = Operation(
+    "training_flag",
+    _training_flag,
+    spec=lambda value, **_: Spec((), np.dtype(np.bool_)),
+    type="Cast",
+    doc="""Return a graph's value for `training` as a bool; `name` says whose it is.
+
+    Raises TypeError for a value with axes and, where looking at it costs no transfer from a device, for one that is
+    neither 0 nor 1.
+    """,
+)
+
+
+asked_clip = Operation(
+    "asked_clip",
+    lambda xp, *, ask: ask(),
+    spec=lambda **_: Spec((), np.dtype(np.float32)),
+    stateful=True,
+    doc="Return the number or scalar that ``ask()`` gives on the host whenever the recorded call runs.",
+)
+
+
+def _adjusted(xp: Any, n: Any, scale: Any, bias: Any, *, overwrite: bool = False) -> Any:
+    fits = all(_fits_into(n, value) for value in (scale, bias))
+    y = xp.multiply(n, scale, out=n if fits and overwrite else None)
+    return xp.add(y, bias, out=y if fits else None)
+
+
+def _fits_into(n: Any, value: Any) -> bool:
+    """Say whether `n` combined with `value` keeps its shape and dtype."""
+    if not hasattr(value, "dtype"):
+        return True
+    return np.broadcast_shapes(n.shape, value.shape) == n.shape and np.result_type(n.dtype, value.dtype) == n.dtype
+
+
+adjusted = Operation(
+    "adjusted",
+    _adjusted,
+    spec=lambda n, scale, bias, **_: add.spec(multiply.spec(n, scale), bias),
+    gradient=(lambda c, g: g * c.inputs[1], lambda c, g: g * c.inputs[0], lambda c, g: g),
+    broadcasts=True,
+    doc="Return ``n * scale + bias``, which broadcast; with `overwrite`, in the memory of `n` where the result fits.",
 )

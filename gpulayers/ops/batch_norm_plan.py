@@ -50,7 +50,7 @@ class Layout(NamedTuple):
         return self.samples * self.slots
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=4096, typed=True)  # 4.0 and True hash like numbers that are sizes
 def collapse(shape: tuple[int, ...], axis: tuple[int, ...], groups: int = 1) -> Layout:
     """Return the layout of an input of this `shape`, normalised on `axis`, in `groups` interleaved sub-batches.
 

@@ -7,6 +7,8 @@ import pytest
 
 import gpulayers as tf
 
+pytestmark = pytest.mark.filterwarnings("ignore:batch_normalization is a legacy function:DeprecationWarning")
+
 # --- tf.nn.RNNCellResidualWrapper (and the Layer methods that its page explains) --------------------------
 
 

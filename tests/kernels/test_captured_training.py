@@ -117,6 +117,26 @@ def test_dropout_draws_on_in_every_replay(machine):
     assert graph.captures == 1 and graph.reason == ""
 
 
+@pytest.mark.parametrize("order", [(True, False), (False, True)])
+def test_training_and_inference_of_a_layer_in_one_step(machine, order):
+    with gl.device("emulated"):
+        layer = gl.layers.BatchNormalization(momentum=0.5)
+
+        def step(x):
+            with gl.GradientTape() as tape:
+                loss = sum(ops.sum(ops.square(layer(x, training=training))) for training in order)
+            return tape.gradient(loss, layer.gamma)
+
+        plain = gl.layers.BatchNormalization(momentum=0.5)
+        graph = gl.cuda_graph(step)
+        found = [gl.asnumpy(graph(asarray(x))) for x in batches()]
+        assert graph.captures == 1 and graph.reason == ""
+        layer, statistics = plain, [v.numpy() for v in layer.variables]
+        np.testing.assert_array_equal(found, [gl.asnumpy(step(asarray(x))) for x in batches()])
+        for one, other in zip(statistics, plain.variables, strict=True):
+            np.testing.assert_array_equal(one, other.numpy())
+
+
 def test_restarted_generators_are_noticed(machine):
     def between(program, number):
         if number == 3:
@@ -262,6 +282,16 @@ def test_a_seeded_dropout_layer_stays_plain(machine):
         graph = gl.cuda_graph(lambda x: layer(x, training=True))
         masks = [gl.asnumpy(graph(xp.ones((4, 8), "f"))) for _ in range(4)]
     assert "has a seed" in graph.reason and not np.array_equal(masks[2], masks[3])
+
+
+def test_a_clip_of_renorm_that_is_a_function_stays_plain(machine):
+    limit = [1.5]
+    with gl.device("emulated"):
+        layer = gl.layers.BatchNormalization(renorm=True, renorm_clipping={"rmax": lambda: limit[0]})
+        graph = gl.cuda_graph(lambda x: layer(x, training=True))
+        for x in batches():
+            graph(asarray(x))
+    assert "renorm_clipping" in graph.reason and graph.captures == 0
 
 
 def test_a_lent_value_is_not_overwritten_by_a_replay(machine):

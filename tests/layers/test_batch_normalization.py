@@ -1,6 +1,8 @@
 """BatchNormalization beyond the recorded cases: arguments, variables, modes, adjustment, masks, extensions, devices."""
 
+import contextlib
 import math
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -8,12 +10,14 @@ import pytest
 
 import gpulayers as gl
 from gpulayers.device import asnumpy
+from gpulayers.ops import host_buffers
 from tests.kernels.strict_array import StrictArray
 
 RNG = np.random.default_rng(3)
 X = RNG.normal(1.0, 2.0, (6, 3)).astype("float32")
 X4 = RNG.normal(size=(4, 3, 2, 5)).astype("float32")
 BOTH = pytest.mark.parametrize("family", [gl.layers, gl.keras.layers], ids=["legacy", "modern"])
+DEPRECATED = pytest.mark.filterwarnings("ignore:batch_normalization is a legacy function:DeprecationWarning")
 BN = gl.layers.BatchNormalization
 
 
@@ -283,10 +287,51 @@ def test_training_on_a_device_scalar_and_without_saying_so():
 
 
 @BOTH
-@pytest.mark.parametrize("training", ["a", b"a", [True], {"a": 1}, 2, -1, 0.5, object(), np.array([True, False])])
+@pytest.mark.parametrize(
+    "training",
+    ["a", b"a", [True], {"a": 1}, 2, -1, 0.5, object(), np.array([True, False]), np.array([True]), np.array(2),
+     np.float32(0.5), np.array(np.nan)],
+)  # fmt: skip
 def test_training_of_another_kind(family, training):
     with pytest.raises(TypeError, match="training is not a bool"):
         family.BatchNormalization(trainable=False)(X, training=training)
+
+
+def test_training_of_another_kind_in_a_variable_or_on_a_device():
+    with pytest.raises(TypeError, match="training is not a bool"):
+        BN()(X, training=gl.Variable(2.0, trainable=False))
+    close(BN()(X, training=gl.Variable(1, trainable=False)), plain(X))
+    with gl.device("emulated"), pytest.raises(TypeError, match="training is not a bool"):
+        BN()(X, training=gl.asarray(np.array(2)))
+
+
+@BOTH
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("shape", [(1,), (2,), (None,), (1, 1)])
+def test_a_tensor_with_axes_as_training(family, trainable, shape):
+    with gl.Graph().as_default():
+        x, flag = gl.placeholder(gl.float32, (None, 3)), gl.placeholder(gl.bool, shape)
+        with pytest.raises(TypeError, match="training is not a bool"):
+            family.BatchNormalization(trainable=trainable)(x, training=flag)
+
+
+@pytest.mark.parametrize("dtype", [gl.bool, gl.int32, gl.float32])
+@pytest.mark.parametrize("shape", [(), None])
+def test_what_a_graph_is_fed_as_training(dtype, shape):
+    with gl.Graph().as_default(), gl.Session() as session:
+        x, flag = gl.placeholder(gl.float32, (None, 3)), gl.placeholder(dtype, shape)
+        layer = BN(epsilon=0.0)
+        y = layer(x, training=flag)
+        session.run(gl.global_variables_initializer())
+        for value, expected in ((0, X), (1, plain(X, epsilon=0.0))):
+            close(session.run(y, {x: X, flag: value}), expected)
+        wrong = [] if shape == () else [np.ones(1), np.zeros((2, 1))]
+        if dtype is not gl.bool:
+            wrong += [2] if dtype is gl.int32 else [2, 0.5, np.nan]
+        for value in wrong:
+            with pytest.raises(TypeError, match="training is not a bool"):
+                session.run([y, layer.updates], {x: X, flag: value})
+        np.testing.assert_array_equal(session.run(layer.moving_mean), np.zeros(3))
 
 
 def test_a_variable_as_training_is_read_when_the_graph_runs():
@@ -419,6 +464,34 @@ def test_the_modern_layer_follows_the_enclosing_training():
     close(model(X, training=False), model(X))
 
 
+@BOTH
+@pytest.mark.parametrize("order", [(False, True), (True, False), (True, False, True)])
+def test_inference_and_training_of_a_layer_on_one_tape(family, order):
+    """The moving statistics are constants of an inference call, whatever the layer makes of them afterwards."""
+    x = np.random.default_rng(3).normal(size=(6, 3)).astype("float32")
+    layer = family.BatchNormalization(momentum=0.5)
+    layer(x, training=True)
+    with gl.GradientTape() as tape:
+        t = tape.watch(x)
+        outputs = []
+        for training in order:
+            if not training:
+                inference = layer.moving_mean.numpy(), layer.moving_variance.numpy()
+            outputs.append(layer(t, training=training))
+        loss = sum(gl.reduce_sum(y * y) for y in outputs)
+    dx, dgamma = tape.gradient(loss, [x, layer.gamma])
+    trained = sum(order)
+    alone = family.BatchNormalization(momentum=0.5)
+    with gl.GradientTape() as tape:
+        t = tape.watch(x)
+        loss = trained * gl.reduce_sum(gl.square(alone(t, training=True)))
+    dx_trained, dgamma_trained = tape.gradient(loss, [x, alone.gamma])
+    inverse = 1 / np.sqrt(inference[1] + 1e-3)
+    n = (x - inference[0]) * inverse
+    close(dx, dx_trained + 2 * n * inverse)
+    close(dgamma, dgamma_trained + (2 * n * n).sum(axis=0))
+
+
 def test_no_state_updates():
     layer = BN()
     with gl.no_state_updates():
@@ -470,6 +543,59 @@ def test_clips_given_as_functions_are_asked_at_each_call():
         layer.renorm_stddev.assign(np.ones(3))
         close(layer(X, training=True), renorm_truth(X.astype("float64"), 0.0, 1.0, 0.9, limit, 0.25), rtol=1e-4)
     assert asked == [1.0, 1.5, 4.0]
+
+
+def renormed(layer):
+    """Give the layer the renorm statistics with which `renorm_truth(X, 0.0, 1.0)` computes."""
+    values = dict.fromkeys(("gamma", "moving_variance", "moving_stddev", "renorm_stddev"), np.ones(3, "float32"))
+    layer.set_weights([values.get(v.name.split("/")[-1][:-2], np.zeros(3, "float32")) for v in layer.variables])
+
+
+@pytest.mark.parametrize("scalar", [float, np.float64, lambda value: gl.asarray(np.array(value, "float32"))])
+@pytest.mark.parametrize("training", [True, "tensor"])
+@pytest.mark.parametrize("mode", ["session", "function", "model"])
+def test_clips_given_as_functions_are_asked_whenever_what_was_recorded_runs(mode, training, scalar):
+    limit = [1.0]
+    layer = gl.keras.layers.BatchNormalization(
+        renorm=True, renorm_clipping={"rmax": lambda: scalar(limit[0]), "dmax": lambda: scalar(limit[0] / 4)}
+    )
+    values = (1.0, 1.5, 0.7)
+    expected = [renorm_truth(X.astype("float64"), 0.0, 1.0, rmax=value, dmax=value / 4) for value in values]
+    if mode == "session":
+        with gl.Graph().as_default(), gl.Session() as session:
+            x, flag = gl.placeholder(gl.float32, (None, 3)), gl.placeholder(gl.bool, ())
+            y = layer(x, training=flag if training == "tensor" else training)
+            session.run(gl.global_variables_initializer())
+            for limit[0], truth in zip(values, expected, strict=True):
+                close(session.run(y, {x: X, flag: True}), truth, 1e-4)
+        return
+    layer.build((6, 3))
+    if mode == "function":
+        step = gl.function(lambda x, flag: layer(x, training=flag if training == "tensor" else True))
+        run = lambda: step(X, np.array(True))  # noqa: E731
+    else:
+        start = gl.keras.Input((3,))
+        model = gl.keras.Model(start, layer(start, training=True))
+        run = lambda: model(X, training=True)  # noqa: E731
+    for limit[0], truth in zip(values, expected, strict=True):
+        renormed(layer)
+        close(run(), truth, 1e-4)
+        renormed(layer)
+        with gl.GradientTape() as tape:
+            loss = gl.reduce_sum(run())
+        close(loss.numpy(), truth.sum(), 1e-4, 1e-4)
+        close(tape.gradient(loss, layer.beta), np.full(3, 6.0))
+
+
+def test_a_function_that_gives_a_graphs_tensor_as_a_clip():
+    with gl.Graph().as_default(), gl.Session() as session:
+        limit, x = gl.placeholder(gl.float32, ()), gl.placeholder(gl.float32, (None, 3))
+        y = BN(renorm=True, renorm_clipping={"rmax": lambda: 2 * limit})(x, training=True)
+        session.run(gl.global_variables_initializer())
+        for value in (1.0, 1.3):
+            close(
+                session.run(y, {x: X, limit: value / 2}), renorm_truth(X.astype("float64"), 0.0, 1.0, rmax=value), 1e-4
+            )
 
 
 def test_clips_may_be_arrays_and_graph_tensors():
@@ -542,6 +668,57 @@ def test_what_is_adjusted_is_rounded_to_16_bits_once(dtype):
     y = BN(adjustment=lambda shape: (1.0, bias))(x, training=True)
     assert y.dtype == dtype
     np.testing.assert_allclose(y[0].astype("float64"), np.zeros(3), rtol=0, atol=5e-6)
+
+
+MEMORY = {
+    "plain": ({}, False),
+    "mask": ({}, True),
+    "axes apart": ({"axis": [1, 3]}, False),
+    "sub-batches": ({"virtual_batch_size": 8}, True),
+    "adjustment": ({"adjustment": lambda shape: (np.full((16, 1, 1, 1), 2.0, "float32"), 0.5)}, False),
+}
+
+
+@pytest.mark.parametrize("taped", [False, True])
+@pytest.mark.parametrize(("keywords", "masked"), MEMORY.values(), ids=MEMORY)
+def test_a_training_call_holds_its_output_and_what_gradients_need(keywords, masked, taped):
+    """25 MB in: no temporary grows with the input. Gradients of an adjustment need the normalised values."""
+    x = np.zeros((16, 40, 40, 256), "float32")
+    x[...] = np.arange(256)
+    call = {"mask": np.ones(x.shape[:3], bool)} if masked else {}
+    layer = BN(fused=False, **keywords)
+    layer.build(x.shape)
+    host_buffers.release()  # memory that is kept for reuse would hide an output
+    tracemalloc.start()
+    try:
+        with gl.GradientTape() if taped else contextlib.nullcontext() as tape:
+            if taped:
+                tape.watch(x)
+            y = layer(x, training=True, **call)
+        held = x.nbytes * (2 if taped and layer.adjustment else 1)
+        assert held <= tracemalloc.get_traced_memory()[1] < held + 8 * 2**20
+        del y
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_full_sized_adjustment_keeps_its_dtype_and_gradients():
+    """What is wider than the normalised values is not squeezed into their memory, and gradients reach all parts."""
+    scale, bias = RNG.normal(size=(2, 6, 3))
+    layer = BN(adjustment=lambda shape: (scale, bias))
+    y = layer(X, training=True)
+    assert y.dtype == "float32"
+    close(y, plain(X) * scale + bias, 1e-5, 1e-6)
+    with gl.GradientTape() as tape:
+        tape.watch([scale, bias])
+        loss = gl.reduce_sum(gl.square(layer(X, training=True)))
+    dscale, dbias, dgamma, dbeta = tape.gradient(loss, [scale, bias, layer.gamma, layer.beta])
+    n = plain(X)
+    g = 2 * (n * scale + bias)
+    close(dscale, g * n, 1e-4, 1e-5)
+    close(dbias, g, 1e-4, 1e-5)
+    close(dgamma, (g * (n * scale + bias)).sum(0), 1e-4)
+    close(dbeta, g.sum(0), 1e-4, 1e-5)
 
 
 def test_the_pages_adjustment_with_random_numbers():
@@ -733,6 +910,7 @@ def test_plain_config_has_no_renorm_and_an_adjustment_is_left_out_with_a_warning
     assert "adjustment" not in config
 
 
+@DEPRECATED
 def test_the_functional_form_makes_shares_and_refuses():
     function = gl.layers.batch_normalization
     with gl.Graph().as_default():
@@ -752,6 +930,7 @@ def test_the_functional_form_makes_shares_and_refuses():
             function(x, name="other", reuse=True)
 
 
+@DEPRECATED
 def test_the_functional_form_without_a_name():
     function = gl.layers.batch_normalization
     with gl.Graph().as_default():
@@ -764,6 +943,27 @@ def test_the_functional_form_without_a_name():
         assert len(gl.global_variables()) == 8
 
 
+def test_the_functional_form_is_deprecated():
+    with pytest.warns(DeprecationWarning, match="BatchNormalization") as caught:
+        close(gl.layers.batch_normalization(X, training=True), plain(X))
+    assert caught[0].filename == __file__
+
+
+def test_default_initializers_of_the_legacy_layer_are_those_of_its_generation():
+    for layer in (BN(), BN(center=False)):
+        assert isinstance(layer.gamma_initializer, gl.ones_initializer)
+        assert isinstance(layer.moving_variance_initializer, gl.ones_initializer)
+        assert isinstance(layer.beta_initializer, gl.zeros_initializer)
+        assert isinstance(layer.moving_mean_initializer, gl.zeros_initializer)
+        copy = BN.from_config(layer.get_config())
+        assert copy.get_config() == layer.get_config()
+        assert isinstance(copy.gamma_initializer, gl.ones_initializer)
+    layer = BN(renorm=True, dtype="float64")
+    layer.build((None, 3))
+    assert {v.dtype for v in layer.variables} == {np.dtype("float64")}
+
+
+@DEPRECATED
 def test_positional_order_of_class_and_function():
     layer = BN(1, 0.9, 1e-4, False, True, "zeros", "ones", "zeros", "ones", None, "l2", None, None, True, None, 0.8)
     assert (layer.axis, layer.momentum, layer.epsilon, layer.center, layer.renorm, layer.renorm_momentum) == (
@@ -932,6 +1132,21 @@ def test_an_empty_batch_gives_an_empty_output_and_leaves_the_statistics(family, 
         assert y.shape == shape and y.dtype == np.float32
     for mine, expected in zip(layer.get_weights(), before, strict=True):
         np.testing.assert_array_equal(mine, expected)
+
+
+@BOTH
+@pytest.mark.parametrize(("axis", "shape"), [(-1, (None, 0)), (1, (None, 0, 5)), ([1, 2], (None, 0, 3))])
+@pytest.mark.parametrize("training", [False, True, "tensor"])
+def test_gradients_without_channels_in_a_graph(family, axis, shape, training):
+    with gl.Graph().as_default(), gl.Session() as session:
+        x, flag = gl.placeholder(gl.float32, shape), gl.placeholder(gl.bool, ())
+        layer = family.BatchNormalization(axis=axis)
+        y = layer(x, training=flag if training == "tensor" else training)
+        wanted = [y, *gl.gradients(y, [x, layer.gamma])]
+        session.run(gl.global_variables_initializer())
+        for value in (False, True):
+            found = session.run(wanted, {x: np.zeros([4, *shape[1:]], "float32"), flag: value})
+            assert [f.shape for f in found] == [(4, *shape[1:])] * 2 + [tuple(layer.gamma.shape)]
 
 
 @BOTH

@@ -157,9 +157,20 @@ def test_diff_10_batch_normalization_returns_a_shape_and_refuses_what_does_not_f
     layer = family.BatchNormalization()
     found = layer.compute_output_shape((None, 4))
     assert isinstance(found, gl.TensorShape) and found == (None, 4)
+    for unknown in (None, ()):
+        with pytest.raises(ValueError, match="rank"):
+            layer.compute_output_shape(gl.TensorShape(unknown))
+    with pytest.raises(ValueError, match="axis"):
+        family.BatchNormalization(axis=2).compute_output_shape((None, 4))
     layer.build((None, 4))
-    with pytest.raises(ValueError):
-        layer.compute_output_shape((None, 4, 4))
+    for fitting in ((None, 4), (None, None), (3, 4)):
+        assert layer.compute_output_shape(fitting).as_list() == list(fitting)
+    for other in ((None, 4, 4), (None, 5), gl.TensorShape(None), (4,)):
+        with pytest.raises(ValueError):
+            layer.compute_output_shape(other)
+    for several in ([(None, 4)], {"a": (None, 4)}):
+        with pytest.raises(TypeError):
+            layer.compute_output_shape(several)
 
 
 @pytest.mark.parametrize("family", [gl.layers, gl.keras.layers], ids=["legacy", "modern"])
@@ -197,13 +208,23 @@ def test_diff_14_sub_batches_must_divide_the_batch_in_training_only():
         layer(batch, training=True)
 
 
-def test_diff_15_eager_updates_given_as_functions_are_run_unless_the_layer_is_frozen():
-    layer, runs = gl.layers.Layer(), []
-    layer.add_update(lambda: runs.append(1))
-    assert runs == [1] and layer.updates == []
-    layer.trainable = False
-    layer.add_update(lambda: runs.append(2))
-    assert runs == [1] and layer.updates == []
+@pytest.mark.parametrize("family", [gl.layers, gl.keras.layers], ids=["legacy", "modern"])
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("trainable", [False, True])
+def test_diff_15_eager_updates_are_ignored(family, recorded, trainable):
+    runs = []
+
+    class Updating(family.Layer):
+        def call(self, inputs):
+            self.add_update([lambda: runs.append(1), None, inputs])
+            self.add_update(lambda: runs.append(2), inputs=inputs)
+            return inputs * 2.0
+
+    layer = Updating(trainable=trainable)
+    call = gl.function(layer) if recorded else layer
+    np.testing.assert_array_equal(call(X), 2 * X)
+    layer.add_update(lambda: runs.append(3))
+    assert runs == [] and layer.updates == []
 
 
 def test_diff_16_fused_where_it_is_impossible_falls_back_in_the_legacy_layer_and_raises_in_the_modern_one():
@@ -215,7 +236,8 @@ def test_diff_16_fused_where_it_is_impossible_falls_back_in_the_legacy_layer_and
 
 
 def test_diff_17_the_functional_form_works_in_eager_mode():
-    y = gl.layers.batch_normalization(X, epsilon=0.0, training=True)
+    with pytest.warns(DeprecationWarning):
+        y = gl.layers.batch_normalization(X, epsilon=0.0, training=True)
     np.testing.assert_allclose(y, [[-1.0, -1.0], [1.0, 1.0]], rtol=1e-5)
 
 

@@ -372,3 +372,15 @@ def test_a_partitioned_variable_in_a_graph():
         np.testing.assert_array_equal(np.concatenate(session.run(slopes)), 2 * value)
         session.run(v.assign(value * 3))
         np.testing.assert_array_equal(session.run(v.as_tensor()), value * 3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_values_in_another_order_are_kept_contiguous(dtype):
+    """Optimizers and layers update variables in place, and flat."""
+    value = np.asfortranarray(np.arange(6, dtype=dtype).reshape(2, 3))
+    made = gl.Variable(value, dtype="float32")
+    assigned = gl.Variable(np.zeros((2, 3), "float32"))
+    assigned.assign(value)
+    for variable in (made, assigned):
+        assert variable.value.flags.c_contiguous
+        np.testing.assert_array_equal(variable.numpy(), value)
