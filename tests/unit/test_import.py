@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,17 +30,21 @@ print(device._default)
 """
 
 
-def run(code: str) -> list[str]:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+def run(code: str, **environment: str) -> list[str]:
+    environment = {**os.environ, **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=environment
+    )
     return done.stdout.splitlines()
 
 
-def test_import_is_quick():
+def test_import_is_quick(tmp_path):
     # The processor's time, and the best of several: a busy machine makes single runs slow, never fast. NumPy's own
-    # import, some 0.1 s on an idle machine, says how busy it is.
+    # import, some 0.1 s on an idle machine, says how busy it is. Python keeps what it has compiled, as it does for
+    # users, also where the environment of the tests says that it should not.
     pairs = []
     for _ in range(8):
-        ours, numpys = map(float, run(COST)[0].split())
+        ours, numpys = map(float, run(COST, PYTHONDONTWRITEBYTECODE="", PYTHONPYCACHEPREFIX=str(tmp_path))[0].split())
         pairs.append((ours, numpys))
         if ours < 0.15 * max(1.0, numpys / 0.1):
             return
