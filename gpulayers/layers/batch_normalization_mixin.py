@@ -13,7 +13,7 @@ from gpulayers import constraints, initializers, ops, regularizers
 from gpulayers.device import is_array
 from gpulayers.dtypes import TensorShape, as_dtype, is_floating, parameter_dtype
 from gpulayers.errors import GraphError, ShapeError, message
-from gpulayers.layers.calling import state_updates_allowed
+from gpulayers.layers.calling import learning_phase, state_updates_allowed
 from gpulayers.layers.config_part import as_shape_structure
 from gpulayers.layers.core import CoreLayer
 from gpulayers.layers.spec import InputSpec
@@ -255,6 +255,8 @@ class BatchNormalizationMixin(CoreLayer):
 
     def _checked_training(self, training: Any) -> Any:
         """Return True, False, or a graph tensor."""
+        if training is None:
+            training = learning_phase()
         if training is None:
             return False
         if isinstance(training, StoredValue) and active_graph() is not None:

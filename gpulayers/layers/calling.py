@@ -9,6 +9,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from gpulayers.trace import active_graph, placeholder_with_default
+
 __all__ = [
     "CallContext",
     "Signature",
@@ -17,6 +19,7 @@ __all__ = [
     "no_state_updates",
     "probing",
     "set_learning_phase",
+    "set_phase",
     "signature_of",
     "state_updates_allowed",
 ]
@@ -83,6 +86,29 @@ _phase = _LearningPhase()
 
 
 def learning_phase() -> Any:
+    """Return what `training` is where a layer is told None: what was set; else in a `Graph` its own tensor; else None.
+
+    The tensor is False unless a session is fed another value for it, ``session.run(y, {learning_phase(): 1})``; each
+    graph has one. Batch normalisation and dropout follow it. In eager mode and in `function` there is None, which means
+    False (TensorFlow: 0). Source: ``tf.keras.backend.learning_phase``.
+
+    >>> import gpulayers as gl
+    >>> gl.keras.backend.learning_phase() is None
+    True
+    """
+    if _phase.value is not None:
+        return _phase.value
+    graph = active_graph()
+    if graph is None or not graph.initializes_variables_in_session:
+        return None
+    owner = graph.owner
+    if "learning_phase" not in owner.scope_state:
+        with owner.as_default(), owner.control_dependencies(None):
+            owner.scope_state["learning_phase"] = placeholder_with_default(False, (), "keras_learning_phase")
+    return owner.scope_state["learning_phase"]
+
+
+def set_phase() -> Any:
     """Return the globally set training mode: 0, 1, or None if it was never set."""
     return _phase.value
 

@@ -18,7 +18,7 @@ from gpulayers.device import asarray, current_device, device, is_array, kind_of
 from gpulayers.dtypes import Policy, TensorShape, as_dtype, is_floating
 from gpulayers.errors import DeviceError, LayerError, ShapeError, message
 from gpulayers.layers.books import LossBook, WeightBook, unique
-from gpulayers.layers.calling import Signature, call_context, learning_phase, signature_of
+from gpulayers.layers.calling import Signature, call_context, set_phase, signature_of
 from gpulayers.layers.config_part import ConfigPart
 from gpulayers.layers.losses_part import LossesPart
 from gpulayers.layers.masks import any_masks, mask_of, masks_of, set_mask
@@ -308,7 +308,7 @@ class CoreLayer(VariablesPart, LossesPart, NodesPart, ConfigPart):
         if value is None:
             value = call_context.training
         if value is None:
-            value = learning_phase()
+            value = set_phase()
         if value is not None and (signature.training or "training" in kwargs):
             kwargs["training"] = value
         return value
@@ -391,7 +391,7 @@ def _call_key(inputs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     if training is None:
         training = call_context.training
         if training is None:
-            training = learning_phase()
+            training = set_phase()
     if type(training) is not bool and training is not None:
         return None
     return type(inputs), inputs.shape, inputs.dtype, training

@@ -8,6 +8,7 @@ import numpy as np
 
 from gpulayers import ops
 from gpulayers.errors import DTypeError, LayerError, message
+from gpulayers.layers.calling import learning_phase
 from gpulayers.layers.config_part import as_shape_structure
 from gpulayers.layers.core import CoreLayer
 from gpulayers.layers.legacy import LegacyLayer
@@ -32,6 +33,8 @@ class DropoutMixin(CoreLayer):
         self._seeds = None if seed is None else np.random.default_rng(seed)
 
     def _drop(self, inputs: Any, training: Any) -> Any:
+        if training is None:
+            training = learning_phase()
         if training is None or not self.rate:
             return inputs
         if isinstance(training, GraphTensor | StoredValue):
@@ -59,8 +62,8 @@ class Dropout(DropoutMixin, Layer):
     Parameters: `rate`, from 0 to below 1; `noise_shape`, sizes of m, 1 where it is shared along an axis, None for the
     size of x; `seed`, for the same sequence of masks in every run of a program.
 
-    Calling: ``layer(x, training=None)``; if not told, it follows the enclosing call, then
-    `set_learning_phase`, then False.
+    Calling: ``layer(x, training=None)``; if not told, it follows the enclosing call, then the learning phase, which is
+    False by default.
     Outside training x itself is returned. Masks are handed on. State written: the generator of a seeded layer.
     Raises ValueError for a rate out of range. Source: ``tf.keras.layers.Dropout``, arXiv 1207.0580.
 

@@ -464,6 +464,29 @@ def test_an_explicit_training_wins_then_the_learning_phase(cls):
     assert layer.seen is None
 
 
+def test_in_a_graph_the_learning_phase_is_a_tensor_that_can_be_fed():
+    x = np.array([[1.0], [3.0]], "float32")
+    with gl.Graph().as_default() as graph:
+        inputs = gl.placeholder(gl.float32, (None, 1))
+        normalise, drop = gl.keras.layers.BatchNormalization(epsilon=0.0), gl.keras.layers.Dropout(0.5)
+        y, z = normalise(inputs), drop(inputs)
+        phase = gl.keras.backend.learning_phase()
+        assert phase is gl.keras.backend.learning_phase() and phase.graph is graph
+        told = gl.keras.layers.BatchNormalization(epsilon=0.0)(inputs, training=False)
+        with gl.Session() as session:
+            session.run(gl.global_variables_initializer())
+            for fed, training in (({}, False), ({phase: 0}, False), ({phase: 1}, True)):
+                mean = session.run(normalise.moving_mean)
+                found = session.run([y, z, told, normalise.updates], {inputs: x, **fed})
+                np.testing.assert_allclose(found[0], [[-1], [1]] if training else x, rtol=1e-6)
+                assert np.isin(found[1], [0, 2, 6]).all() if training else (found[1] == x).all()
+                np.testing.assert_array_equal(found[2], x)
+                assert (session.run(normalise.moving_mean) != mean) == training
+    with gl.Graph().as_default():
+        assert gl.keras.backend.learning_phase() is not phase
+    assert gl.keras.backend.learning_phase() is None
+
+
 @FAMILIES
 def test_training_is_dropped_where_call_does_not_take_it(base):
     class Plain(base):
