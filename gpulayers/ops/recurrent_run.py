@@ -96,8 +96,14 @@ class Run:
         return out
 
     def d_bias(self, d_sums: Any) -> Any:
-        """Return the sum over steps and rows; float32 for 16-bit data."""
-        return self.xp.sum(self.rows(d_sums), axis=0, dtype=self.wide())
+        """Return the sum over steps and rows, float32 for 16-bit data: a product with ones, which fills the device.
+
+        A reduction along the first axis would give a block to a few columns, and the gates have not enough of them.
+        """
+        rows = self.rows(d_sums)
+        total = self.xp.empty((1, rows.shape[1]), dtype=self.wide())
+        self.product(self.xp.ones((1, rows.shape[0]), dtype=self.dtype), rows, total, False)
+        return total[0]
 
     def wide(self) -> Any:
         """Return the dtype of gradients of weights."""

@@ -112,7 +112,10 @@ def test_products_accumulated_by_cublas(cell, dtype, monkeypatch):
     forward = {"gru_after": [0, 0] + 4 * [1], "gru_before": [0] + 8 * [1]}.get(cell, [0] + 4 * [1])
     loop = {"gru_after": 4 * [1], "gru_before": 4 * [0, 1]}.get(cell, 4 * [0])
     assert [call["beta"] for call in functions.calls][: len(forward + loop)] == forward + loop
-    assert len(functions.calls) == len(forward + loop) + {"gru_after": 5, "gru_before": 4}.get(cell, 3)
+    assert len(functions.calls) == len(forward + loop) + {"gru_after": 6, "gru_before": 5}.get(cell, 4)
+    of_bias = [call for call in functions.calls if call["sizes"][1] == 1 and call["sizes"][2] == 4 * case.x.shape[1]]
+    columns, wide = case.states[0].shape[1] * (4 if cell == "gru_after" else case.count), int(dtype == "float64")
+    assert [(call["sizes"][0], call["types"][2]) for call in of_bias] == [(columns, wide)]
 
 
 # Fields that a launch reads and writes; columns of `gates` and `d_gates` that a launch touches where it is not all;
