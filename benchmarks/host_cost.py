@@ -21,7 +21,7 @@ from gpulayers import _cupy
 from gpulayers.device import Device
 from gpulayers.ops import batch_norm_arrays as bn
 from gpulayers.ops import optimizer_kernels
-from gpulayers.ops.recurrent_kernels import launch_step
+from gpulayers.ops.recurrent_kernels import prepare_step
 from gpulayers.ops.residual_kernels import residual_add
 
 __all__ = ["calls_of", "cases", "device_arrays", "main", "peers"]
@@ -62,6 +62,8 @@ def cases(xp: Any) -> dict[str, Callable[[], Any]]:
     states = [new(32, UNITS) for _ in range(5)]
     step = dict(zip(("c", "new_c", "h", "new_h", "output"), states, strict=True))
     step["gates"] = new(32, 4 * UNITS)
+    step.update(dict.fromkeys(("bias", "mask", "x", "previous", "recurrent_mask", "dropped")))
+    launch = prepare_step("gl_lstm_forward", 32, UNITS, list(step.values()), order=(0, 1, 2, 3))
     found: dict[str, Callable[[], Any]] = {
         "batch norm forward": lambda: bn.forward(x, gamma, beta, axis=(1,), moving=moving),
         "batch norm backward": lambda: bn.backward(dy, x, gamma, saved, axis=(1,)),
@@ -69,7 +71,7 @@ def cases(xp: Any) -> dict[str, Callable[[], Any]]:
         "layer training": lambda: layer(x, training=True),
         "layer inference": lambda: layer(x, training=False),
         "residual add": lambda: residual_add([x], [dy]),
-        "LSTM step's kernel": lambda: launch_step("gl_lstm_forward", 32, UNITS, order=(0, 1, 2, 3), **step),
+        "LSTM step's kernel": lambda: launch(step),
         "momentum, 161 parameters": lambda: optimizer_kernels.momentum_update(*lists, (0.1, 0.9)),
     }
     for call in found.values():

@@ -186,3 +186,50 @@ __device__ __forceinline__ void pass_gate(const uint32* gate) {
 __device__ __forceinline__ void leave_gate(uint32* gate, uint32 blocks) {
     if (thread_number() == 0 && atomic_add_acquire_release(gate, 1u) == 0x80000000u + blocks - 1u) store_release(gate, 0u);
 }
+
+// ---- packets: N neighbours as they lie in memory, read before they are widened ---------------------------------------
+// A thread that needs several streams reads all of them into packets first, so that the loads are under way together, and
+// widens them afterwards. Accesses are 2 to 16 bytes long, the largest word that N elements fill; longer packets are
+// several words of 16 bytes. The address is a multiple of the word's size.
+
+template <int BYTES> struct word_of { typedef uint4 type; };
+template <> struct word_of<2> { typedef uint16 type; };
+template <> struct word_of<4> { typedef uint32 type; };
+template <> struct word_of<8> { typedef uint2 type; };
+
+template <int N, typename T> union neighbours {
+    typedef typename word_of<N * static_cast<int>(sizeof(T))>::type word;
+    static constexpr int word_count = N * static_cast<int>(sizeof(T)) / static_cast<int>(sizeof(word));
+    static_assert(word_count * sizeof(word) == N * sizeof(T), "a packet is whole words");
+    T values[N];
+    word words[word_count];
+    __device__ __forceinline__ neighbours() {}
+};
+
+template <int N, cache HINT = cache::keep, typename T>
+__device__ __forceinline__ void fetch(const T* address, neighbours<N, T>& packet) {
+    typedef typename neighbours<N, T>::word word;
+#pragma unroll
+    for (int i = 0; i < neighbours<N, T>::word_count; ++i) {
+        const word* const place = reinterpret_cast<const word*>(address) + i;
+        packet.words[i] = HINT == cache::streaming ? load_word_streaming(place) : load_word(place);
+    }
+}
+
+template <int N, typename T>
+__device__ __forceinline__ void widen(const neighbours<N, T>& packet, accumulate_t<T> (&values)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[i] = widen(packet.values[i]);
+}
+
+// Narrows N values and writes them at `address`.
+template <int N, typename T>
+__device__ __forceinline__ void put(T* address, const accumulate_t<T> (&values)[N]) {
+    neighbours<N, T> packet;
+#pragma unroll
+    for (int i = 0; i < N; ++i) packet.values[i] = narrow<T>(values[i]);
+#pragma unroll
+    for (int i = 0; i < neighbours<N, T>::word_count; ++i) {
+        store_word(reinterpret_cast<typename neighbours<N, T>::word*>(address) + i, packet.words[i]);
+    }
+}

@@ -233,3 +233,77 @@ __device__ __forceinline__ T* cluster_shared(T* mine, unsigned int rank) {
 #endif
 }
 #endif
+
+// ---- accesses of 8 and 4 bytes ---------------------------------------------------------------------------------------
+// Overloads by the word, beside those of 16 bytes: the address is a multiple of the word's size.
+
+__device__ __forceinline__ uint4 load_word(const uint4* address) { return load_16(address); }
+__device__ __forceinline__ uint4 load_word_streaming(const uint4* address) { return load_16_streaming(address); }
+__device__ __forceinline__ void store_word(uint4* address, uint4 value) { store_16(address, value); }
+
+template <typename WORD>
+__device__ __forceinline__ WORD load_word(const WORD* address) {
+    GL_PTX(, emulation_check_alignment(address, sizeof(WORD)));
+    return *address;
+}
+
+template <typename WORD>
+__device__ __forceinline__ void store_word(WORD* address, WORD value) {
+    GL_PTX(, emulation_check_alignment(address, sizeof(WORD)));
+    *address = value;
+}
+
+// As with 16 bytes: for data that nobody reads again soon.
+__device__ __forceinline__ uint2 load_word_streaming(const uint2* address) {
+#ifdef GL_HOST
+    return load_word(address);
+#else
+    uint2 v;
+    asm volatile("ld.global.cs.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
+    return v;
+#endif
+}
+
+__device__ __forceinline__ unsigned int load_word_streaming(const unsigned int* address) {
+#ifdef GL_HOST
+    return load_word(address);
+#else
+    unsigned int v;
+    asm volatile("ld.global.cs.u32 %0, [%1];" : "=r"(v) : "l"(address));
+    return v;
+#endif
+}
+
+__device__ __forceinline__ unsigned short load_word_streaming(const unsigned short* address) {
+#ifdef GL_HOST
+    return load_word(address);
+#else
+    unsigned short v;
+    asm volatile("ld.global.cs.u16 %0, [%1];" : "=h"(v) : "l"(address));
+    return v;
+#endif
+}
+
+// ---- approximations: one instruction, where the exact operation takes a dozen and a branch ---------------------------
+
+// 1 / x within 1 unit in the last place; subnormal numbers and results are 0, and 1 / 0 and 1 / infinity are exact.
+__device__ __forceinline__ float approximate_reciprocal(float x) {
+#ifdef GL_HOST
+    return 1.0f / x;
+#else
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+
+// 2^x within 2 units in the last place; subnormal numbers and results are 0.
+__device__ __forceinline__ float approximate_power_of_2(float x) {
+#ifdef GL_HOST
+    return exp2f(x);
+#else
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}

@@ -1,5 +1,6 @@
 // One time step of the recurrent cells' elementwise work, forward and backward: LSTM, GRU in both forms, simple RNN.
-// The bias, the residual add, masks and (backward) the sums of cotangents are part of the same launch.
+// The bias, the residual add, masks, the dropout of the state that enters the next step, and (backward) the sums of
+// cotangents are part of the same launch.
 //
 // Layout: rows are the batch N, a row has U hidden values. A step's gate buffer is (N, G*U), each gate U neighbouring
 //   columns, so a step reads and writes G separate coalesced streams. LSTM: 4 gates in the order the caller says; GRU
@@ -8,8 +9,11 @@
 //   product to the inputs' in this buffer, without the bias; nothing but d_gates is ever written to gates again, because
 //   the backward pass computes the activations from these sums a second time.
 // All arrays are contiguous. Null pointers leave a part out.
-// Traffic of a counted step in values per (row, hidden value), s bytes each. Biases are a row for the whole batch and
-//   masks one byte a row: they stay in cache. Nothing below is moved twice, so these are the floors of the launches.
+// Dtypes: STORAGE, but WIDE (float32 for 16-bit storage, else the same) for what the backward pass adds up over the
+//   steps: dh, carry, pending, dc and q. The cell state is rounded to STORAGE at every step, as h is: c and c' in float32
+//   would be 2 of the forward's 7 streams at twice the bytes, 29 % more.
+// Traffic of a counted step in values per (row, hidden value). Biases are a row for the whole batch and masks one byte a
+//   row: they stay in cache. Nothing below is moved twice, so these are the floors of the launches.
 //     LSTM forward          reads 4 gates, c; writes c', h'                                       7   (+ x, output: 9)
 //     LSTM backward         reads 4 gates, c, dc, dh, d_output; writes 4 d_gates, dc             13
 //     GRU after, forward    reads 4 sums, h; writes h'                                            6   (+ x, output: 8)
@@ -21,37 +25,50 @@
 //     simple RNN backward   reads h', dh, d_output; writes d_sum                                  4
 //   What goes around a GRU's product stays in `carry`, to which the matmul adds; LSTM and simple RNN have such a thing
 //   for rows that skipped the step only. A mask adds h of skipped rows and, without residual, the output, since it then
-//   differs from h'; skipped rows read no gates. A recurrent dropout mask adds itself and, for GRU, the product apart.
-// Access: 16 bytes per stream and thread where U is a multiple of that many values and every address allows it
-//   (`vectors`), else one value per thread.
+//   differs from h'; skipped rows read no gates. A recurrent dropout mask adds itself and what enters the next step
+//   (backward: itself and, for GRU, the product apart). The WIDE streams are those that the launch before has written,
+//   N U values each: they come from the L2 cache.
+// Access: PACKET values per stream and thread, 16 bytes if U and all addresses are multiples of them and the step is
+//   large enough, else 8, 4 or one value, so that a small step still gives every multiprocessor some warps. All loads of
+//   a thread are issued before it waits for the first, but for those that a row's mask decides on.
 // Grid: 1-D, one packet of a row per thread; block: 64, 128 or 256 threads, so that small steps reach all
 //   multiprocessors. No shared memory, no atomics.
-// Arithmetic: float for 16-bit and 32-bit storage, double for 64-bit; rounded once to the storage type.
+// Arithmetic: float for 16-bit and 32-bit storage, double for 64-bit; rounded once to the storage type. The logistic
+//   function is 1 / (1 + e^-x) with an approximate reciprocal, within 5 units in float's last place, and for 16-bit
+//   storage with an approximate e^-x too: its error is far below the rounding of such a gate's sum. It reaches 0 and 1.
 // Deterministic: every value is computed by one thread.
 // Source: Hochreiter and Schmidhuber 1997, Gers et al. 2000 (LSTM); Cho et al. 2014 (GRU, reset before the product), the
 //   variant with the reset after it as in cuDNN; Elman 1990. Column orders are the caller's (`order`).
 
 typedef accumulate_t<STORAGE> A;
+constexpr int N = PACKET;
+typedef neighbours<N, STORAGE> packet_here;
 
-__device__ __forceinline__ float power_of_e(float x) { return expf(x); }
+__device__ __forceinline__ float power_of_e(float x) {
+    if constexpr (sizeof(STORAGE) == 2) return approximate_power_of_2(x * 1.44269504f);
+    return expf(x);
+}
 __device__ __forceinline__ double power_of_e(double x) { return exp(x); }
+__device__ __forceinline__ float reciprocal(float x) { return approximate_reciprocal(x); }
+__device__ __forceinline__ double reciprocal(double x) { return 1.0 / x; }
 __device__ __forceinline__ float hyperbolic_tangent(float x) { return tanhf(x); }
 __device__ __forceinline__ double hyperbolic_tangent(double x) { return tanh(x); }
 
-// The gate function: logistic, or clip(0.2 x + 0.5, 0, 1) if `hard`; `slope` receives its derivative.
-__device__ __forceinline__ A gate(A x, int32 hard, A& slope) {
-    if (hard) {
-        const A y = A(0.2) * x + A(0.5);
-        slope = y >= A(0) && y <= A(1) ? A(0.2) : A(0);
-        return y < A(0) ? A(0) : (y > A(1) ? A(1) : y);
-    }
-    const A y = A(1) / (A(1) + power_of_e(-x));
+// The gate function: logistic, or clip(0.2 x + 0.5, 0, 1) if HARD; `slope` receives its derivative.
+__device__ __forceinline__ A gate(A x, A& slope) {
+#if HARD
+    const A y = A(0.2) * x + A(0.5);
+    slope = y >= A(0) && y <= A(1) ? A(0.2) : A(0);
+    return y < A(0) ? A(0) : (y > A(1) ? A(1) : y);
+#else
+    const A y = reciprocal(A(1) + power_of_e(-x));
     slope = y * (A(1) - y);
     return y;
+#endif
 }
-__device__ __forceinline__ A gate(A x, int32 hard) {
+__device__ __forceinline__ A gate(A x) {
     A unused;
-    return gate(x, hard, unused);
+    return gate(x, unused);
 }
 
 // Where a thread works: `at` in an (N, U) array; gate k is at `row * gates * U + k * U + column`.
@@ -59,175 +76,237 @@ struct place {
     int64 row, column, at;
     bool inside;
 };
-template <int N>
-__device__ __forceinline__ place own_place(int32 rows, int32 units) {
-    const uint32 per_row = static_cast<uint32>(units) / N;
+template <typename ARGUMENTS>
+__device__ __forceinline__ place own_place(const ARGUMENTS& arguments) {
+    const uint32 packets = static_cast<uint32>(arguments.units) / N;  // of a row
     const uint32 index = blockIdx.x * blockDim.x + threadIdx.x;
+    const uint32 row = packets == 1u ? index
+                                     : static_cast<uint32>(divide(index, arguments.row_multiplier, arguments.row_shift));
     place p;
-    p.row = index / per_row;
-    p.column = static_cast<int64>(index % per_row) * N;
-    p.at = p.row * units + p.column;
-    p.inside = p.row < rows;
+    p.row = row;
+    p.column = static_cast<int64>(index - row * packets) * N;
+    p.at = p.row * arguments.units + p.column;
+    p.inside = p.row < arguments.rows;
     return p;
 }
 
-__device__ __forceinline__ const STORAGE* behind(const STORAGE* start, int64 offset) {
-    return start ? start + offset : nullptr;
+template <typename T>
+__device__ __forceinline__ void load_here(const T* address, A (&values)[N]) {
+    neighbours<N, T> packet;
+    fetch<N>(address, packet);
+    widen(packet, values);
 }
 
-template <int N>
-__device__ __forceinline__ void load_or_zero(const STORAGE* address, A (&values)[N]) {
-    if (address) {
-        load<N>(address, values);
-    } else {
+template <typename T>
+__device__ __forceinline__ void add_here(const T* address, A (&values)[N]) {
+    A more[N];
+    load_here(address, more);
 #pragma unroll
-        for (int i = 0; i < N; ++i) values[i] = A(0);
-    }
+    for (int i = 0; i < N; ++i) values[i] += more[i];
 }
 
-template <int N>
-__device__ __forceinline__ void store_zeros(STORAGE* address) {
+__device__ __forceinline__ void set_zero(A (&values)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[i] = A(0);
+}
+
+__device__ __forceinline__ void put_zeros(STORAGE* address) {
     A zeros[N];
-#pragma unroll
-    for (int i = 0; i < N; ++i) zeros[i] = A(0);
-    store<N>(address, zeros);
+    set_zero(zeros);
+    put<N>(address, zeros);
 }
 
-// Reads a gate's sums at `column` of row `p.row` of a buffer of `width` columns, and adds the bias where given.
-template <int N, cache HINT = cache::keep>
-__device__ __forceinline__ void gather(const STORAGE* sums, const STORAGE* bias, const place& p, int64 width,
-                                       int64 column, A (&s)[N]) {
-    load<N, HINT>(sums + p.row * width + column, s);
-    if (bias) {
-        A more[N];
-        load<N>(bias + column, more);
+// Some gates' sums and their bias, where there is one.
+template <int COUNT, cache HINT = cache::keep>
+struct gate_sums {
+    packet_here sums[COUNT], bias[COUNT];
+    bool biased;
+
+    // Asks for the columns of row `p.row` of a buffer of `width` columns.
+    __device__ __forceinline__ void request(const STORAGE* buffer, const STORAGE* bias_row, const place& p, int64 width,
+                                            const int64 (&columns)[COUNT]) {
+        biased = bias_row != nullptr;
 #pragma unroll
-        for (int i = 0; i < N; ++i) s[i] += more[i];
+        for (int k = 0; k < COUNT; ++k) fetch<N, HINT>(buffer + p.row * width + columns[k], sums[k]);
+        if (biased) {
+#pragma unroll
+            for (int k = 0; k < COUNT; ++k) fetch<N>(bias_row + columns[k], bias[k]);
+        }
     }
-}
+    __device__ __forceinline__ void add_up(A (&s)[COUNT][N]) const {
+#pragma unroll
+        for (int k = 0; k < COUNT; ++k) widen(sums[k], s[k]);
+        if (!biased) return;
+#pragma unroll
+        for (int k = 0; k < COUNT; ++k) {
+            A more[N];
+            widen(bias[k], more);
+#pragma unroll
+            for (int i = 0; i < N; ++i) s[k][i] += more[i];
+        }
+    }
+};
 
 template <typename ARGUMENTS>
 __device__ __forceinline__ bool counts(const ARGUMENTS& arguments, const place& p) {
     return !arguments.mask || arguments.mask[p.row] != 0;
 }
 
-// Writes h' and the output, where that is not h' itself.
-template <int N, typename ARGUMENTS>
-__device__ __forceinline__ void finish_step(const ARGUMENTS& arguments, const place& p, A (&h)[N]) {
-    store<N>(arguments.new_h + p.at, h);
-    if (!arguments.output) return;
-    if (arguments.x) {
-        A x[N];
-        load<N, cache::streaming>(arguments.x + p.at, x);
-#pragma unroll
-        for (int i = 0; i < N; ++i) h[i] += x[i];
-    }
-    store<N>(arguments.output + p.at, h);
-}
+// The end of a step that counts. What it reads is asked for at the step's beginning.
+struct step_end {
+    packet_here x, recurrent_mask;
 
-// A step that does not count: h stays, the output repeats the row's previous one (zeros where `previous` is null).
-template <int N, typename ARGUMENTS>
+    template <typename ARGUMENTS>
+    __device__ __forceinline__ void request(const ARGUMENTS& arguments, const place& p) {
+        if (arguments.x) fetch<N, cache::streaming>(arguments.x + p.at, x);
+        if (arguments.dropped) fetch<N>(arguments.recurrent_mask + p.at, recurrent_mask);
+    }
+    // Writes h', what of it enters the next step's product, and the output, where these are not h' itself.
+    template <typename ARGUMENTS>
+    __device__ __forceinline__ void write(const ARGUMENTS& arguments, const place& p, A (&h)[N]) const {
+        put<N>(arguments.new_h + p.at, h);
+        A more[N];
+        if (arguments.dropped) {
+            widen(recurrent_mask, more);
+#pragma unroll
+            for (int i = 0; i < N; ++i) more[i] *= widen(narrow<STORAGE>(h[i]));  // the backward pass reads h' as stored
+            put<N>(arguments.dropped + p.at, more);
+        }
+        if (!arguments.output) return;
+        if (arguments.x) {
+            widen(x, more);
+#pragma unroll
+            for (int i = 0; i < N; ++i) h[i] += more[i];
+        }
+        put<N>(arguments.output + p.at, h);
+    }
+};
+
+// A step that does not count: h stays, and with it what enters the product; the output repeats the row's previous one
+// (zeros where `previous` is null).
+template <typename ARGUMENTS>
 __device__ __forceinline__ void skip_step(const ARGUMENTS& arguments, const place& p) {
     A values[N];
-    load<N>(arguments.h + p.at, values);
-    store<N>(arguments.new_h + p.at, values);
-    load_or_zero<N>(behind(arguments.previous, p.at), values);
-    store<N>(arguments.output + p.at, values);
+    load_here(arguments.h + p.at, values);
+    put<N>(arguments.new_h + p.at, values);
+    if (arguments.previous) {
+        load_here(arguments.previous + p.at, values);
+    } else {
+        set_zero(values);
+    }
+    put<N>(arguments.output + p.at, values);
 }
 
-// Gives dh: what arrived through the product with the recurrent weights (times the dropout mask), around it, and from
-// the output. `later` is the mask of the step after this one: of rows that skipped it the product is zero, and only
-// they have something in `pending` and, unless it is `always` in use, in `carry`. Returns whether the step counts; where
-// not, everything is handed on to the step before: dh in `carry`, the output's cotangent in `pending`.
-template <int N, typename ARGUMENTS>
-__device__ __forceinline__ bool gather_cotangents(const ARGUMENTS& arguments, const place& p, A (&d_h)[N]) {
-    const bool on = counts(arguments, p), held = arguments.later && arguments.later[p.row] == 0;
-    A part[N];
-    load_or_zero<N>(held ? nullptr : behind(arguments.d_h, p.at), d_h);
-    if (arguments.recurrent_mask) {
-        load<N>(arguments.recurrent_mask + p.at, part);
-#pragma unroll
-        for (int i = 0; i < N; ++i) d_h[i] *= part[i];
+// The gradient by h that reaches a step. `later` is the mask of the step after this one: of rows that skipped it the
+// product is zero, and only they have something in `pending` and, unless it is `always` in use, in `carry`.
+struct cotangents {
+    packet_here d_output;
+    bool on, held;  // whether the step counts; whether the row skipped the step after it
+
+    template <typename ARGUMENTS>
+    __device__ __forceinline__ void request(const ARGUMENTS& arguments, const place& p) {
+        if (arguments.d_output) fetch<N>(arguments.d_output + p.at, d_output);
+        held = arguments.later && arguments.later[p.row] == 0;
+        on = counts(arguments, p);
     }
-    if (arguments.carry && (held || arguments.always || !arguments.later)) {
-        load<N>(arguments.carry + p.at, part);
+    // Gives dh: what arrived through the product with the recurrent weights (times the dropout mask), around it, and from
+    // the output. Where the step does not count, everything is handed on to the step before: dh in `carry`, the output's
+    // cotangent in `pending`.
+    template <typename ARGUMENTS>
+    __device__ __forceinline__ void add_up(const ARGUMENTS& arguments, const place& p, A (&d_h)[N]) const {
+        set_zero(d_h);
+        if (arguments.d_h && !held) {
+            load_here(arguments.d_h + p.at, d_h);
+            if (arguments.recurrent_mask) {
+                A part[N];
+                load_here(arguments.recurrent_mask + p.at, part);
 #pragma unroll
-        for (int i = 0; i < N; ++i) d_h[i] += part[i];
-    }
-    A d_output[N];
-    load_or_zero<N>(behind(arguments.d_output, p.at), d_output);
-    if (held && arguments.pending) {
-        load<N>(arguments.pending + p.at, part);
+                for (int i = 0; i < N; ++i) d_h[i] *= part[i];
+            }
+        }
+        if (arguments.carry && (held || arguments.always || !arguments.later)) add_here(arguments.carry + p.at, d_h);
+        A d_out[N];
+        set_zero(d_out);
+        if (arguments.d_output) widen(d_output, d_out);
+        if (held && arguments.pending) add_here(arguments.pending + p.at, d_out);
+        if (on) {
+            if (arguments.d_counted) put<N>(arguments.d_counted + p.at, d_out);
 #pragma unroll
-        for (int i = 0; i < N; ++i) d_output[i] += part[i];
+            for (int i = 0; i < N; ++i) d_h[i] += d_out[i];
+            return;
+        }
+        put<N>(arguments.carry + p.at, d_h);
+        if (arguments.pending) put<N>(arguments.pending + p.at, d_out);
+        if (arguments.d_counted) put_zeros(arguments.d_counted + p.at);
     }
-    if (on) {
-        if (arguments.d_counted) store<N>(arguments.d_counted + p.at, d_output);
-#pragma unroll
-        for (int i = 0; i < N; ++i) d_h[i] += d_output[i];
-        return true;
-    }
-    store<N>(arguments.carry + p.at, d_h);
-    if (arguments.pending) store<N>(arguments.pending + p.at, d_output);
-    if (arguments.d_counted) store_zeros<N>(arguments.d_counted + p.at);
-    return false;
-}
+};
 
 // ---- LSTM ----------------------------------------------------------------------------------------------------------
 
 #if defined(GL_ENTRY_gl_lstm_forward)
-template <int N>
-__device__ __forceinline__ void forward(const gl_lstm_forward_arguments& arguments) {
+GL_KERNEL(gl_lstm_forward, 256) {
     const int64 units = arguments.units;
-    const place p = own_place<N>(arguments.rows, arguments.units);
+    const place p = own_place(arguments);
     if (!p.inside) return;
+    packet_here before;
+    fetch<N>(arguments.c + p.at, before);
     A s[4][N], c[N], h[N];
-    load<N>(arguments.c + p.at, c);
     if (!counts(arguments, p)) {
-        store<N>(arguments.new_c + p.at, c);
-        return skip_step<N>(arguments, p);
+        widen(before, c);
+        put<N>(arguments.new_c + p.at, c);
+        return skip_step(arguments, p);
     }
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-        gather<N>(arguments.gates, arguments.bias, p, 4 * units, arguments.order[k] * units + p.column, s[k]);
-    }
+    gate_sums<4> sums;
+    sums.request(arguments.gates, arguments.bias, p, 4 * units,
+                 {arguments.order[0] * units + p.column, arguments.order[1] * units + p.column,
+                  arguments.order[2] * units + p.column, arguments.order[3] * units + p.column});
+    step_end end;
+    end.request(arguments, p);
+    sums.add_up(s);
+    widen(before, c);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-        c[i] = gate(s[1][i], arguments.hard) * c[i] + gate(s[0][i], arguments.hard) * hyperbolic_tangent(s[3][i]);
-        h[i] = gate(s[2][i], arguments.hard) * hyperbolic_tangent(c[i]);
+        c[i] = gate(s[1][i]) * c[i] + gate(s[0][i]) * hyperbolic_tangent(s[3][i]);
+        h[i] = gate(s[2][i]) * hyperbolic_tangent(c[i]);
     }
-    store<N>(arguments.new_c + p.at, c);
-    finish_step<N>(arguments, p, h);
-}
-GL_KERNEL(gl_lstm_forward, 256) {
-    if (arguments.vectors) forward<vector_width<STORAGE>>(arguments); else forward<1>(arguments);
+    put<N>(arguments.new_c + p.at, c);
+    end.write(arguments, p, h);
 }
 #endif
 
 #if defined(GL_ENTRY_gl_lstm_backward)
-template <int N>
-__device__ __forceinline__ void backward(const gl_lstm_backward_arguments& arguments) {
+GL_KERNEL(gl_lstm_backward, 256) {
     const int64 units = arguments.units;
-    const place p = own_place<N>(arguments.rows, arguments.units);
+    const place p = own_place(arguments);
     if (!p.inside) return;
     STORAGE* d_gates = arguments.d_gates + p.row * 4 * units + p.column;
+    cotangents arrived;
+    arrived.request(arguments, p);
+    gate_sums<4, cache::streaming> sums;
+    packet_here before;
+    neighbours<N, WIDE> after;
+    if (arrived.on) {
+        sums.request(arguments.gates, arguments.bias, p, 4 * units,
+                     {arguments.order[0] * units + p.column, arguments.order[1] * units + p.column,
+                      arguments.order[2] * units + p.column, arguments.order[3] * units + p.column});
+        fetch<N>(arguments.c + p.at, before);
+        fetch<N>(arguments.d_c + p.at, after);
+    }
     A d_h[N], d_c[N], c[N], s[4][N];
-    if (!gather_cotangents<N>(arguments, p, d_h)) {  // dc stays as it is
+    arrived.add_up(arguments, p, d_h);
+    if (!arrived.on) {  // dc stays as it is
 #pragma unroll
-        for (int k = 0; k < 4; ++k) store_zeros<N>(d_gates + k * units);
+        for (int k = 0; k < 4; ++k) put_zeros(d_gates + k * units);
         return;
     }
-    load<N>(arguments.d_c + p.at, d_c);
-    load<N>(arguments.c + p.at, c);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-        gather<N, cache::streaming>(arguments.gates, arguments.bias, p, 4 * units, arguments.order[k] * units + p.column, s[k]);
-    }
+    sums.add_up(s);
+    widen(before, c);
+    widen(after, d_c);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
         A slope_i, slope_f, slope_o;
-        const A in = gate(s[0][i], arguments.hard, slope_i), keep = gate(s[1][i], arguments.hard, slope_f);
-        const A out = gate(s[2][i], arguments.hard, slope_o), g = hyperbolic_tangent(s[3][i]);
+        const A in = gate(s[0][i], slope_i), keep = gate(s[1][i], slope_f), out = gate(s[2][i], slope_o);
+        const A g = hyperbolic_tangent(s[3][i]);
         const A t = hyperbolic_tangent(keep * c[i] + in * g);
         const A d_new_c = d_c[i] + d_h[i] * out * (A(1) - t * t);
         s[0][i] = d_new_c * g * slope_i;
@@ -237,64 +316,67 @@ __device__ __forceinline__ void backward(const gl_lstm_backward_arguments& argum
         d_c[i] = d_new_c * keep;
     }
 #pragma unroll
-    for (int k = 0; k < 4; ++k) store<N>(d_gates + arguments.order[k] * units, s[k]);
-    store<N>(arguments.d_c + p.at, d_c);
-}
-GL_KERNEL(gl_lstm_backward, 256) {
-    if (arguments.vectors) backward<vector_width<STORAGE>>(arguments); else backward<1>(arguments);
+    for (int k = 0; k < 4; ++k) put<N>(d_gates + arguments.order[k] * units, s[k]);
+    put<N>(arguments.d_c + p.at, d_c);
 }
 #endif
 
 // ---- GRU, reset after the product: columns z, r, c, a --------------------------------------------------------------
 
 #if defined(GL_ENTRY_gl_gru_forward)
-template <int N>
-__device__ __forceinline__ void forward(const gl_gru_forward_arguments& arguments) {
+GL_KERNEL(gl_gru_forward, 256, 2) {
     const int64 units = arguments.units;
-    const place p = own_place<N>(arguments.rows, arguments.units);
+    const place p = own_place(arguments);
     if (!p.inside) return;
-    if (!counts(arguments, p)) return skip_step<N>(arguments, p);
+    if (!counts(arguments, p)) return skip_step(arguments, p);
+    gate_sums<4> sums;
+    sums.request(arguments.gates, arguments.bias, p, 4 * units,
+                 {p.column, units + p.column, 2 * units + p.column, 3 * units + p.column});
+    packet_here before;
+    fetch<N>(arguments.h + p.at, before);
+    step_end end;
+    end.request(arguments, p);
     A s[4][N], h[N];
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-        gather<N>(arguments.gates, arguments.bias, p, 4 * units, k * units + p.column, s[k]);
-    }
-    load<N>(arguments.h + p.at, h);
+    sums.add_up(s);
+    widen(before, h);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-        const A keep = gate(s[0][i], arguments.hard);
-        const A candidate = hyperbolic_tangent(s[3][i] + gate(s[1][i], arguments.hard) * s[2][i]);
+        const A keep = gate(s[0][i]);
+        const A candidate = hyperbolic_tangent(s[3][i] + gate(s[1][i]) * s[2][i]);
         h[i] = candidate + keep * (h[i] - candidate);
     }
-    finish_step<N>(arguments, p, h);
-}
-GL_KERNEL(gl_gru_forward, 256) {
-    if (arguments.vectors) forward<vector_width<STORAGE>>(arguments); else forward<1>(arguments);
+    end.write(arguments, p, h);
 }
 #endif
 
 #if defined(GL_ENTRY_gl_gru_backward)
-template <int N>
-__device__ __forceinline__ void backward(const gl_gru_backward_arguments& arguments) {
+GL_KERNEL(gl_gru_backward, 256) {
     const int64 units = arguments.units;
-    const place p = own_place<N>(arguments.rows, arguments.units);
+    const place p = own_place(arguments);
     if (!p.inside) return;
     STORAGE* d_gates = arguments.d_gates + p.row * 4 * units + p.column;
+    cotangents arrived;
+    arrived.request(arguments, p);
+    gate_sums<4, cache::streaming> sums;
+    packet_here before;
+    if (arrived.on) {
+        sums.request(arguments.gates, arguments.bias, p, 4 * units,
+                     {p.column, units + p.column, 2 * units + p.column, 3 * units + p.column});
+        fetch<N>(arguments.h + p.at, before);
+    }
     A d_h[N], s[4][N], h[N];
-    if (!gather_cotangents<N>(arguments, p, d_h)) {
+    arrived.add_up(arguments, p, d_h);
+    if (!arrived.on) {
 #pragma unroll
-        for (int k = 0; k < 4; ++k) store_zeros<N>(d_gates + k * units);
+        for (int k = 0; k < 4; ++k) put_zeros(d_gates + k * units);
         return;
     }
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-        gather<N, cache::streaming>(arguments.gates, arguments.bias, p, 4 * units, k * units + p.column, s[k]);
-    }
-    load<N>(arguments.h + p.at, h);
+    sums.add_up(s);
+    widen(before, h);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
         A slope_z, slope_r;
-        const A keep = gate(s[0][i], arguments.hard, slope_z), reset = gate(s[1][i], arguments.hard, slope_r);
+        const A keep = gate(s[0][i], slope_z), reset = gate(s[1][i], slope_r);
         const A candidate = hyperbolic_tangent(s[3][i] + reset * s[2][i]);
         const A d_candidate = d_h[i] * (A(1) - keep) * (A(1) - candidate * candidate);
         s[0][i] = d_h[i] * (h[i] - candidate) * slope_z;
@@ -304,11 +386,8 @@ __device__ __forceinline__ void backward(const gl_gru_backward_arguments& argume
         d_h[i] *= keep;
     }
 #pragma unroll
-    for (int k = 0; k < 4; ++k) store<N>(d_gates + k * units, s[k]);
-    store<N>(arguments.carry + p.at, d_h);
-}
-GL_KERNEL(gl_gru_backward, 256) {
-    if (arguments.vectors) backward<vector_width<STORAGE>>(arguments); else backward<1>(arguments);
+    for (int k = 0; k < 4; ++k) put<N>(d_gates + k * units, s[k]);
+    put<N>(arguments.carry + p.at, d_h);
 }
 #endif
 
@@ -316,143 +395,153 @@ GL_KERNEL(gl_gru_backward, 256) {
 
 #if defined(GL_ENTRY_gl_gru_reset_forward)
 // Gives what enters the candidate's product, r * entering; of rows that skip the step nothing is read afterwards.
-template <int N>
-__device__ __forceinline__ void forward(const gl_gru_reset_forward_arguments& arguments) {
-    const int64 units = arguments.units;
-    const place p = own_place<N>(arguments.rows, arguments.units);
-    if (!p.inside) return;
-    A r[N], h[N];
-    gather<N>(arguments.gates, arguments.bias, p, 3 * units, units + p.column, r);
-    load<N>(arguments.entering + p.at, h);
-#pragma unroll
-    for (int i = 0; i < N; ++i) h[i] *= gate(r[i], arguments.hard);
-    store<N>(arguments.reset + p.at, h);
-}
 GL_KERNEL(gl_gru_reset_forward, 256) {
-    if (arguments.vectors) forward<vector_width<STORAGE>>(arguments); else forward<1>(arguments);
+    const int64 units = arguments.units;
+    const place p = own_place(arguments);
+    if (!p.inside) return;
+    gate_sums<1> sums;
+    sums.request(arguments.gates, arguments.bias, p, 3 * units, {units + p.column});
+    packet_here entering;
+    fetch<N>(arguments.entering + p.at, entering);
+    A r[1][N], h[N];
+    sums.add_up(r);
+    widen(entering, h);
+#pragma unroll
+    for (int i = 0; i < N; ++i) h[i] *= gate(r[0][i]);
+    put<N>(arguments.reset + p.at, h);
 }
 #endif
 
 #if defined(GL_ENTRY_gl_gru_candidate_forward)
-template <int N>
-__device__ __forceinline__ void forward(const gl_gru_candidate_forward_arguments& arguments) {
+GL_KERNEL(gl_gru_candidate_forward, 256) {
     const int64 units = arguments.units;
-    const place p = own_place<N>(arguments.rows, arguments.units);
+    const place p = own_place(arguments);
     if (!p.inside) return;
-    if (!counts(arguments, p)) return skip_step<N>(arguments, p);
-    A z[N], n[N], h[N];
-    gather<N>(arguments.gates, arguments.bias, p, 3 * units, p.column, z);
-    gather<N>(arguments.gates, arguments.bias, p, 3 * units, 2 * units + p.column, n);
-    load<N>(arguments.h + p.at, h);
+    if (!counts(arguments, p)) return skip_step(arguments, p);
+    gate_sums<2> sums;
+    sums.request(arguments.gates, arguments.bias, p, 3 * units, {p.column, 2 * units + p.column});
+    packet_here before;
+    fetch<N>(arguments.h + p.at, before);
+    step_end end;
+    end.request(arguments, p);
+    A s[2][N], h[N];
+    sums.add_up(s);
+    widen(before, h);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-        const A candidate = hyperbolic_tangent(n[i]);
-        h[i] = candidate + gate(z[i], arguments.hard) * (h[i] - candidate);
+        const A candidate = hyperbolic_tangent(s[1][i]);
+        h[i] = candidate + gate(s[0][i]) * (h[i] - candidate);
     }
-    finish_step<N>(arguments, p, h);
-}
-GL_KERNEL(gl_gru_candidate_forward, 256) {
-    if (arguments.vectors) forward<vector_width<STORAGE>>(arguments); else forward<1>(arguments);
+    end.write(arguments, p, h);
 }
 #endif
 
 #if defined(GL_ENTRY_gl_gru_candidate_backward)
-template <int N>
-__device__ __forceinline__ void backward(const gl_gru_candidate_backward_arguments& arguments) {
+GL_KERNEL(gl_gru_candidate_backward, 256) {
     const int64 units = arguments.units;
-    const place p = own_place<N>(arguments.rows, arguments.units);
+    const place p = own_place(arguments);
     if (!p.inside) return;
     STORAGE* d_gates = arguments.d_gates + p.row * 3 * units + p.column;
-    A d_h[N], z[N], n[N], h[N];
-    if (!gather_cotangents<N>(arguments, p, d_h)) {
-        store_zeros<N>(d_gates);
-        return store_zeros<N>(d_gates + 2 * units);
+    cotangents arrived;
+    arrived.request(arguments, p);
+    gate_sums<2, cache::streaming> sums;
+    packet_here before;
+    if (arrived.on) {
+        sums.request(arguments.gates, arguments.bias, p, 3 * units, {p.column, 2 * units + p.column});
+        fetch<N>(arguments.h + p.at, before);
     }
-    gather<N, cache::streaming>(arguments.gates, arguments.bias, p, 3 * units, p.column, z);
-    gather<N, cache::streaming>(arguments.gates, arguments.bias, p, 3 * units, 2 * units + p.column, n);
-    load<N>(arguments.h + p.at, h);
+    A d_h[N], s[2][N], h[N];
+    arrived.add_up(arguments, p, d_h);
+    if (!arrived.on) {
+        put_zeros(d_gates);
+        return put_zeros(d_gates + 2 * units);
+    }
+    sums.add_up(s);
+    widen(before, h);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
         A slope;
-        const A keep = gate(z[i], arguments.hard, slope), candidate = hyperbolic_tangent(n[i]);
-        z[i] = d_h[i] * (h[i] - candidate) * slope;
-        n[i] = d_h[i] * (A(1) - keep) * (A(1) - candidate * candidate);
+        const A keep = gate(s[0][i], slope), candidate = hyperbolic_tangent(s[1][i]);
+        s[0][i] = d_h[i] * (h[i] - candidate) * slope;
+        s[1][i] = d_h[i] * (A(1) - keep) * (A(1) - candidate * candidate);
         d_h[i] *= keep;
     }
-    store<N>(d_gates, z);
-    store<N>(d_gates + 2 * units, n);
-    store<N>(arguments.carry + p.at, d_h);
-}
-GL_KERNEL(gl_gru_candidate_backward, 256) {
-    if (arguments.vectors) backward<vector_width<STORAGE>>(arguments); else backward<1>(arguments);
+    put<N>(d_gates, s[0]);
+    put<N>(d_gates + 2 * units, s[1]);
+    put<N>(arguments.carry + p.at, d_h);
 }
 #endif
 
 #if defined(GL_ENTRY_gl_gru_reset_backward)
 // From q, the gradient by r * entering: r's gradient, and what reaches h around the first product.
-template <int N>
-__device__ __forceinline__ void backward(const gl_gru_reset_backward_arguments& arguments) {
+GL_KERNEL(gl_gru_reset_backward, 256) {
     const int64 units = arguments.units;
-    const place p = own_place<N>(arguments.rows, arguments.units);
+    const place p = own_place(arguments);
     if (!p.inside) return;
     STORAGE* d_r = arguments.d_gates + p.row * 3 * units + units + p.column;
-    if (!counts(arguments, p)) return store_zeros<N>(d_r);
-    A q[N], r[N], h[N], carry[N];
-    load<N, cache::streaming>(arguments.q + p.at, q);
+    if (!counts(arguments, p)) return put_zeros(d_r);
+    gate_sums<1, cache::streaming> sums;
+    sums.request(arguments.gates, arguments.bias, p, 3 * units, {units + p.column});
+    neighbours<N, WIDE> through, around;
+    packet_here before, drop;
+    fetch<N>(arguments.q + p.at, through);
+    fetch<N>(arguments.carry + p.at, around);
+    fetch<N>(arguments.h + p.at, before);
+    if (arguments.recurrent_mask) fetch<N>(arguments.recurrent_mask + p.at, drop);
+    A q[N], r[1][N], h[N], carry[N];
+    sums.add_up(r);
+    widen(through, q);
     if (arguments.recurrent_mask) {
-        load<N>(arguments.recurrent_mask + p.at, h);
+        widen(drop, h);
 #pragma unroll
         for (int i = 0; i < N; ++i) q[i] *= h[i];
     }
-    gather<N, cache::streaming>(arguments.gates, arguments.bias, p, 3 * units, units + p.column, r);
-    load<N>(arguments.h + p.at, h);
-    load<N>(arguments.carry + p.at, carry);
+    widen(around, carry);
+    widen(before, h);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
         A slope;
-        carry[i] += q[i] * gate(r[i], arguments.hard, slope);
-        r[i] = q[i] * h[i] * slope;
+        carry[i] += q[i] * gate(r[0][i], slope);
+        r[0][i] = q[i] * h[i] * slope;
     }
-    store<N>(d_r, r);
-    store<N>(arguments.carry + p.at, carry);
-}
-GL_KERNEL(gl_gru_reset_backward, 256) {
-    if (arguments.vectors) backward<vector_width<STORAGE>>(arguments); else backward<1>(arguments);
+    put<N>(d_r, r[0]);
+    put<N>(arguments.carry + p.at, carry);
 }
 #endif
 
 // ---- simple RNN ----------------------------------------------------------------------------------------------------
 
 #if defined(GL_ENTRY_gl_simple_rnn_forward)
-template <int N>
-__device__ __forceinline__ void forward(const gl_simple_rnn_forward_arguments& arguments) {
-    const place p = own_place<N>(arguments.rows, arguments.units);
-    if (!p.inside) return;
-    if (!counts(arguments, p)) return skip_step<N>(arguments, p);
-    A s[N];
-    gather<N>(arguments.new_h, arguments.bias, p, arguments.units, p.column, s);
-#pragma unroll
-    for (int i = 0; i < N; ++i) s[i] = hyperbolic_tangent(s[i]);
-    finish_step<N>(arguments, p, s);
-}
 GL_KERNEL(gl_simple_rnn_forward, 256) {
-    if (arguments.vectors) forward<vector_width<STORAGE>>(arguments); else forward<1>(arguments);
+    const place p = own_place(arguments);
+    if (!p.inside) return;
+    if (!counts(arguments, p)) return skip_step(arguments, p);
+    gate_sums<1> sums;
+    sums.request(arguments.new_h, arguments.bias, p, arguments.units, {p.column});
+    step_end end;
+    end.request(arguments, p);
+    A s[1][N];
+    sums.add_up(s);
+#pragma unroll
+    for (int i = 0; i < N; ++i) s[0][i] = hyperbolic_tangent(s[0][i]);
+    end.write(arguments, p, s[0]);
 }
 #endif
 
 #if defined(GL_ENTRY_gl_simple_rnn_backward)
-template <int N>
-__device__ __forceinline__ void backward(const gl_simple_rnn_backward_arguments& arguments) {
-    const place p = own_place<N>(arguments.rows, arguments.units);
+GL_KERNEL(gl_simple_rnn_backward, 256) {
+    const place p = own_place(arguments);
     if (!p.inside) return;
+    cotangents arrived;
+    arrived.request(arguments, p);
+    packet_here after;
+    if (arrived.on) fetch<N, cache::streaming>(arguments.new_h + p.at, after);
     A d_h[N], h[N];
-    if (!gather_cotangents<N>(arguments, p, d_h)) return store_zeros<N>(arguments.d_gates + p.at);
-    load<N, cache::streaming>(arguments.new_h + p.at, h);
+    arrived.add_up(arguments, p, d_h);
+    if (!arrived.on) return put_zeros(arguments.d_gates + p.at);
+    widen(after, h);
 #pragma unroll
     for (int i = 0; i < N; ++i) h[i] = d_h[i] * (A(1) - h[i] * h[i]);
-    store<N>(arguments.d_gates + p.at, h);
-}
-GL_KERNEL(gl_simple_rnn_backward, 256) {
-    if (arguments.vectors) backward<vector_width<STORAGE>>(arguments); else backward<1>(arguments);
+    put<N>(arguments.d_gates + p.at, h);
 }
 #endif

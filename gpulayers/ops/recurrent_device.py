@@ -16,9 +16,8 @@ from typing import Any
 
 from gpulayers.ops.recurrent_common import RECURRENT_ACTIVATIONS, check_choice, check_gate_weights
 from gpulayers.ops.recurrent_gru import _check as _check_gru
-from gpulayers.ops.recurrent_kernels import launch_step
 from gpulayers.ops.recurrent_lstm import GATE_ORDERS
-from gpulayers.ops.recurrent_run import Inputs, Return, Run
+from gpulayers.ops.recurrent_run import Inputs, Onward, Return, Run, States
 
 __all__ = [
     "gru_sequence",
@@ -51,16 +50,17 @@ def lstm_sequence(
     x, recurrent, total = run.directed(x_tnd), run.own(recurrent_kernel), _lstm_bias(run, bias, gate_order, forget_bias)
     gates = run.empty(run.time, run.batch, 4 * units)
     Inputs(run, run.own(kernel)).project(x, gates)
-    h_tnu, c_tnu = run.states_from(h0), run.states_from(c0)
-    outputs, dropped = run.outputs(h_tnu, residual), run.empty(run.batch, units)
+    h, c = States(run, h0), States(run, c0)
+    onward = Onward(run, h, x if residual else None)
+    launch = run.step(
+        "gl_lstm_forward", gates, total, *c.each[:2], *onward.arrays(), hard=recurrent_activation == "hard_sigmoid",
+        order=GATE_ORDERS[gate_order],
+    )  # fmt: skip
     for t in run.steps:
-        run.product(run.entering(h_tnu[t], dropped), recurrent, gates[t], True)
-        launch_step(
-            "gl_lstm_forward", run.batch, units, hard=recurrent_activation == "hard_sigmoid", gates=gates[t],
-            bias=total, c=c_tnu[t], new_c=c_tnu[t + 1], order=GATE_ORDERS[gate_order],
-            **run.step_end(t, x if residual else None, h_tnu, outputs),
-        )  # fmt: skip
-    return outputs, h_tnu[-1].copy(), c_tnu[-1].copy(), (x, h_tnu, c_tnu, gates, total) if save else ()
+        sums = gates[t]
+        run.product(onward.entering(t), recurrent, sums, True)
+        launch({"gates": sums, "bias": total, "c": c.each[t], "new_c": c.each[t + 1], **onward.fields(t)})
+    return onward.outputs, h.last(), c.last(), (x, h, c, gates, total) if save else ()
 
 
 def _lstm_bias(run: Run, bias: Any, gate_order: str, forget_bias: float) -> Any:
@@ -80,21 +80,22 @@ def lstm_sequence_backward(
     recurrent_activation: str = "sigmoid",
 ) -> tuple[Any, ...]:  # fmt: skip
     """Return the gradients of `lstm_sequence`; see `recurrent_lstm.lstm_sequence_backward`."""
-    x, h_tnu, c_tnu, gates, total = saved
-    units = h_tnu.shape[2]
-    run = Run(x, units, mask, input_mask, recurrent_mask, go_backwards, zero_output_for_mask)
+    x, h, c, gates, total = saved
+    run = Run(x, h.units, mask, input_mask, recurrent_mask, go_backwards, zero_output_for_mask)
     inputs, transposed = Inputs(run, run.own(kernel)), run.own(recurrent_kernel).T
     back = Return(run, d_h_last, run.own(d_outputs), residual, around=False)
-    d_c, d_gates = run.state_or_zeros(d_c_last), run.xp.empty_like(gates)
+    d_c, d_gates = run.cotangent_or_zeros(d_c_last), run.xp.empty_like(gates)
+    launch = run.step(
+        "gl_lstm_backward", gates, total, *c.each[:2], *back.arrays(), hard=recurrent_activation == "hard_sigmoid",
+        order=GATE_ORDERS[gate_order], always=False,
+    )  # fmt: skip
     for t in reversed(run.steps):
-        launch_step(
-            "gl_lstm_backward", run.batch, units, hard=recurrent_activation == "hard_sigmoid", gates=gates[t],
-            bias=total, c=c_tnu[t], d_c=d_c, d_gates=d_gates[t], order=GATE_ORDERS[gate_order], **back.fields(t),
-        )  # fmt: skip
-        back.through(d_gates[t], transposed)
-    d_recurrent = run.d_weights(run.rows(run.entered(h_tnu)), run.rows(d_gates))
+        d_sums = d_gates[t]
+        launch({"gates": gates[t], "bias": total, "c": c.each[t], "d_c": d_c, "d_gates": d_sums, **back.fields(t)})
+        back.through(d_sums, transposed)
+    d_recurrent = run.d_weights(run.rows(run.entered(h)), run.rows(d_gates))
     d_x, d_kernel = inputs.d_x(d_gates, back.added), inputs.d_kernel(x, d_gates)
-    return d_x, back.first(), d_c, d_kernel, d_recurrent, run.d_bias(d_gates)
+    return d_x, back.first(), run.own(d_c), d_kernel, d_recurrent, run.d_bias(d_gates)
 
 
 def _gru_inputs(run: Run, kernel: Any, reset_after: bool) -> tuple[Inputs, int]:
@@ -133,47 +134,36 @@ def gru_sequence(
     run = Run(x_tnd, units, mask, input_mask, recurrent_mask, go_backwards, zero_output_for_mask)
     x, recurrent, total = run.directed(x_tnd), run.own(recurrent_kernel), _gru_bias(run, bias, reset_after)
     inputs, width = _gru_inputs(run, run.own(kernel), reset_after)
-    gates, h_tnu = run.empty(run.time, run.batch, width), run.states_from(h0)
+    gates, h = run.empty(run.time, run.batch, width), States(run, h0)
     inputs.project(x, gates)
-    outputs, added = run.outputs(h_tnu, residual), x if residual else None
+    onward = Onward(run, h, x if residual else None)
     if reset_after:
         gates[:, :, 2 * units : 3 * units] = 0
-        _gru_after_loop(run, gates, h_tnu, outputs, recurrent, total, added, hard)
-        return outputs, h_tnu[-1].copy(), (x, h_tnu, gates, total) if save else ()
+        _gru_after_loop(run, onward, gates, recurrent, total, hard)
+        return onward.outputs, h.last(), (x, h, gates, total) if save else ()
     inner = run.empty(run.time, run.batch, units)
-    _gru_before_loop(run, gates, inner, h_tnu, outputs, recurrent, total, added, hard)
-    return outputs, h_tnu[-1].copy(), (x, h_tnu, gates, total, inner) if save else ()
+    _gru_before_loop(run, onward, gates, inner, recurrent, total, hard)
+    return onward.outputs, h.last(), (x, h, gates, total, inner) if save else ()
 
 
-def _gru_after_loop(
-    run: Run, gates: Any, h_tnu: Any, outputs: Any, recurrent: Any, total: Any, added: Any, hard: bool
-) -> None:
-    dropped = run.empty(run.batch, run.units)
+def _gru_after_loop(run: Run, onward: Onward, gates: Any, recurrent: Any, total: Any, hard: bool) -> None:
+    launch = run.step("gl_gru_forward", gates, total, *onward.arrays(), hard=hard)
     for t in run.steps:
-        run.product(run.entering(h_tnu[t], dropped), recurrent, gates[t, :, : 3 * run.units], True)
-        launch_step(
-            "gl_gru_forward", run.batch, run.units, hard=hard, gates=gates[t], bias=total,
-            **run.step_end(t, added, h_tnu, outputs),
-        )  # fmt: skip
+        sums = gates[t]
+        run.product(onward.entering(t), recurrent, sums[:, : 3 * run.units], True)
+        launch({"gates": sums, "bias": total, **onward.fields(t)})
 
 
-def _gru_before_loop(
-    run: Run, gates: Any, inner: Any, h_tnu: Any, outputs: Any, recurrent: Any, total: Any, added: Any, hard: bool
-) -> None:
+def _gru_before_loop(run: Run, onward: Onward, gates: Any, inner: Any, recurrent: Any, total: Any, hard: bool) -> None:
     of_z_and_r, of_candidate = recurrent[:, : 2 * run.units], recurrent[:, 2 * run.units :]
-    dropped = run.empty(run.batch, run.units)
+    reset = run.step("gl_gru_reset_forward", gates, total, inner, *onward.arrays(), hard=hard)
+    finish = run.step("gl_gru_candidate_forward", gates, total, *onward.arrays(), hard=hard)
     for t in run.steps:
-        entering = run.entering(h_tnu[t], dropped)
-        run.product(entering, of_z_and_r, gates[t, :, : 2 * run.units], True)
-        launch_step(
-            "gl_gru_reset_forward", run.batch, run.units, hard=hard, gates=gates[t], bias=total, entering=entering,
-            reset=inner[t],
-        )  # fmt: skip
-        run.product(inner[t], of_candidate, gates[t, :, 2 * run.units :], True)
-        launch_step(
-            "gl_gru_candidate_forward", run.batch, run.units, hard=hard, gates=gates[t], bias=total,
-            **run.step_end(t, added, h_tnu, outputs),
-        )  # fmt: skip
+        sums, entering, remaining = gates[t], onward.entering(t), inner[t]
+        run.product(entering, of_z_and_r, sums[:, : 2 * run.units], True)
+        reset({"gates": sums, "bias": total, "entering": entering, "reset": remaining})
+        run.product(remaining, of_candidate, sums[:, 2 * run.units :], True)
+        finish({"gates": sums, "bias": total, **onward.fields(t)})
 
 
 def gru_sequence_backward(
@@ -183,20 +173,20 @@ def gru_sequence_backward(
     recurrent_activation: str = "sigmoid",
 ) -> tuple[Any, ...]:  # fmt: skip
     """Return the gradients of `gru_sequence`; see `recurrent_gru.gru_sequence_backward`."""
-    x, h_tnu, gates, total, *inner = saved
-    units, hard = h_tnu.shape[2], recurrent_activation == "hard_sigmoid"
+    x, h, gates, total, *inner = saved
+    units, hard = h.units, recurrent_activation == "hard_sigmoid"
     run = Run(x, units, mask, input_mask, recurrent_mask, go_backwards, zero_output_for_mask)
     inputs, _ = _gru_inputs(run, run.own(kernel), reset_after)
     back = Return(run, d_h_last, run.own(d_outputs), residual, around=True)
     d_gates, transposed = run.xp.empty_like(gates), run.own(recurrent_kernel).T
-    entered, rows = run.rows(run.entered(h_tnu)), run.rows(d_gates)
+    entered, rows = run.rows(run.entered(h)), run.rows(d_gates)
     if reset_after:
-        _gru_after_backward(run, back, h_tnu, gates, transposed, total, d_gates, hard)
+        _gru_after_backward(run, back, h, gates, transposed, total, d_gates, hard)
         d_recurrent, d_bias = run.d_weights(entered, rows[:, : 3 * units]), run.d_bias(d_gates)
         d_inputs = run.xp.concatenate([d_bias[: 2 * units], d_bias[3 * units :]])
         d_bias = run.xp.stack([d_inputs, d_bias[: 3 * units]])
     else:
-        _gru_before_backward(run, back, h_tnu, gates, transposed, total, d_gates, hard)
+        _gru_before_backward(run, back, h, gates, transposed, total, d_gates, hard)
         d_recurrent = run.xp.empty((units, 3 * units), dtype=run.wide())
         run.d_weights(entered, rows[:, : 2 * units], d_recurrent[:, : 2 * units])
         run.d_weights(run.rows(inner[0]), rows[:, 2 * units :], d_recurrent[:, 2 * units :])
@@ -205,33 +195,31 @@ def gru_sequence_backward(
 
 
 def _gru_after_backward(
-    run: Run, back: Return, h_tnu: Any, gates: Any, transposed: Any, total: Any, d_gates: Any, hard: bool
+    run: Run, back: Return, h: States, gates: Any, transposed: Any, total: Any, d_gates: Any, hard: bool
 ) -> None:
+    launch = run.step("gl_gru_backward", gates, total, *h.each[:2], *back.arrays(), hard=hard, always=True)
     for t in reversed(run.steps):
-        launch_step(
-            "gl_gru_backward", run.batch, run.units, hard=hard, gates=gates[t], bias=total, h=h_tnu[t],
-            d_gates=d_gates[t], **back.fields(t),
-        )  # fmt: skip
-        back.through(d_gates[t, :, : 3 * run.units], transposed)
+        d_sums = d_gates[t]
+        launch({"gates": gates[t], "bias": total, "h": h.each[t], "d_gates": d_sums, **back.fields(t)})
+        back.through(d_sums[:, : 3 * run.units], transposed)
 
 
 def _gru_before_backward(
-    run: Run, back: Return, h_tnu: Any, gates: Any, transposed: Any, total: Any, d_gates: Any, hard: bool
+    run: Run, back: Return, h: States, gates: Any, transposed: Any, total: Any, d_gates: Any, hard: bool
 ) -> None:
-    units, q = run.units, run.empty(run.batch, run.units)
+    units, q = run.units, run.xp.empty_like(back.carry)
     of_z_and_r, of_candidate = transposed[: 2 * units], transposed[2 * units :]
+    arrays = (gates, total, *h.each[:2], *back.arrays())
+    candidate = run.step("gl_gru_candidate_backward", *arrays, hard=hard, always=True)
+    reset = run.step("gl_gru_reset_backward", *arrays, hard=hard)
     for t in reversed(run.steps):
-        fields = back.fields(t)
-        launch_step(
-            "gl_gru_candidate_backward", run.batch, units, hard=hard, gates=gates[t], bias=total, h=h_tnu[t],
-            d_gates=d_gates[t], **fields,
-        )  # fmt: skip
-        run.product(d_gates[t, :, 2 * units :], of_candidate, q, False)
-        launch_step(
-            "gl_gru_reset_backward", run.batch, units, hard=hard, q=q, gates=gates[t], bias=total, h=h_tnu[t],
-            recurrent_mask=run.recurrent_mask, mask=fields["mask"], carry=back.carry, d_gates=d_gates[t],
-        )  # fmt: skip
-        back.through(d_gates[t, :, : 2 * units], of_z_and_r)
+        fields, d_sums = back.fields(t), d_gates[t]
+        of_step = {"gates": gates[t], "bias": total, "h": h.each[t], "d_gates": d_sums}
+        candidate({**of_step, **fields})
+        run.product(d_sums[:, 2 * units :], of_candidate, q, False)
+        mask, carry = fields["mask"], fields["carry"]
+        reset({**of_step, "q": q, "recurrent_mask": run.recurrent_mask, "mask": mask, "carry": carry})
+        back.through(d_sums[:, : 2 * units], of_z_and_r)
 
 
 def simple_rnn_sequence(
@@ -241,19 +229,16 @@ def simple_rnn_sequence(
 ) -> tuple[Any, Any, tuple[Any, ...]]:  # fmt: skip
     """Run a simple RNN over a device sequence; see `recurrent_simple.simple_rnn_sequence`."""
     check_gate_weights("simple_rnn", 1, x_tnd, (h0,), kernel, recurrent_kernel, residual)
-    units = h0.shape[1]
-    run = Run(x_tnd, units, mask, input_mask, recurrent_mask, go_backwards, zero_output_for_mask)
+    run = Run(x_tnd, h0.shape[1], mask, input_mask, recurrent_mask, go_backwards, zero_output_for_mask)
     x, recurrent, bias = run.directed(x_tnd), run.own(recurrent_kernel), run.own(bias)
-    h_tnu = run.states_from(h0)  # the projections lie where the states will be
-    Inputs(run, run.own(kernel)).project(x, h_tnu[1:])
-    outputs, dropped = run.outputs(h_tnu, residual), run.empty(run.batch, units)
+    h = States(run, h0)  # the projections lie where the states will be
+    Inputs(run, run.own(kernel)).project(x, h.after())
+    onward = Onward(run, h, x if residual else None)
+    launch = run.step("gl_simple_rnn_forward", *onward.arrays(), bias)
     for t in run.steps:
-        run.product(run.entering(h_tnu[t], dropped), recurrent, h_tnu[t + 1], True)
-        launch_step(
-            "gl_simple_rnn_forward", run.batch, units, bias=bias,
-            **run.step_end(t, x if residual else None, h_tnu, outputs),
-        )  # fmt: skip
-    return outputs, h_tnu[-1].copy(), (x, h_tnu) if save else ()
+        run.product(onward.entering(t), recurrent, h.each[t + 1], True)
+        launch({"bias": bias, **onward.fields(t)})
+    return onward.outputs, h.last(), (x, h) if save else ()
 
 
 def simple_rnn_sequence_backward(
@@ -262,16 +247,17 @@ def simple_rnn_sequence_backward(
     residual: bool = False,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Return the gradients of `simple_rnn_sequence`; see `recurrent_simple.simple_rnn_sequence_backward`."""
-    x, h_tnu = saved
-    units = h_tnu.shape[2]
-    run = Run(x, units, mask, input_mask, recurrent_mask, go_backwards, zero_output_for_mask)
+    x, h = saved
+    run = Run(x, h.units, mask, input_mask, recurrent_mask, go_backwards, zero_output_for_mask)
     inputs, transposed = Inputs(run, run.own(kernel)), run.own(recurrent_kernel).T
     back = Return(run, d_h_last, run.own(d_outputs), residual, around=False)
-    d_sums = run.empty(run.time, run.batch, units)
+    d_sums = run.empty(run.time, run.batch, run.units)
+    launch = run.step("gl_simple_rnn_backward", *h.each[:2], *back.arrays(), always=False)
     for t in reversed(run.steps):
-        launch_step("gl_simple_rnn_backward", run.batch, units, new_h=h_tnu[t + 1], d_gates=d_sums[t], **back.fields(t))
-        back.through(d_sums[t], transposed)
-    d_recurrent = run.d_weights(run.rows(run.entered(h_tnu)), run.rows(d_sums))
+        of_step = d_sums[t]
+        launch({"new_h": h.each[t + 1], "d_gates": of_step, **back.fields(t)})
+        back.through(of_step, transposed)
+    d_recurrent = run.d_weights(run.rows(run.entered(h)), run.rows(d_sums))
     return inputs.d_x(d_sums, back.added), back.first(), inputs.d_kernel(x, d_sums), d_recurrent, run.d_bias(d_sums)
 
 

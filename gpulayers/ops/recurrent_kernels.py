@@ -2,48 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from gpulayers.errors import ShapeError, message
-from gpulayers.launch import Kernel, Prepared, device_properties, is_aligned, place_of, remember
+from gpulayers.launch import Kernel, Prepared, device_properties, launcher_of, place_of, remember
+from gpulayers.ops.batch_norm_plan import division
 
-__all__ = ["DTYPES", "KERNELS", "launch_step", "threads_per_block"]
+__all__ = ["DTYPES", "KERNELS", "packet_width", "prepare_step", "threads_per_block"]
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+PACKETS = (8, 4, 2, 1)  # values of a row that a thread may take: 16 bytes of the narrowest dtype, and fewer
+_BUSY = 128  # threads that a multiprocessor should have, before a thread takes more values than it must
+_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _IN, _OUT, _MASK = "const STORAGE*", "STORAGE*", "const uint8*"
-_SIZES = [("rows", "int32"), ("units", "int32"), ("hard", "int32"), ("vectors", "int32")]
+_WIDE_IN, _WIDE = "const WIDE*", "WIDE*"  # what is added up over the steps
+_SIZES = [("rows", "int32"), ("units", "int32"), ("row_multiplier", "uint64"), ("row_shift", "int32")]
 _SUMS = [("gates", _IN), ("bias", _IN)]
-_END = [("h", _IN), ("mask", _MASK), ("x", _IN), ("previous", _IN), ("new_h", _OUT), ("output", _OUT), *_SIZES]
+_END = [
+    ("h", _IN), ("mask", _MASK), ("x", _IN), ("previous", _IN), ("recurrent_mask", _IN), ("new_h", _OUT),
+    ("output", _OUT), ("dropped", _OUT), *_SIZES,
+]  # fmt: skip
 _START_BACK = [
-    ("d_h", _IN), ("recurrent_mask", _IN), ("d_output", _IN), ("mask", _MASK), ("later", _MASK), ("carry", _OUT),
-    ("pending", _OUT), ("d_counted", _OUT), ("d_gates", _OUT), *_SIZES, ("always", "int32"),
+    ("d_h", _WIDE_IN), ("recurrent_mask", _IN), ("d_output", _IN), ("mask", _MASK), ("later", _MASK), ("carry", _WIDE),
+    ("pending", _WIDE), ("d_counted", _OUT), ("d_gates", _OUT), *_SIZES, ("always", "int32"),
 ]  # fmt: skip
 _ORDER = ("order", "int32[4]")
 
 _FIELDS: dict[str, list[tuple[str, str]]] = {
     "gl_lstm_forward": [*_SUMS, ("c", _IN), ("new_c", _OUT), *_END, _ORDER],
-    "gl_lstm_backward": [*_START_BACK, *_SUMS, ("c", _IN), ("d_c", _OUT), _ORDER],
+    "gl_lstm_backward": [*_START_BACK, *_SUMS, ("c", _IN), ("d_c", _WIDE), _ORDER],
     "gl_gru_forward": [*_SUMS, *_END],
     "gl_gru_backward": [*_START_BACK, *_SUMS, ("h", _IN)],
     "gl_gru_reset_forward": [*_SUMS, ("entering", _IN), ("reset", _OUT), *_SIZES],
     "gl_gru_candidate_forward": [*_SUMS, *_END],
     "gl_gru_candidate_backward": [*_START_BACK, *_SUMS, ("h", _IN)],
     "gl_gru_reset_backward": [
-        ("q", _IN), ("recurrent_mask", _IN), ("mask", _MASK), ("carry", _OUT), ("d_gates", _OUT), *_SUMS, ("h", _IN),
-        *_SIZES,
+        ("q", _WIDE_IN), ("recurrent_mask", _IN), ("mask", _MASK), ("carry", _WIDE), ("d_gates", _OUT), *_SUMS,
+        ("h", _IN), *_SIZES,
     ],
     "gl_simple_rnn_forward": [("bias", _IN), *_END],
     "gl_simple_rnn_backward": [*_START_BACK, ("new_h", _IN)],
 }  # fmt: skip
 
-KERNELS = {
-    name: Kernel("recurrent.cu", name, arguments=fields, defines={"STORAGE": DTYPES})
-    for name, fields in _FIELDS.items()
-}
+
+def _exists(chosen: dict[str, Any]) -> bool:
+    wide = "float64" if chosen["STORAGE"] == "float64" else "float32"
+    return chosen["WIDE"] == wide and chosen["PACKET"] * _BYTES[chosen["STORAGE"]] <= 16
 
 
-_STORAGE_FIELDS = {name: [field for field, kind in fields if kind in (_IN, _OUT)] for name, fields in _FIELDS.items()}
+def _kernel(name: str, dtypes: Sequence[str] = DTYPES, **more: Any) -> Kernel:
+    defines = {"STORAGE": dtypes, "WIDE": ("float32", "float64"), "PACKET": PACKETS}
+    if "simple_rnn" not in name:  # which has no gates
+        defines["HARD"] = (False, True)
+    return Kernel("recurrent.cu", name, arguments=_FIELDS[name], defines=defines, where=_exists, **more)
+
+
+KERNELS = {name: _kernel(name) for name in _FIELDS}
 
 
 def threads_per_block(threads: int, multiprocessors: int) -> int:
@@ -58,39 +73,69 @@ def threads_per_block(threads: int, multiprocessors: int) -> int:
     return next((size for size in (256, 128) if threads >= size * multiprocessors), 64)
 
 
+def packet_width(rows: int, units: int, itemsize: int, alignment: int, multiprocessors: int) -> int:
+    """Return how many neighbouring values a thread takes: as many as 16 bytes hold while all multiprocessors are busy.
+
+    A step too small for that is spread over more threads, with accesses of 8 and 4 bytes or of one value. `alignment`:
+    a number of bytes of which all addresses are multiples.
+
+    >>> [packet_width(rows, 256, 2, 256, 132) for rows in (4096, 256, 128, 32)]
+    [8, 2, 1, 1]
+    >>> [packet_width(4096, units, 2, 256, 132) for units in (256, 300, 50, 5)]
+    [8, 4, 2, 1]
+    """
+    fitting = [
+        width
+        for width in PACKETS
+        if width * itemsize <= 16 and units % width == 0 and alignment % (width * itemsize) == 0
+    ]
+    busy = (width for width in fitting if rows * (units // width) >= _BUSY * multiprocessors)
+    return next(busy, fitting[-1])
+
+
 _prepared: dict[Any, Prepared] = {}
 
 
-def launch_step(name: str, rows: int, units: int, *, hard: bool = False, **values: Any) -> None:
-    """Launch one kernel of ``recurrent.cu`` over (rows, units); what is not given is a null pointer or 0.
-
-    16-byte accesses are used where `units` and every address allow them. Raises ShapeError for 2^31 values or more.
-    """
-    arrays = [values[field] for field in _STORAGE_FIELDS[name] if values.get(field) is not None]
-    first, aligned = arrays[0], is_aligned(*arrays)
-    kernel, place = KERNELS[name], place_of(first)
-    key = kernel, rows, units, hard, aligned, first.dtype, place, place.launcher.properties(first), *values
-    prepared = _prepared.get(key)
-    if prepared is None:
-        prepared = remember(_prepared, key, _prepare(kernel, rows, units, hard, aligned, first, values))
-    prepared(values)
-
-
-def _prepare(
-    kernel: Kernel, rows: int, units: int, hard: bool, aligned: bool, like: Any, names: Iterable[str]
+def prepare_step(
+    name: str, rows: int, units: int, arrays: Sequence[Any], *, hard: bool = False, **numbers: Any
 ) -> Prepared:
-    """Return the launch for all steps of these sizes that have values for the same fields."""
+    """Return the launch of one kernel of ``recurrent.cu`` over (rows, units), for all steps of a sequence.
+
+    It is called with every pointer of the kernel, None for those that are left out. `arrays`: at least one array of the
+    steps' dtype, and all others of the sequence, in which steps lie one behind the other; they say how wide accesses
+    may be. `hard`: the gates are hard sigmoids. `numbers`: `order` and `always`, where the kernel has them.
+
+    Raises ShapeError for 2^31 values or more.
+    """
     if rows * units >= 2**31:
-        raise ShapeError(message(kernel.name, "one step is too large", "fewer than 2^31 values", rows * units))
-    width = 16 // like.dtype.itemsize
-    width = width if aligned and units % width == 0 else 1
+        raise ShapeError(message(name, "one step is too large", "fewer than 2^31 values", rows * units))
+    first, kernel = arrays[0], KERNELS[name]
+    place, multiprocessors = place_of(first), device_properties(first).multiprocessors
+    width = packet_width(rows, units, first.dtype.itemsize, _alignment(arrays), multiprocessors)
+    key = kernel, rows, units, hard, width, first.dtype, place, multiprocessors, *numbers.items()
+    found = _prepared.get(key)
+    if found is not None:
+        return found
     threads = rows * (units // width)
-    block = threads_per_block(threads, device_properties(like).multiprocessors)
-    sizes = {"rows": rows, "units": units, "hard": int(hard), "vectors": int(width > 1)}
-    return kernel.prepare(
-        place_of(like),
-        {**kernel.nothing(names), **sizes},
+    block = threads_per_block(threads, multiprocessors)
+    multiplier, shift = division(max(1, units // width))
+    sizes = {"rows": rows, "units": units, "row_multiplier": multiplier, "row_shift": shift}
+    wide = "float64" if first.dtype.itemsize == 8 else "float32"
+    defines = {"STORAGE": first.dtype, "WIDE": wide, "PACKET": width, "HARD": hard}
+    made = kernel.prepare(
+        place,
+        {**sizes, **numbers},
         grid=(-(-threads // block),),
         block=(block,),
-        defines={"STORAGE": like.dtype},
+        defines={define: defines[define] for define in kernel.defines},
     )
+    return remember(_prepared, key, made)
+
+
+def _alignment(arrays: Sequence[Any]) -> int:
+    """Return the largest power of two up to 16 of which the addresses of all arrays are multiples."""
+    pointer, bits = launcher_of(arrays[0]).pointer, 16
+    for array in arrays:
+        if array is not None:
+            bits |= pointer(array)
+    return bits & -bits

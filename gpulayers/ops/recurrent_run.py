@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from gpulayers.device import array_module
+from gpulayers.launch import Prepared
 from gpulayers.ops.device_products import product_into
+from gpulayers.ops.recurrent_kernels import prepare_step
 
-__all__ = ["Inputs", "Return", "Run"]
+__all__ = ["Inputs", "Onward", "Return", "Run", "States"]
 
 
 class Run:
@@ -44,17 +46,11 @@ class Run:
         """Return fresh memory in the dtype of the loop."""
         return self.xp.empty(shape, dtype=self.dtype)
 
-    def state_or_zeros(self, array: Any) -> Any:
-        """Return a copy of a cotangent that the loop may write, zeros for None."""
+    def cotangent_or_zeros(self, array: Any) -> Any:
+        """Return a copy of a cotangent in the dtype of `wide` that the loop may write, zeros for None."""
         if array is None:
-            return self.xp.zeros((self.batch, self.units), dtype=self.dtype)
-        return self.xp.array(array, dtype=self.dtype, copy=True, order="C")
-
-    def states_from(self, start: Any) -> Any:
-        """Return the buffer of all states (T + 1, N, U), the first one filled."""
-        states = self.empty(self.time + 1, self.batch, self.units)
-        states[0] = start.astype(self.dtype)
-        return states
+            return self.xp.zeros((self.batch, self.units), dtype=self.wide())
+        return self.xp.array(array, dtype=self.wide(), copy=True, order="C")
 
     def rows(self, array: Any) -> Any:
         """Return an array (T, N, columns) as (T*N, columns)."""
@@ -64,29 +60,13 @@ class Run:
         """Return the rows (T*N, D) that enter the projection."""
         return self.rows(x if self.input_mask is None else x * self.input_mask)
 
-    def entering(self, h: Any, out: Any) -> Any:
-        """Return what of the state (N, U) enters the product."""
-        return h if self.recurrent_mask is None else self.xp.multiply(h, self.recurrent_mask, out=out)
-
-    def entered(self, h_tnu: Any) -> Any:
+    def entered(self, h: States) -> Any:
         """Return the states (T, N, U) that entered the steps' products."""
-        return h_tnu[:-1] if self.recurrent_mask is None else h_tnu[:-1] * self.recurrent_mask
+        return h.before() if self.recurrent_mask is None else h.before() * self.recurrent_mask
 
-    def outputs(self, h_tnu: Any, residual: bool) -> Any:
-        """Return where the outputs go: where the states are, if they are the same."""
-        return self.empty(self.time, self.batch, self.units) if residual or self.mask is not None else h_tnu[1:]
-
-    def step_end(self, t: int, x: Any, h_tnu: Any, outputs: Any) -> dict[str, Any]:
-        """Return the kernel fields that every forward step ends with."""
-        masked = self.mask is not None
-        return {
-            "h": h_tnu[t],
-            "new_h": h_tnu[t + 1],
-            "output": outputs[t] if masked or x is not None else None,
-            "x": None if x is None else x[t],
-            "mask": self.mask[t] if masked else None,
-            "previous": outputs[t - 1] if t and masked and not self.zero else None,
-        }
+    def step(self, name: str, *arrays: Any, hard: bool = False, **numbers: Any) -> Prepared:
+        """Return the launch of a kernel for every step; see `prepare_step`."""
+        return prepare_step(name, self.batch, self.units, arrays, hard=hard, **numbers)
 
     def d_weights(self, entering: Any, d_sums: Any, out: Any = None) -> Any:
         """Return the gradient of weights as one product over all steps; float32 for 16-bit data."""
@@ -106,7 +86,7 @@ class Run:
         return total[0]
 
     def wide(self) -> Any:
-        """Return the dtype of gradients of weights."""
+        """Return the dtype of what is added up over the steps: gradients of weights, cotangents of states."""
         return np.dtype(np.float32) if self.dtype.itemsize == 2 else self.dtype
 
 
@@ -144,6 +124,77 @@ class Inputs:
         return run.directed(d_x)
 
 
+class States:
+    """The states before and after every step: T + 1 arrays (N, U) in `each`, the first one `start`.
+
+    Several steps write into one buffer. A single one reads the caller's array and writes an array of its own, so that
+    no state is copied on its way in or out.
+    """
+
+    def __init__(self, run: Run, start: Any) -> None:
+        start, self.units = run.own(start), run.units
+        self._whole: Any = None
+        if run.time == 1:
+            self.each = [start, run.empty(run.batch, run.units)]
+            return
+        self._whole = run.empty(run.time + 1, run.batch, run.units)
+        self._whole[0] = start
+        self.each = list(self._whole)
+
+    def before(self) -> Any:
+        """Return the states (T, N, U) before the steps."""
+        return self.each[0][None] if self._whole is None else self._whole[:-1]
+
+    def after(self) -> Any:
+        """Return the states (T, N, U) after the steps."""
+        return self.each[1][None] if self._whole is None else self._whole[1:]
+
+    def last(self) -> Any:
+        """Return the state after the last step, as an array of its own."""
+        return self.each[1] if self._whole is None else self.each[-1].copy()
+
+
+class Onward:
+    """The way through time: what every forward step reads and writes besides its gates.
+
+    The outputs are the states, and share their memory, unless a residual or a mask makes them differ, or the only state
+    is returned itself.
+    """
+
+    def __init__(self, run: Run, h: States, x: Any) -> None:
+        self.run, self.h, self.x = run, h, x
+        self.differ = x is not None or run.mask is not None or run.time == 1
+        self.outputs = run.empty(run.time, run.batch, run.units) if self.differ else h.after()
+        self.dropped: Any = None
+        if run.recurrent_mask is not None:
+            self.dropped = run.xp.multiply(h.each[0], run.recurrent_mask)
+        self._output: Any = None
+
+    def arrays(self) -> tuple[Any, ...]:
+        """Return the arrays of all steps that `fields` takes from; they begin with one that is there."""
+        return self.outputs, *self.h.each[:2], self.x, self.run.recurrent_mask, self.dropped
+
+    def entering(self, t: int) -> Any:
+        """Return what of the state (N, U) enters the product of step `t`."""
+        return self.h.each[t] if self.dropped is None else self.dropped
+
+    def fields(self, t: int) -> dict[str, Any]:
+        """Return the kernel's pointers that every forward step ends with; to be asked for in order."""
+        run, previous = self.run, self._output
+        drops = self.dropped is not None and t < run.time - 1
+        self._output = self.outputs[t] if self.differ else None
+        return {
+            "h": self.h.each[t],
+            "new_h": self.h.each[t + 1],
+            "output": self._output,
+            "x": None if self.x is None else self.x[t],
+            "mask": None if run.mask is None else run.mask[t],
+            "previous": None if run.mask is None or run.zero else previous,
+            "recurrent_mask": run.recurrent_mask if drops else None,
+            "dropped": self.dropped if drops else None,
+        }
+
+
 class Return:
     """The way back through time: the gradient by h that one step leaves to the step before.
 
@@ -154,27 +205,35 @@ class Return:
     def __init__(self, run: Run, d_h_last: Any, d_outputs: Any, residual: bool, around: bool) -> None:
         self.run, self.around, self.d_outputs = run, around, d_outputs
         masked = run.mask is not None
-        self.carry = run.state_or_zeros(d_h_last)
+        self.carry = run.cotangent_or_zeros(d_h_last)
         self.adds = around and run.recurrent_mask is None
-        self.d_h: Any = None if self.adds else run.empty(run.batch, run.units)
-        self.pending: Any = run.empty(run.batch, run.units) if masked and not run.zero else None
+        self.d_h: Any = None if self.adds else run.xp.empty_like(self.carry)
+        self.pending: Any = run.xp.empty_like(self.carry) if masked and not run.zero else None
+        self._later: Any = None
         self.d_counted: Any = run.empty(run.time, run.batch, run.units) if masked and residual else None
         self.added = (d_outputs if self.d_counted is None else self.d_counted) if residual else None
 
+    def arrays(self) -> tuple[Any, ...]:
+        """Return the arrays of all steps that `fields` takes from."""
+        return self.carry, self.d_h, self.pending, self.d_outputs, self.d_counted, self.run.recurrent_mask
+
     def fields(self, t: int) -> dict[str, Any]:
-        """Return the kernel fields that every backward step starts with; the last step has no product yet."""
-        run, last = self.run, t == self.run.time - 1
+        """Return the kernel's pointers that every backward step starts with; to be asked for from the last step on.
+
+        The last step has no product yet.
+        """
+        run, last, later = self.run, t == self.run.time - 1, self._later
         masked = run.mask is not None
+        self._later = run.mask[t] if masked else None
         return {
             "d_h": None if last else self.d_h,
             "recurrent_mask": None if last else run.recurrent_mask,
             "d_output": None if self.d_outputs is None else self.d_outputs[t],
-            "mask": run.mask[t] if masked else None,
-            "later": run.mask[t + 1] if masked and not last else None,
+            "mask": self._later,
+            "later": later,
             "carry": self.carry if last or masked or self.around else None,
             "pending": self.pending,
             "d_counted": None if self.d_counted is None else self.d_counted[t],
-            "always": self.around,
         }
 
     def through(self, d_sums: Any, transposed: Any) -> None:
@@ -183,6 +242,9 @@ class Return:
 
     def first(self) -> Any:
         """Return the gradient of h0 after the loop."""
+        return self.run.own(self._first())
+
+    def _first(self) -> Any:
         run = self.run
         if self.adds or not run.time:
             return self.carry

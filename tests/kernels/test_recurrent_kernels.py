@@ -7,10 +7,12 @@ import re
 import numpy as np
 import pytest
 
-from gpulayers.launch import Kernel
+from gpulayers.launch import register_launcher
 from gpulayers.launch import source as kernel_source
-from gpulayers.ops import recurrent_device, recurrent_kernels
-from tests.kernels.emulation import EmulationError
+from gpulayers.ops import recurrent_kernels, recurrent_run
+from tests.kernels import strict_array
+from tests.kernels.bfloat16 import BFLOAT16, finfo
+from tests.kernels.emulation import EmulatedLauncher, EmulationError
 from tests.kernels.fake_cublas import fake_cublas
 from tests.kernels.strict_array import StrictArray, launcher, xp
 from tests.ops.test_recurrent_arrays import CELLS, Case, variants
@@ -37,6 +39,9 @@ def run(case, keywords, gates=None):
         gradients = case.backward(on_device(cotangents), saved, **keywords, **extra)
     finally:
         case.weights = host
+    assert all(g.dtype == case.x.dtype for g in gradients[: 1 + len(states)])
+    wide = np.float32 if case.x.dtype.itemsize == 2 else case.x.dtype
+    assert all(g.dtype == wide for g in gradients[1 + len(states) :])
     return cotangents, [np.asarray(a.get(), np.float64) for a in (*results, *gradients)]
 
 
@@ -64,12 +69,28 @@ def compare(case, keywords, tolerance, gates=None):
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("units", [5, 8])
-def test_every_dtype_scalar_and_vector(cell, dtype, units):
+@pytest.mark.parametrize(("units", "packet"), [(5, 1), (6, 2), (12, 4), (16, 8)])
+def test_every_dtype_and_packet(cell, dtype, units, packet, monkeypatch):
+    monkeypatch.setattr(recurrent_kernels, "_BUSY", 0)
     case = Case(cell, time=3, batch=3, depth=units, units=units, dtype=np.dtype(dtype))
     launcher.record.clear()
     compare(case, variants_of(case)["mask"], DTYPES[dtype])
-    assert {s.defines["STORAGE"] for s, *_ in launcher.record} == {dtype}
+    found = {(s.defines["STORAGE"], s.defines["PACKET"]) for s, *_ in launcher.record}
+    assert found == {(dtype, min(packet, 16 // np.dtype(dtype).itemsize))}
+
+
+@pytest.mark.parametrize(("offset", "packet"), [(0, 8), (1, 1), (2, 2), (4, 4), (6, 2), (8, 8)])
+def test_addresses_decide_on_the_packet(offset, packet, monkeypatch):
+    """A single step reads the caller's states where they are."""
+    monkeypatch.setattr(recurrent_kernels, "_BUSY", 0)
+    case = Case("gru_after", time=1, batch=2, depth=16, units=16, dtype=np.float16)
+    around = xp.zeros(2 * 16 + 8, np.float16)
+    inside = around[offset : offset + 2 * 16].reshape(2, 16)
+    inside[...] = xp.asarray(case.states[0])
+    launcher.record.clear()
+    _, found, _ = case.forward(xp.asarray(case.x), [inside], on_device(case.weights))
+    assert [s.defines["PACKET"] for s, *_ in launcher.record] == [packet]
+    np.testing.assert_allclose(found.get().astype("d"), case.forward()[1].astype("d"), atol=1e-2)
 
 
 def variants_of(case):
@@ -133,21 +154,25 @@ UNREAD = {("gl_lstm_forward", "h"), ("gl_simple_rnn_forward", "h")}
 def test_bytes_of_a_step(cell, residual, floors, monkeypatch):
     """A launch is given no more than the streams that the kernel file counts."""
     moved = {"forward": 0, "backward": 0}
-    original = recurrent_device.launch_step
+    original = recurrent_run.prepare_step
 
-    def launch(name, rows, units, **fields):
-        way = name.rsplit("_", 1)[1]
-        for field, value in fields.items():
-            if not isinstance(value, StrictArray) or field == "bias" or (name, field) in UNREAD:
-                continue
-            streams = PARTS.get(name) if field in ("gates", "d_gates") else None
-            twice = field in BOTH or (name, field) == ("gl_simple_rnn_forward", "new_h")
-            moved[way] += (streams or value.size // (rows * units)) * (2 if twice else 1)
-        return original(name, rows, units, **fields)
+    def prepare(name, rows, units, arrays, **settings):
+        prepared, way = original(name, rows, units, arrays, **settings), name.rsplit("_", 1)[1]
+
+        def launch(fields):
+            for field, value in fields.items():
+                if value is None or field == "bias" or (name, field) in UNREAD:
+                    continue
+                streams = PARTS.get(name) if field in ("gates", "d_gates") else None
+                twice = field in BOTH or (name, field) == ("gl_simple_rnn_forward", "new_h")
+                moved[way] += (streams or value.size // (rows * units)) * (2 if twice else 1)
+            prepared(fields)
+
+        return launch
 
     _, found = fake_cublas()
     monkeypatch.setattr(xp, "cublas", found, raising=False)
-    monkeypatch.setattr(recurrent_device, "launch_step", launch)
+    monkeypatch.setattr(recurrent_run, "prepare_step", prepare)
     run(Case(cell, time=6), {"residual": residual})
     last = {"lstm": 1, "simple": 1}.get(cell, 0)  # the last step reads and the kernel keeps dh of the end in `carry`
     assert moved == {"forward": 6 * floors[0], "backward": 6 * floors[1] + last}
@@ -158,7 +183,7 @@ def test_small_steps_get_small_blocks(threads, blocks):
     assert recurrent_kernels.threads_per_block(threads, 132) == blocks
 
 
-def test_blocks_follow_the_multiprocessors(monkeypatch):
+def test_threads_follow_the_multiprocessors(monkeypatch):
     """The same step on the emulated device with more and fewer multiprocessors."""
     case = Case("simple", time=1, batch=8, depth=64, units=64, dtype=np.float32)  # 128 threads of 16 bytes
     blocks = []
@@ -166,18 +191,18 @@ def test_blocks_follow_the_multiprocessors(monkeypatch):
         monkeypatch.setattr(launcher, "device", launcher.device._replace(multiprocessors=count))
         launcher.record.clear()
         compare(case, {}, 2e-5)
-        blocks.append({(grid[0], block[0]) for _, grid, block, *_ in launcher.record})
-    assert blocks == [{(1, 128)}, {(2, 64)}, {(2, 64)}]
+        blocks.append({(s.defines["PACKET"], grid[0], block[0]) for s, grid, block, *_ in launcher.record})
+    assert blocks == [{(4, 1, 128)}, {(2, 2, 128)}, {(1, 8, 64)}]
 
 
 def test_outputs_that_are_the_states_are_not_written_twice():
     case = Case("lstm", time=3)
     outputs, _, _, saved = case.forward(xp.asarray(case.x), on_device(case.states), on_device(case.weights))
-    assert outputs.data.ptr == saved[1][1:].data.ptr
+    assert outputs.data.ptr == saved[1].after().data.ptr
     outputs, _, _, saved = case.forward(
         xp.asarray(case.x), on_device(case.states), on_device(case.weights), residual=True
     )
-    assert outputs.data.ptr != saved[1][1:].data.ptr
+    assert outputs.data.ptr != saved[1].after().data.ptr
 
 
 def test_one_launch_a_step_and_its_geometry():
@@ -186,7 +211,98 @@ def test_one_launch_a_step_and_its_geometry():
     run(case, {"residual": True})
     names = [specialisation.name for specialisation, *_ in launcher.record]
     assert names == ["gl_lstm_forward"] * 3 + ["gl_lstm_backward"] * 3
-    assert {(tuple(grid), tuple(block)) for _, grid, block, *_ in launcher.record} == {((5, 1, 1), (64, 1, 1))}
+    assert {(tuple(grid), tuple(block)) for _, grid, block, *_ in launcher.record} == {((40, 1, 1), (64, 1, 1))}
+
+
+class Work:
+    """Counts what a device does besides kernels and cuBLAS: copies, fills and arithmetic, but no views."""
+
+    def __init__(self):
+        self.count = 0
+
+    def record(self, function, inputs, written):
+        result = function()
+        found = getattr(result, "_memory", None)
+        arrays = [i for i in inputs if isinstance(i, np.ndarray)]
+        is_view = found is not None and any(np.may_share_memory(found, i) for i in arrays)
+        self.count += bool(written) or not is_view
+        return result
+
+    def hold(self, memory):
+        """An allocation is no work."""
+
+
+def work_of(monkeypatch, case, keywords):
+    """Return how many pieces of work (forward, backward) of a case are."""
+    keywords = {k: xp.asarray(v) if isinstance(v, np.ndarray) else v for k, v in keywords.items()}
+    given, states, weights = xp.asarray(case.x), on_device(case.states), on_device(case.weights)
+    with monkeypatch.context() as patch:
+        patch.setattr(xp, "cublas", fake_cublas()[1], raising=False)
+        forward = Work()
+        patch.setattr(strict_array, "capture", forward)
+        *results, saved = case.forward(given, states, weights, **keywords)
+        backward, case.weights = Work(), weights
+        patch.setattr(strict_array, "capture", backward)
+        case.backward(results, saved, **keywords)
+    return forward.count, backward.count
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("variant", ["plain", "mask", "dropout", "all"])
+def test_a_step_is_a_product_and_a_kernel(cell, variant, monkeypatch):
+    """What else there is to do is done once for the sequence, however long it is."""
+    found = set()
+    for time in (4, 7):
+        case = Case(cell, time=time)
+        found.add(work_of(monkeypatch, case, variants_of(case)[variant]))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_single_step_copies_no_state(cell, monkeypatch):
+    case = Case(cell, time=1)
+    case.forward_only = {}  # the forget bias is added to the bias
+    forward, backward = work_of(monkeypatch, case, {})
+    # GRU: the columns of the state's candidate are set to 0, and the bias is put in the order of the buffer.
+    assert forward == (5 if cell == "gru_after" else 0)
+    # Copies of the cotangents that the kernel writes, and ones for the bias. GRU: its bias's gradient in two rows.
+    assert backward == 1 + len(case.states) + (2 if cell == "gru_after" else 0)
+    outputs, h, *_ = case.forward(xp.asarray(case.x), on_device(case.states), on_device(case.weights))
+    assert not np.may_share_memory(outputs._memory, h._memory)
+
+
+def as_cupy_chooses(condition, x, y):
+    """CuPy's ``where`` has no loop for bfloat16: it takes the one for float32."""
+    found = np.where(condition._memory, x._memory, y._memory)
+    return StrictArray._wrap(found.astype(np.float32) if found.dtype == "bfloat16" else found)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradients_of_masked_bfloat16_states_are_bfloat16(cell, monkeypatch):
+    monkeypatch.setattr(xp, "where", as_cupy_chooses)
+    case = Case(cell, time=3, dtype=np.dtype(BFLOAT16))
+    compare(case, variants_of(case)["mask"], DTYPES["bfloat16"])
+
+
+@pytest.mark.parametrize(("cell", "gates"), [("lstm", (-20, 20, 0, 0)), ("gru_after", (20, 0, 0))])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_small_gradients_add_up_over_many_steps(cell, gates, dtype):
+    """Gates that keep the state: each step adds to its gradient what 16 bits would round away."""
+    time = 64
+    case = Case(cell, time=time, batch=2, depth=1, units=8, dtype=np.dtype(dtype))
+    eps = float(finfo(case.x.dtype).eps)
+    case.weights = [np.zeros_like(w) for w in case.weights]
+    case.weights[2].reshape(-1, len(gates), 8)[0] = np.array(gates)[:, None]
+    case.states = [np.zeros_like(s) for s in case.states]
+    *_, saved = case.forward(xp.asarray(case.x), on_device(case.states), on_device(case.weights))
+    like = xp.asarray(np.ones((2, 8), case.x.dtype))
+    each = eps / 2 if cell == "lstm" else eps / 4  # the output gate lets half of it through
+    d_outputs = xp.asarray(np.full((time, 2, 8), each, case.x.dtype))
+    zero = xp.zeros((2, 8), case.x.dtype)
+    cotangents = [d_outputs, *([zero, like] if cell == "lstm" else [like])]
+    case.weights = on_device(case.weights)
+    found = case.backward(cotangents, saved)[len(case.states)]
+    np.testing.assert_allclose(found.get().astype("d"), 1 + time * eps / 4, rtol=eps)
 
 
 def test_infinities_do_not_become_nan():
@@ -197,30 +313,45 @@ def test_infinities_do_not_become_nan():
     assert all(np.isfinite(a).all() for a in got)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", CELLS)
+def test_under_the_address_sanitizer(cell, monkeypatch):
+    monkeypatch.setattr(recurrent_kernels, "_BUSY", 0)
+    register_launcher("emulated", EmulatedLauncher(build="address", runs=((0, 0xFF, 1),)))
+    try:
+        for units in (5, 12):
+            case = Case(cell, time=2, batch=3, depth=units, units=units, dtype=np.float16)
+            compare(case, variants_of(case)["all"], DTYPES["float16"])
+    finally:
+        register_launcher("emulated", launcher)
+
+
 MUTANTS = [
-    ("gl_lstm_forward", "gate(s[1][i], arguments.hard) * c[i]", "gate(s[0][i], arguments.hard) * c[i]"),
-    ("gl_lstm_forward", "h[i] += x[i]", "h[i] -= x[i]"),
-    ("gl_lstm_forward", "load<N>(arguments.h + p.at, values);", "load<N>(arguments.h, values);"),
-    ("gl_lstm_forward", "s[i] += more[i]", "s[i] -= more[i]"),
-    ("gl_lstm_forward", "sums + p.row * width + column", "sums + column"),
-    ("gl_lstm_forward", "store<N>(arguments.new_c + p.at, c);\n        return", "return"),
+    ("gl_lstm_forward", "gate(s[1][i]) * c[i]", "gate(s[0][i]) * c[i]"),
+    ("gl_lstm_forward", "h[i] += more[i]", "h[i] -= more[i]"),
+    ("gl_lstm_forward", "load_here(arguments.h + p.at, values);", "load_here(arguments.h, values);"),
+    ("gl_lstm_forward", "s[k][i] += more[i]", "s[k][i] -= more[i]"),
+    ("gl_lstm_forward", "buffer + p.row * width + columns[k]", "buffer + columns[k]"),
+    ("gl_lstm_forward", "put<N>(arguments.new_c + p.at, c);\n        return", "return"),
+    ("gl_lstm_forward", "p.row = row;", "p.row = 0;"),
+    ("gl_lstm_forward", "more[i] *= widen(narrow<STORAGE>(h[i]));", "more[i] = h[i];"),
     ("gl_lstm_backward", "d_c[i] = d_new_c * keep;", "d_c[i] = d_new_c;"),
     ("gl_lstm_backward", "(A(1) - t * t)", "(A(1) - t)"),
     ("gl_lstm_backward", "if (held && arguments.pending)", "if (!held && arguments.pending)"),
     ("gl_lstm_backward", "(held || arguments.always || !arguments.later)", "(!arguments.later)"),
-    ("gl_lstm_backward", "store<N>(arguments.carry + p.at, d_h);\n    if", "if"),
-    ("gl_lstm_backward", "store_zeros<N>(arguments.d_counted + p.at);", "store<N>(arguments.d_counted + p.at, d_h);"),
+    ("gl_lstm_backward", "put<N>(arguments.carry + p.at, d_h);\n        if", "if"),
+    ("gl_lstm_backward", "put_zeros(arguments.d_counted + p.at);", "put<N>(arguments.d_counted + p.at, d_h);"),
     ("gl_lstm_backward", "slope = y >= A(0) && y <= A(1) ? A(0.2) : A(0);", "slope = A(0.2);"),
     ("gl_gru_forward", "candidate + keep * (h[i] - candidate)", "candidate + keep * h[i]"),
     ("gl_gru_backward", "s[2][i] = d_candidate * reset;", "s[2][i] = d_candidate;"),
     ("gl_gru_backward", "s[1][i] = d_candidate * s[2][i] * slope_r;", "s[1][i] = d_candidate * s[2][i];"),
     ("gl_gru_backward", "(held || arguments.always || !arguments.later)", "(held || !arguments.later)"),
-    ("gl_gru_reset_forward", "h[i] *= gate(r[i]", "h[i] *= gate(h[i]"),
+    ("gl_gru_reset_forward", "h[i] *= gate(r[0][i]", "h[i] *= gate(h[i]"),
     ("gl_gru_candidate_backward", "d_h[i] *= keep;", ""),
     ("gl_gru_reset_backward", "q[i] *= h[i];", "q[i] *= A(1);"),
-    ("gl_gru_reset_backward", "r[i] = q[i] * h[i] * slope;", "r[i] = q[i] * slope;"),
+    ("gl_gru_reset_backward", "r[0][i] = q[i] * h[i] * slope;", "r[0][i] = q[i] * slope;"),
     ("gl_simple_rnn_backward", "h[i] = d_h[i] * (A(1) - h[i] * h[i]);", "h[i] = d_h[i];"),
-    ("gl_simple_rnn_forward", "load_or_zero<N>(behind(arguments.previous, p.at), values);", "values[0] = 0;"),
+    ("gl_simple_rnn_forward", "load_here(arguments.previous + p.at, values);", "set_zero(values);"),
 ]
 
 
@@ -231,14 +362,7 @@ def test_mutants_are_noticed(name, old, new, monkeypatch):
     path = kernel_source.kernel_folder() / "recurrent.cu"
     text = path.read_text()
     assert old in text
-    mutant = Kernel(
-        "recurrent.cu",
-        name,
-        recurrent_kernels._FIELDS[name],
-        defines={"STORAGE": ("float64",)},
-        body=text.replace(old, new),
-        listed=False,
-    )
+    mutant = recurrent_kernels._kernel(name, ("float64",), body=text.replace(old, new), listed=False)
     monkeypatch.setitem(recurrent_kernels.KERNELS, name, mutant)
     cell = {"gl_l": "lstm", "gl_s": "simple", "gl_g": "gru_before"}[name[:4]]
     cell = "gru_after" if name in ("gl_gru_forward", "gl_gru_backward") else cell

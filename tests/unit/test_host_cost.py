@@ -27,7 +27,7 @@ BOUNDS = {
     "layer training": 120,
     "layer inference": 72,
     "residual add": 65,
-    "LSTM step's kernel": 50,
+    "LSTM step's kernel": 20,
     "momentum, 161 parameters": 80,
 }
 
