@@ -8,12 +8,13 @@ from typing import Any
 from gpulayers.device import array_module
 from gpulayers.dtypes import dtype_name
 from gpulayers.errors import DTypeError, ShapeError, message
-from gpulayers.launch import Kernel, contiguous, is_aligned
+from gpulayers.launch import Kernel, contiguous, device_properties, is_aligned
 
 __all__ = ["residual_add"]
 
 LEAVES = 32  # per launch: the pointer tables stay far below the 4 KB that every driver takes
-_THREADS, _STEPS = 256, 4
+_THREADS = 256
+_BUSY = 2  # blocks that a multiprocessor should have, before a thread takes more vectors than one
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 _one = Kernel(
@@ -26,7 +27,7 @@ _one = Kernel(
         ("count", "int64"),
         ("vector", "int32"),
     ],
-    defines={"STORAGE": _DTYPES},
+    defines={"STORAGE": _DTYPES, "STEPS": (4, 2, 1)},
 )
 _leaves = Kernel(
     "residual.cu",
@@ -40,7 +41,7 @@ _leaves = Kernel(
         ("vectors", "uint32"),
         ("leaves", "int32"),
     ],
-    defines={"STORAGE": _DTYPES},
+    defines={"STORAGE": _DTYPES, "STEPS": (4, 2, 1)},
 )
 
 
@@ -77,13 +78,17 @@ def residual_add(inputs: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
 
 
 def _launch(dtype: Any, leaves: Sequence[tuple[Any, ...]]) -> None:
-    first_block, vectors, blocks = [], 0, 0
+    vectors, packets, total = 0, [], 0
     for number, (x, y, out) in enumerate(leaves):
         vector = is_aligned(x, y, out)
         vectors |= vector << number
-        per_block = _THREADS * _STEPS * (16 // x.dtype.itemsize if vector else 1)
+        packets.append(-(-x.size // (16 // x.dtype.itemsize if vector else 1)))
+        total += packets[-1]
+    steps = _steps(total, device_properties(leaves[0][0]).multiprocessors)
+    first_block, blocks = [], 0
+    for count in packets:
         first_block.append(blocks)
-        blocks += -(-x.size // per_block)
+        blocks += -(-count // (_THREADS * steps))
     if len(leaves) == 1:
         kernel, (x, y, out) = _one, leaves[0]
         values = {"x": x, "y": y, "out": out, "count": x.size, "vector": vectors}
@@ -98,4 +103,14 @@ def _launch(dtype: Any, leaves: Sequence[tuple[Any, ...]]) -> None:
             "vectors": vectors,
             "leaves": len(leaves),
         }
-    kernel.launch(values, grid=(blocks,), block=(_THREADS,), defines={"STORAGE": dtype})
+    kernel.launch(values, grid=(blocks,), block=(_THREADS,), defines={"STORAGE": dtype, "STEPS": steps})
+
+
+def _steps(packets: int, multiprocessors: int) -> int:
+    """Return how many packets a thread takes: several if all multiprocessors have work without that.
+
+    >>> [_steps(256 * blocks, 132) for blocks in (1, 528, 2000)]
+    [1, 2, 4]
+    """
+    most = packets // (_THREADS * _BUSY * multiprocessors)
+    return 4 if most >= 4 else 2 if most >= 2 else 1

@@ -48,6 +48,22 @@ def test_one_pair(arrays, dtype, count):
     same_bits(result, rounded_sum(x, y))
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize(("packets", "steps"), [(1023, 1), (1024, 2), (1500, 2), (2048, 4), (2049, 4), (5000, 4)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_arrays_give_a_thread_several_packets(dtype, packets, steps, offset, monkeypatch):
+    monkeypatch.setattr(launcher, "device", launcher.device._replace(multiprocessors=1))
+    width = 1 if offset else 16 // np.dtype(dtype).itemsize
+    x, y = drawn(packets * width + offset, dtype, 1), drawn(packets * width + offset, dtype, 2)
+    launcher.record.clear()
+    (result,) = residual_add([xp.asarray(x)[offset:]], [xp.asarray(y)[offset:]])
+    same_bits(result, rounded_sum(x[offset:], y[offset:]))
+    assert [s.defines["STEPS"] for s, *_ in launcher.record] == [steps]
+    leaves = [x[offset:], x[offset : 7 + offset], y[offset:]]
+    for leaf, result in zip(leaves, residual_add([xp.asarray(a) for a in leaves], [xp.asarray(a) for a in leaves])):
+        same_bits(result, rounded_sum(leaf, leaf))
+
+
 def test_a_structure_takes_one_launch():
     launcher.record.clear()
     given = [xp.asarray(drawn(shape, "f")) for shape in SHAPES]
