@@ -20,7 +20,7 @@ import numpy as np
 from gpulayers.device import array_module, is_array, kind_of
 from gpulayers.dtypes import dtype_name
 from gpulayers.errors import DeviceError, ShapeError, message
-from gpulayers.launch import Kernel, contiguous, keep, launcher_of, remember, workspace
+from gpulayers.launch import Kernel, contiguous, device_properties, keep, launcher_of, remember, workspace
 
 __all__ = ["adam_update", "global_norm", "momentum_update", "numbers_buffer", "sgd_update", "store_numbers"]
 
@@ -28,6 +28,7 @@ GRADIENTS = 480  # addresses per launch: with the scalars they stay below the 4 
 CHUNK = 4096  # elements per block
 TABLES = 256  # kept at a time
 _THREADS = 256
+_RESIDENT = 6  # blocks of the norm per multiprocessor: its launch bounds in optimizer.cu
 _SHAPE, _DTYPE = operator.attrgetter("shape"), operator.attrgetter("dtype")
 _NUMBERS = 5  # the most numbers that a rule has
 
@@ -72,6 +73,7 @@ _global_norm = Kernel(
     arguments=[
         ("table", "const uint64*"),
         ("rows", "int64"),
+        ("chunks", "int64"),
         ("sums", "pointer"),
         ("sums_before", "int64"),
         ("counters", "uint32*"),
@@ -310,8 +312,9 @@ def global_norm(grads: Sequence[Any]) -> Any:
     """Return the Euclidean length of all arrays together, ``sqrt(sum of squares)``, as an array of shape ().
 
     Parameters: device arrays of float16, bfloat16, float32 or float64, at least one. Returns float64 if one of them is,
-    else float32. Squares are added in float64 in an order that depends on shapes and dtypes only, so the bits are the
-    same on every run. One launch per dtype and 480 arrays; every array is read once.
+    else float32. Squares are added in float64 (for a float32 result those of 8 neighbours of float16 in float32), in an
+    order that depends on shapes, dtypes, addresses modulo 16 and the device only: the bits are the same on every run.
+    One launch per dtype and 480 arrays; every array is read once.
     """
     xp = array_module(*grads)
     groups: dict[str, list[Any]] = {}
@@ -328,12 +331,15 @@ def global_norm(grads: Sequence[Any]) -> Any:
         for start in range(0, len(arrays), GRADIENTS)
     ]
     tables = [_norm_table(arrays) for _, arrays in launches]
-    counters, sums = workspace(out, counters=1, scratch=8 * sum(blocks for _, blocks in tables))
+    most = _RESIDENT * device_properties(out).multiprocessors
+    grids = [min(chunks, most) for _, chunks in tables]
+    counters, sums = workspace(out, counters=1, scratch=8 * sum(grids))
     before = 0
-    for number, ((dtype, arrays), (words, blocks)) in enumerate(zip(launches, tables, strict=True)):
+    for number, ((dtype, arrays), (words, chunks), blocks) in enumerate(zip(launches, tables, grids, strict=True)):
         values = {
             "table": words,
             "rows": len(arrays),
+            "chunks": chunks,
             "sums": sums,
             "sums_before": before,
             "counters": counters,
@@ -347,7 +353,7 @@ def global_norm(grads: Sequence[Any]) -> Any:
 
 
 def _norm_table(arrays: Sequence[Any]) -> tuple[Any, int]:
-    """Return the table of these lengths on the current device; addresses are not in it.
+    """Return (the table of these lengths on the current device, number of chunks); addresses are not in it.
 
     Each stream has its own: it is copied there in order, and nothing else holds another stream back until it is.
     """

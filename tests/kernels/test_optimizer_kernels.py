@@ -358,6 +358,24 @@ def test_global_norm(arrays, dtype, offset):
     np.testing.assert_allclose(found.get(), truth, rtol=1e-14 if dtype == "d" else 1e-7)
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("dtype", ["e", BFLOAT16, "f", "d"], ids=str)
+def test_global_norm_of_more_chunks_than_blocks(dtype, offset):
+    """The blocks that the device holds at a time take several chunks each."""
+    register_launcher("emulated", EmulatedLauncher(device=launcher.device._replace(multiprocessors=1)))
+    hosts = [drawn(size, dtype, i) for i, size in enumerate([19 * CHUNK + 5, 3, 2 * CHUNK, 7 * CHUNK - 1])]
+    found = optimizer_kernels.global_norm([Guarded(xp, h, offset).array for h in hosts])
+    truth = math.sqrt(math.fsum(float(x) ** 2 for h in hosts for x in h.reshape(-1).astype("d")))
+    np.testing.assert_allclose(found.get(), truth, rtol=1e-14 if dtype == "d" else 1e-7)
+
+
+@pytest.mark.parametrize("value", [2.0**-24, 2.0**-14, 65504.0])
+def test_squares_of_float16_are_not_rounded(arrays, value):
+    """The smallest and the largest: as whole vectors they are added in float32."""
+    found = optimizer_kernels.global_norm([arrays.asarray(np.full(CHUNK, value, "e"))])
+    assert found.get() == np.float32(64 * value)
+
+
 def test_global_norm_of_many_and_of_several_dtypes(arrays):
     hosts = [drawn(1 + i % 9, "fed"[i % 3], i) for i in range(4 * GRADIENTS)]
     launcher.record.clear()
@@ -401,6 +419,11 @@ def norm_check(arrays, shapes):
     np.testing.assert_allclose(found.get(), truth, rtol=1e-6)
 
 
+def looping_norm_check(arrays, shapes):
+    register_launcher("emulated", EmulatedLauncher(device=launcher.device._replace(multiprocessors=1)))
+    norm_check(arrays, [*shapes, 11 * CHUNK])
+
+
 def adam_check(arrays, shapes):
     check(arrays, "adamw", shapes, ("e", "f"), steps=2)
 
@@ -437,11 +460,15 @@ MUTANTS = {
         norm_check,
     ),
     "the norm forgets the tail": ("if (N > 1 && behind < count) sum +=", "if (false) sum +=", norm_check),
+    "the norm forgets a vector of a chunk": ("i < count; ++i) sum +=", "i < count - 1; ++i) sum +=", norm_check),
+    "the norm adds half a vector": ("int half = N / 2; half > 0", "int half = N / 2; half > 1", norm_check),
+    "the norm's blocks take one chunk": ("chunk < arguments.chunks;", "chunk < gridDim.x;", looping_norm_check),
+    "the norm's blocks stay at a chunk": ("= entries[chunk + gridDim.x]", "= entries[chunk]", looping_norm_check),
 }
 MUTANT_SHAPES = [CHUNK + 5, (3, 7), 2 * CHUNK]
 
 
-@pytest.mark.parametrize("run", [adam_check, momentum_check, unaligned_check, norm_check])
+@pytest.mark.parametrize("run", [adam_check, momentum_check, unaligned_check, norm_check, looping_norm_check])
 @pytest.mark.parametrize("build", ["fibers", pytest.param("address", marks=pytest.mark.slow)])
 def test_the_right_text_passes_the_mutants_checks(run, build):
     register_launcher("emulated", EmulatedLauncher(build=build))
@@ -449,7 +476,7 @@ def test_the_right_text_passes_the_mutants_checks(run, build):
 
 
 def mutant_shapes(run):
-    many = [11] * GRADIENTS if run is norm_check else []  # so that there are several launches
+    many = [11] * GRADIENTS if run in (norm_check, looping_norm_check) else []  # so that there are several launches
     return [*many, *MUTANT_SHAPES]
 
 

@@ -60,7 +60,8 @@ def test_large_arrays_give_a_thread_several_packets(dtype, packets, steps, offse
     same_bits(result, rounded_sum(x[offset:], y[offset:]))
     assert [s.defines["STEPS"] for s, *_ in launcher.record] == [steps]
     leaves = [x[offset:], x[offset : 7 + offset], y[offset:]]
-    for leaf, result in zip(leaves, residual_add([xp.asarray(a) for a in leaves], [xp.asarray(a) for a in leaves])):
+    given = [xp.asarray(leaf) for leaf in leaves]
+    for leaf, result in zip(leaves, residual_add(given, given), strict=True):
         same_bits(result, rounded_sum(leaf, leaf))
 
 
