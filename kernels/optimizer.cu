@@ -16,9 +16,9 @@
 //   same from step to step. The gradients' addresses change, so they come by value in the argument struct.
 //   16-byte accesses where all addresses of a tensor allow it, with the last few elements one by one; else element
 //   accesses for that tensor. Chunks start at multiples of 16 bytes from the tensor's first element.
-// Grid: one block per chunk; the norm has at most 6 per multiprocessor, which it holds at a time, and each takes
-//   every gridDim-th chunk. Block: 256 threads, neighbouring threads on neighbouring vectors. Shared memory: none but the norm's
-//   32 partial sums.
+// Grid: one block per chunk; the norm has at most 6 per multiprocessor, which it holds at a time, and each of them takes
+//   every gridDim-th chunk. Block: 256 threads, neighbouring threads on neighbouring vectors. Shared memory: none but the
+//   norm's 32 partial sums.
 // Arithmetic: float for 16-bit and 32-bit parameters, double for 64-bit; one rounding to the parameter's type. The norm
 //   adds squares in double; for a norm in float the 8 of one vector of float16, which are exact in float, in float: a
 //   relative error of at most 3 2^-24 in their sum, half of that in the norm.

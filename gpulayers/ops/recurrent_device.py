@@ -1,12 +1,15 @@
 """Recurrent sequences on device arrays: one matmul before the loop, one kernel and one matmul per step.
 
 The functions have the signatures of `recurrent_lstm`, `recurrent_gru` and `recurrent_simple`, where they are described.
-Differences: arrays of the loop have the dtype of `x`; the arithmetic of 16-bit data is float32 inside each kernel and
-each matmul, and its weight gradients are float32; host masks are copied to the device. A step is a sequence of one.
+Differences: arrays of the loop have the dtype of `x`, so the states of 16-bit data are rounded at every step, the
+LSTM's c too; the arithmetic of 16-bit data is float32 inside each kernel and each matmul, what the backward pass adds
+up over the steps is float32, and so are its weight gradients; host masks are copied to the device. A step is a sequence
+of one, which reads and returns its states as they are: it saves the caller's arrays.
 
 Each step's product with the recurrent weights is added by the matmul to the gate buffer, which the projection of the
-inputs has filled for all steps; backward, to what goes around the product. Buffers for all steps are made once. Without
-a residual and a mask the outputs are the states, and share their memory.
+inputs has filled for all steps; backward, to what goes around the product. Buffers for all steps and the launches of
+their kernels are made once. Without a residual and a mask the outputs of several steps are the states, and share their
+memory.
 """
 
 from __future__ import annotations

@@ -101,9 +101,10 @@ def prepare_step(
 ) -> Prepared:
     """Return the launch of one kernel of ``recurrent.cu`` over (rows, units), for all steps of a sequence.
 
-    It is called with every pointer of the kernel, None for those that are left out. `arrays`: at least one array of the
-    steps' dtype, and all others of the sequence, in which steps lie one behind the other; they say how wide accesses
-    may be. `hard`: the gates are hard sigmoids. `numbers`: `order` and `always`, where the kernel has them.
+    It is called with every pointer of the kernel, None for those that are left out. `arrays`: those of the sequence, in
+    which the steps lie one behind the other, the first one of the steps' dtype; they say how wide accesses may be.
+    Those of another dtype are buffers of our own, aligned for any access. `hard`: the gates are hard sigmoids.
+    `numbers`: `order` and `always`, where the kernel has them.
 
     Raises ShapeError for 2^31 values or more.
     """

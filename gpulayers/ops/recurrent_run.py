@@ -157,8 +157,8 @@ class States:
 class Onward:
     """The way through time: what every forward step reads and writes besides its gates.
 
-    The outputs are the states, and share their memory, unless a residual or a mask makes them differ, or the only state
-    is returned itself.
+    The outputs are the states, and share their memory, unless a residual or a mask makes them differ, or there is one
+    step, whose state is returned as it is.
     """
 
     def __init__(self, run: Run, h: States, x: Any) -> None:

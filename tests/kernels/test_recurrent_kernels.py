@@ -113,7 +113,8 @@ def test_hard_sigmoid(cell):
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize(
-    ("time", "batch", "depth", "units"), [(0, 3, 2, 4), (2, 0, 2, 4), (1, 1, 1, 1), (2, 5, 7, 3), (2, 70, 3, 36)]
+    ("time", "batch", "depth", "units"),
+    [(0, 3, 2, 4), (2, 0, 2, 4), (1, 0, 2, 4), (1, 1, 1, 1), (2, 5, 7, 3), (2, 70, 3, 36)],
 )
 def test_sizes(cell, time, batch, depth, units):
     compare(Case(cell, time=time, batch=batch, depth=depth, units=units, dtype=np.float32), {}, 2e-5)
