@@ -234,13 +234,9 @@ __device__ __forceinline__ T* cluster_shared(T* mine, unsigned int rank) {
 }
 #endif
 
-// ---- accesses of 8 and 4 bytes ---------------------------------------------------------------------------------------
-// Overloads by the word, beside those of 16 bytes: the address is a multiple of the word's size.
+// ---- accesses of 2 to 16 bytes ---------------------------------------------------------------------------------------
 
-__device__ __forceinline__ uint4 load_word(const uint4* address) { return load_16(address); }
-__device__ __forceinline__ uint4 load_word_streaming(const uint4* address) { return load_16_streaming(address); }
-__device__ __forceinline__ void store_word(uint4* address, uint4 value) { store_16(address, value); }
-
+// One word (uint4, uint2 or an integer) at a multiple of its size.
 template <typename WORD>
 __device__ __forceinline__ WORD load_word(const WORD* address) {
     GL_PTX(, emulation_check_alignment(address, sizeof(WORD)));
@@ -253,7 +249,9 @@ __device__ __forceinline__ void store_word(WORD* address, WORD value) {
     *address = value;
 }
 
-// As with 16 bytes: for data that nobody reads again soon.
+// The same for data that nobody reads again soon.
+__device__ __forceinline__ uint4 load_word_streaming(const uint4* address) { return load_16_streaming(address); }
+
 __device__ __forceinline__ uint2 load_word_streaming(const uint2* address) {
 #ifdef GL_HOST
     return load_word(address);
