@@ -16,8 +16,9 @@ import numpy as np
 from gpulayers import _cupy
 from gpulayers.device import array_module
 from gpulayers.launch import Kernel, device_properties, launcher_of
-from gpulayers.ops import batch_norm_arrays, batch_norm_plan
-from gpulayers.ops.batch_norm_arrays import MovingStatistics
+from gpulayers.ops.batch_norm import arrays as batch_norm_arrays
+from gpulayers.ops.batch_norm import plan as batch_norm_plan
+from gpulayers.ops.batch_norm.arrays import MovingStatistics
 
 __all__ = ["KERNELS", "MEASURES"]
 
@@ -388,7 +389,7 @@ def _neighbours(plan: Any) -> Iterator[tuple[str, Any]]:
 def _plans(shape: tuple[int, ...], axis: int, x: Any, kept: int) -> dict[str, Any]:
     """Return plans that compute the same, by name: of every regime that the device has, and their neighbours.
 
-    Only `batch_norm_plan.choose` is asked, for a device with and without clusters, with and without grids that wait.
+    Only `batch_norm.plan.choose` is asked, for a device with and without clusters, with and without grids that wait.
     """
     layout, device = batch_norm_plan.collapse(shape, (axis,)), device_properties(x)
     choose = functools.partial(batch_norm_plan.choose, layout, x.dtype.itemsize, True, kept=kept)

@@ -19,9 +19,9 @@ import gpulayers as gl
 from benchmarks import stub_gpu
 from gpulayers import _cupy
 from gpulayers.device import Device
-from gpulayers.ops import batch_norm_arrays as bn
 from gpulayers.ops import optimizer_kernels
-from gpulayers.ops.recurrent_kernels import prepare_step
+from gpulayers.ops.batch_norm import arrays as bn
+from gpulayers.ops.recurrent.kernels import prepare_step
 from gpulayers.ops.residual_kernels import residual_add
 
 __all__ = ["calls_of", "cases", "device_arrays", "main", "peers"]

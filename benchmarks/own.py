@@ -12,8 +12,9 @@ import gpulayers as gl
 from benchmarks.data import split_parameters
 from benchmarks.shapes import Case, axis_of
 from benchmarks.truth import EPSILON, LIMITS
-from gpulayers.ops import batch_norm_arrays, recurrent_arrays
-from gpulayers.ops.batch_norm_arrays import MovingStatistics, Renorm
+from gpulayers.ops.batch_norm import arrays as batch_norm_arrays
+from gpulayers.ops.batch_norm.arrays import MovingStatistics, Renorm
+from gpulayers.ops.recurrent import arrays as recurrent_arrays
 
 __all__ = ["prepare"]
 
@@ -81,7 +82,7 @@ def _recurrent(case: Case, d: dict[str, Any]) -> Function:
 
 
 def _digits(d: dict[str, Any]) -> Function:
-    from gpulayers.ops.batch_norm import batch_norm_training
+    from gpulayers.ops.batch_norm.operations import batch_norm_training
     from gpulayers.optimizers import Momentum
 
     names = ("kernel_1", "gamma", "beta", "kernel_2", "bias_2")

@@ -8,7 +8,7 @@ modules'.
 import numpy as np
 import pytest
 
-from gpulayers.ops import batch_norm_arrays as bn
+from gpulayers.ops.batch_norm import arrays as bn
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("pytest_benchmark")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import gpulayers as gl
-from gpulayers.ops import recurrent_arrays as ra
+from gpulayers.ops.recurrent import arrays as ra
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("pytest_benchmark")

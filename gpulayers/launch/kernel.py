@@ -268,11 +268,11 @@ def vector_width(arrays: Sequence[Any], *lengths: int) -> int:
 def kernel_list() -> list[Specialisation]:
     """Return every specialisation of every kernel of the package, in a fixed order.
 
-    Kernels are declared in the modules ``gpulayers/ops/*_kernels.py``; they are imported here.
+    Kernels are declared in the modules of ``gpulayers.ops`` whose names end in ``kernels``; they are imported here.
     """
     package = importlib.import_module("gpulayers.ops")
-    for module in pkgutil.iter_modules(package.__path__):
-        if module.name.endswith("_kernels"):
-            importlib.import_module(f"gpulayers.ops.{module.name}")
+    for module in pkgutil.walk_packages(package.__path__, "gpulayers.ops."):
+        if module.name.endswith("kernels"):
+            importlib.import_module(module.name)
     own = [_kernels[name] for name in sorted(_kernels)]
     return [specialisation for kernel in own for specialisation in kernel.specialisations()]

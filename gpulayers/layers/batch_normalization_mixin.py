@@ -17,8 +17,8 @@ from gpulayers.layers.calling import learning_phase, state_updates_allowed
 from gpulayers.layers.config_part import as_shape_structure
 from gpulayers.layers.core import CoreLayer
 from gpulayers.layers.spec import InputSpec
-from gpulayers.ops import batch_norm_arrays
-from gpulayers.ops.batch_norm import (
+from gpulayers.ops.batch_norm import arrays as batch_norm_arrays
+from gpulayers.ops.batch_norm.operations import (
     MovingVariables,
     adjusted,
     asked_clip,

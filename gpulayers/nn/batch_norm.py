@@ -2,7 +2,7 @@
 
 `forward`, `backward`, `inference`, `inference_backward` and `statistics` take and return plain arrays, record nothing
 and keep no state: the kernels themselves, for programs with a gradient machinery of their own. See
-`gpulayers.ops.batch_norm_arrays`.
+`gpulayers.ops.batch_norm.arrays`.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from __future__ import annotations
 from typing import Any
 
 from gpulayers import ops
-from gpulayers.ops.batch_norm_arrays import Forward as Forward
-from gpulayers.ops.batch_norm_arrays import Gradients as Gradients
-from gpulayers.ops.batch_norm_arrays import MovingStatistics as MovingStatistics
-from gpulayers.ops.batch_norm_arrays import Renorm as Renorm
-from gpulayers.ops.batch_norm_arrays import backward as backward
-from gpulayers.ops.batch_norm_arrays import forward as forward
-from gpulayers.ops.batch_norm_arrays import inference as inference
-from gpulayers.ops.batch_norm_arrays import inference_backward as inference_backward
-from gpulayers.ops.batch_norm_arrays import statistics as statistics
+from gpulayers.ops.batch_norm.arrays import Forward as Forward
+from gpulayers.ops.batch_norm.arrays import Gradients as Gradients
+from gpulayers.ops.batch_norm.arrays import MovingStatistics as MovingStatistics
+from gpulayers.ops.batch_norm.arrays import Renorm as Renorm
+from gpulayers.ops.batch_norm.arrays import backward as backward
+from gpulayers.ops.batch_norm.arrays import forward as forward
+from gpulayers.ops.batch_norm.arrays import inference as inference
+from gpulayers.ops.batch_norm.arrays import inference_backward as inference_backward
+from gpulayers.ops.batch_norm.arrays import statistics as statistics
 
 __all__ = ["backward", "batch_normalization", "forward", "inference", "inference_backward", "statistics"]
 

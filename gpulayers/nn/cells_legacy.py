@@ -35,7 +35,7 @@ from gpulayers.nn.states import (
     step_depth,
     zeros_for,
 )
-from gpulayers.ops.recurrent import recurrent_sequence, recurrent_step
+from gpulayers.ops.recurrent.operations import recurrent_sequence, recurrent_step
 from gpulayers.scopes import variable_scope
 from gpulayers.variables import fixed_size_partitioner
 

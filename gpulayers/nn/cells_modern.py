@@ -20,8 +20,8 @@ from gpulayers.nn.states import (
     step_depth,
 )
 from gpulayers.ops import activations
-from gpulayers.ops.recurrent import recurrent_sequence, recurrent_step
-from gpulayers.ops.recurrent_composed import composed_step
+from gpulayers.ops.recurrent.composed import composed_step
+from gpulayers.ops.recurrent.operations import recurrent_sequence, recurrent_step
 
 __all__ = ["GRUCell", "LSTMCell", "SimpleRNNCell", "activation_config", "get_activation"]
 

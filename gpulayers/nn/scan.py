@@ -14,7 +14,7 @@ from gpulayers import ops
 from gpulayers.dtypes import is_floating
 from gpulayers.errors import GradientError, ShapeError, StructureError, message
 from gpulayers.ops.operation import GradientContext, Spec, pullback
-from gpulayers.ops.recurrent import Keep, Saved, SavingOperation
+from gpulayers.ops.recurrent.operations import Keep, Saved, SavingOperation
 from gpulayers.trace import (
     GradientTape,
     GraphTensor,

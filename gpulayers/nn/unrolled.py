@@ -14,7 +14,7 @@ from gpulayers.nn.building import build_cell
 from gpulayers.nn.states import as_tensor, batch_of, check_states, require_cell, require_legacy_floating, starting_state
 from gpulayers.nn.unroll import Run, run_cell
 from gpulayers.ops.operation import Recordable
-from gpulayers.ops.recurrent import length_mask
+from gpulayers.ops.recurrent.operations import length_mask
 from gpulayers.scopes import variable_scope
 
 __all__ = ["dynamic_rnn", "static_rnn"]

@@ -15,7 +15,7 @@ import numpy as np
 
 from gpulayers.errors import ShapeError, message
 from gpulayers.ops.device_products import matmul
-from gpulayers.ops.host_buffers import recycled
+from gpulayers.ops.host.buffers import recycled
 from gpulayers.ops.operation import GradientContext, Operation, Spec, result_dtype
 from gpulayers.ops.static import static_shape, widened
 from gpulayers.ops.windows import Window, numbers, out_size, pads, parse_format, parse_padding, taps

@@ -19,7 +19,7 @@ from gpulayers.device import is_array
 from gpulayers.errors import StateError, message
 from gpulayers.launch import has_kernels
 from gpulayers.ops import optimizer_kernels
-from gpulayers.ops.host_buffers import aligned
+from gpulayers.ops.host.buffers import aligned
 
 __all__ = ["adam_numbers", "adam_update", "sgd_numbers", "sgd_update"]
 

@@ -10,9 +10,9 @@ import pytest
 from gpulayers.errors import ShapeError
 from gpulayers.launch import DeviceProperties, Kernel, register_launcher
 from gpulayers.launch import source as launch_source
-from gpulayers.ops import batch_norm_arrays as bn
-from gpulayers.ops import batch_norm_kernels
-from gpulayers.ops.batch_norm_plan import choose, collapse, division, plan_table
+from gpulayers.ops.batch_norm import arrays as bn
+from gpulayers.ops.batch_norm import kernels as batch_norm_kernels
+from gpulayers.ops.batch_norm.plan import choose, collapse, division, plan_table
 from tests.kernels.bfloat16 import BFLOAT16, finfo
 from tests.kernels.emulation import H200_LIKE, SMALL, EmulatedLauncher, EmulationError
 from tests.kernels.strict_array import launcher, xp

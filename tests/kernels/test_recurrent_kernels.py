@@ -9,7 +9,8 @@ import pytest
 
 from gpulayers.launch import register_launcher
 from gpulayers.launch import source as kernel_source
-from gpulayers.ops import recurrent_kernels, recurrent_run
+from gpulayers.ops.recurrent import kernels as recurrent_kernels
+from gpulayers.ops.recurrent import run as recurrent_run
 from tests.kernels import strict_array
 from tests.kernels.bfloat16 import BFLOAT16, finfo
 from tests.kernels.emulation import EmulatedLauncher, EmulationError

@@ -10,7 +10,7 @@ import pytest
 
 import gpulayers as gl
 from gpulayers.device import asnumpy
-from gpulayers.ops import host_buffers
+from gpulayers.ops.host import buffers as host_buffers
 from tests.kernels.strict_array import StrictArray
 
 RNG = np.random.default_rng(3)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import gpulayers as gl
-from gpulayers.ops.recurrent import length_mask
+from gpulayers.ops.recurrent.operations import length_mask
 from tests.kernels.emulation.build import compiler
 from tests.kernels.strict_array import StrictArray, xp
 

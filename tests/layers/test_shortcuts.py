@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import gpulayers as gl
-from gpulayers.ops import batch_norm_arrays
+from gpulayers.ops.batch_norm import arrays as batch_norm_arrays
 
 FAMILIES = [gl.layers.BatchNormalization, gl.keras.layers.BatchNormalization]
 RNG = np.random.default_rng(7)

@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 
 from gpulayers.errors import DTypeError, ShapeError
-from gpulayers.ops import batch_norm_arrays as bn
-from gpulayers.ops import batch_norm_blocks, batch_norm_direct, batch_norm_weighted, host_buffers, host_threads
-from gpulayers.ops.batch_norm_plan import collapse
+from gpulayers.ops.batch_norm import arrays as bn
+from gpulayers.ops.batch_norm import blocks as batch_norm_blocks
+from gpulayers.ops.batch_norm import direct as batch_norm_direct
+from gpulayers.ops.batch_norm import weighted as batch_norm_weighted
+from gpulayers.ops.batch_norm.plan import collapse
+from gpulayers.ops.host import buffers as host_buffers
+from gpulayers.ops.host import threads as host_threads
 from tests.ops import batch_norm_truth as truth
 
 EPSILON = 1e-3

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gpulayers import ops
-from gpulayers.ops.batch_norm import batch_norm_inference, batch_norm_training
+from gpulayers.ops.batch_norm.operations import batch_norm_inference, batch_norm_training
 from gpulayers.trace import GradientTape
 
 RNG = np.random.default_rng(11)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from gpulayers.errors import ShapeError, StructureError
-from gpulayers.ops import host_buffers
-from gpulayers.ops import recurrent_arrays as ra
+from gpulayers.ops.host import buffers as host_buffers
+from gpulayers.ops.recurrent import arrays as ra
 
 DATA = Path(__file__).parents[1] / "reference" / "data"
 CELLS = ["lstm", "lstm_legacy", "gru_after", "gru_before", "simple"]

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
-from gpulayers.ops import host_threads, recurrent_gradients, recurrent_projections
-from gpulayers.ops.recurrent_gradients import WeightGradients, rows_times
-from gpulayers.ops.recurrent_products import in_strips, strip_width, weight_strips
+from gpulayers.ops.host import threads as host_threads
+from gpulayers.ops.recurrent import gradients as recurrent_gradients
+from gpulayers.ops.recurrent import projections as recurrent_projections
+from gpulayers.ops.recurrent.gradients import WeightGradients, rows_times
+from gpulayers.ops.recurrent.products import in_strips, strip_width, weight_strips
 from tests.ops.test_recurrent_arrays import CELLS, Case, check_gradients
 
 

@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 
-from gpulayers.ops import host_threads, recurrent_arrays, recurrent_common, recurrent_projections
-from gpulayers.ops.recurrent_products import weight_strips
-from gpulayers.ops.recurrent_projections import inputs_of, projected_blocks, steps_kept
+from gpulayers.ops.host import threads as host_threads
+from gpulayers.ops.recurrent import arrays as recurrent_arrays
+from gpulayers.ops.recurrent import common as recurrent_common
+from gpulayers.ops.recurrent import projections as recurrent_projections
+from gpulayers.ops.recurrent.products import weight_strips
+from gpulayers.ops.recurrent.projections import inputs_of, projected_blocks, steps_kept
 
 
 @pytest.fixture(params=[True, False], ids=["beside", "alone"])

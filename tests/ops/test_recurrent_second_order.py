@@ -7,8 +7,8 @@ import pytest
 
 import gpulayers as gl
 from gpulayers.errors import GradientError
-from gpulayers.ops.recurrent import recurrent_sequence, recurrent_step
-from gpulayers.ops.recurrent_composed import composed_sequence
+from gpulayers.ops.recurrent.composed import composed_sequence
+from gpulayers.ops.recurrent.operations import recurrent_sequence, recurrent_step
 from tests.kernels.emulation.build import compiler
 from tests.kernels.strict_array import xp
 from tests.ops.test_recurrent_arrays import Case, variants

@@ -14,8 +14,9 @@ import pytest
 from benchmarks import gpu_design, gpu_probe
 from gpulayers import _cupy
 from gpulayers.launch import DeviceProperties
-from gpulayers.ops import batch_norm_arrays, batch_norm_plan
-from gpulayers.ops.batch_norm_arrays import MovingStatistics
+from gpulayers.ops.batch_norm import arrays as batch_norm_arrays
+from gpulayers.ops.batch_norm import plan as batch_norm_plan
+from gpulayers.ops.batch_norm.arrays import MovingStatistics
 from tests.kernels.emulation.build import compiler
 from tests.kernels.nvrtc import compile_for, unusable_reason
 from tests.kernels.strict_array import launcher, xp

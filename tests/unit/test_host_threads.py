@@ -7,8 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from gpulayers.ops import host_threads
-from gpulayers.ops.host_threads import InOrder, run_ahead, run_tasks
+from gpulayers.ops.host import threads as host_threads
+from gpulayers.ops.host.threads import InOrder, run_ahead, run_tasks
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from gpulayers.ops.host_buffers import recycled
-from gpulayers.ops.recurrent_common import (
+from gpulayers.ops.host.buffers import recycled
+from gpulayers.ops.recurrent.common import (
     check_gate_weights,
     hold_outputs,
     output_cotangents,
@@ -23,9 +23,9 @@ from gpulayers.ops.recurrent_common import (
     times_mask,
     working_dtype,
 )
-from gpulayers.ops.recurrent_gradients import WeightGradients, input_gradients
-from gpulayers.ops.recurrent_products import in_strips, weight_strips
-from gpulayers.ops.recurrent_projections import Inputs, inputs_of, projected_blocks
+from gpulayers.ops.recurrent.gradients import WeightGradients, input_gradients
+from gpulayers.ops.recurrent.products import in_strips, weight_strips
+from gpulayers.ops.recurrent.projections import Inputs, inputs_of, projected_blocks
 
 __all__ = [
     "simple_rnn_sequence",

@@ -1,6 +1,6 @@
 """Recurrent cells as compositions of ordinary operations: any activation, gradients of any order.
 
-The equations are those of `recurrent_lstm`, `recurrent_gru` and `recurrent_simple`. Cells whose settings have no fused
+The equations are those of `recurrent.lstm`, `recurrent.gru` and `recurrent.simple`. Cells whose settings have no fused
 form compute by these steps, and the gradients of the fused operations' gradients by the sequence.
 """
 
@@ -16,7 +16,7 @@ from gpulayers.ops.activations import hard_sigmoid, sigmoid
 from gpulayers.ops.arithmetic import tanh, where
 from gpulayers.ops.creation import zeros_like
 from gpulayers.ops.products import matmul
-from gpulayers.ops.recurrent_lstm import GATE_ORDERS
+from gpulayers.ops.recurrent.lstm import GATE_ORDERS
 from gpulayers.ops.shaping import cast, flip, reshape, split, stack, unstack
 
 __all__ = ["composed_sequence", "composed_step"]
@@ -92,7 +92,7 @@ def composed_sequence(
 ) -> list[Any]:  # fmt: skip
     """Run a cell over `x` (T, N, D) step by step; return the outputs (T, N, U) and the last states.
 
-    Parameters as in `gpulayers.ops.recurrent_arrays.lstm_sequence`. 16-bit data is computed in float32, results have
+    Parameters as in `gpulayers.ops.recurrent.arrays.lstm_sequence`. 16-bit data is computed in float32, results have
     the dtype of `x`. Raises GradientError in a graph where T is unknown: the steps are recorded one by one.
     """
     time = tuple(x.shape)[0]

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from gpulayers.ops.host_buffers import recycled
-from gpulayers.ops.recurrent_common import (
+from gpulayers.ops.host.buffers import recycled
+from gpulayers.ops.recurrent.common import (
     RECURRENT_ACTIVATIONS,
     check_choice,
     check_gate_weights,
@@ -36,9 +36,9 @@ from gpulayers.ops.recurrent_common import (
     times_mask,
     working_dtype,
 )
-from gpulayers.ops.recurrent_gradients import WeightGradients, input_gradients
-from gpulayers.ops.recurrent_products import in_strips, weight_strips
-from gpulayers.ops.recurrent_projections import Inputs, inputs_of, projected_blocks, steps_kept
+from gpulayers.ops.recurrent.gradients import WeightGradients, input_gradients
+from gpulayers.ops.recurrent.products import in_strips, weight_strips
+from gpulayers.ops.recurrent.projections import Inputs, inputs_of, projected_blocks, steps_kept
 
 __all__ = ["GATE_ORDERS", "lstm_sequence", "lstm_sequence_backward", "lstm_step", "lstm_step_backward"]
 

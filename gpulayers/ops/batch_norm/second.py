@@ -18,8 +18,8 @@ from typing import Any
 
 from gpulayers.dtypes import parameter_dtype
 from gpulayers.errors import GradientError, message
-from gpulayers.ops import batch_norm_arrays as arrays
 from gpulayers.ops.arithmetic import greater, rsqrt, square, where
+from gpulayers.ops.batch_norm import arrays
 from gpulayers.ops.operation import GradientContext, Operation, like_first, match
 from gpulayers.ops.reductions import mean as mean_of
 from gpulayers.ops.reductions import sum as sum_of

@@ -14,10 +14,10 @@ import numpy as np
 
 from gpulayers.dtypes import parameter_dtype
 from gpulayers.errors import ShapeError, message
-from gpulayers.ops import batch_norm_arrays as arrays
-from gpulayers.ops import batch_norm_moving as moving_arrays
 from gpulayers.ops.arithmetic import add, multiply
-from gpulayers.ops.batch_norm_second import inference_second_gradient, training_second_gradient
+from gpulayers.ops.batch_norm import arrays
+from gpulayers.ops.batch_norm import moving as moving_arrays
+from gpulayers.ops.batch_norm.second import inference_second_gradient, training_second_gradient
 from gpulayers.ops.operation import GradientContext, Operation, Spec, match
 from gpulayers.ops.shaping import reshape
 
@@ -223,7 +223,7 @@ batch_norm_training = Operation(
     dmax.
     Attributes: `axis`, the kept axes; `epsilon`; `virtual_batch_size`; `activation`; `moving`, variables to update in
     place; `lonely`, called with the shape where every channel has one value.
-    See `gpulayers.ops.batch_norm_arrays.forward`. r and d of renorm carry no gradient.
+    See `gpulayers.ops.batch_norm.arrays.forward`. r and d of renorm carry no gradient.
     """,
 )
 
@@ -333,7 +333,7 @@ batch_norm_inference = Operation(
     type="BatchNormInference",
     doc="""Normalise `x` with given statistics: operands x, mean, variance, then gamma, beta, residual as `given` says.
 
-    See `gpulayers.ops.batch_norm_arrays.inference`. The statistics carry no gradient.
+    See `gpulayers.ops.batch_norm.arrays.inference`. The statistics carry no gradient.
     """,
 )
 

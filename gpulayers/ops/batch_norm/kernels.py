@@ -1,6 +1,6 @@
-"""The kernel body of batch normalisation: the five functions of ``batch_norm_numpy`` on device arrays.
+"""The kernel body of batch normalisation: the five functions of ``batch_norm.numpy_body`` on device arrays.
 
-What is launched is decided by `gpulayers.ops.batch_norm_plan.choose`; what the kernels do stands in
+What is launched is decided by `gpulayers.ops.batch_norm.plan.choose`; what the kernels do stands in
 ``kernels/batch_norm.cu``. Nothing is allocated but outputs; partial sums live in the workspace of the device and
 stream.
 """
@@ -14,9 +14,9 @@ import numpy as np
 
 from gpulayers.device import array_module
 from gpulayers.launch import Kernel, Place, Prepared, contiguous, is_aligned, place_of, remember, workspace_pieces
-from gpulayers.ops import batch_norm_plan
-from gpulayers.ops.batch_norm_moving import MovingStatistics, Renorm
-from gpulayers.ops.batch_norm_plan import CLUSTER, Layout, Plan, choose, division
+from gpulayers.ops.batch_norm import plan as batch_norm_plan
+from gpulayers.ops.batch_norm.moving import MovingStatistics, Renorm
+from gpulayers.ops.batch_norm.plan import CLUSTER, Layout, Plan, choose, division
 
 __all__ = ["backward", "forward", "inference", "inference_backward", "statistics"]
 

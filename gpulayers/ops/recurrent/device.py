@@ -1,6 +1,6 @@
 """Recurrent sequences on device arrays: one matmul before the loop, one kernel and one matmul per step.
 
-The functions have the signatures of `recurrent_lstm`, `recurrent_gru` and `recurrent_simple`, where they are described.
+The functions have the signatures of `recurrent.lstm`, `recurrent.gru` and `recurrent.simple`, where they are described.
 Differences: arrays of the loop have the dtype of `x`, so the states of 16-bit data are rounded at every step, the
 LSTM's c too; the arithmetic of 16-bit data is float32 inside each kernel and each matmul, what the backward pass adds
 up over the steps is float32, and so are its weight gradients; host masks are copied to the device. A step is a sequence
@@ -17,10 +17,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gpulayers.ops.recurrent_common import RECURRENT_ACTIVATIONS, check_choice, check_gate_weights
-from gpulayers.ops.recurrent_gru import _check as _check_gru
-from gpulayers.ops.recurrent_lstm import GATE_ORDERS
-from gpulayers.ops.recurrent_run import Inputs, Onward, Return, Run, States
+from gpulayers.ops.recurrent.common import RECURRENT_ACTIVATIONS, check_choice, check_gate_weights
+from gpulayers.ops.recurrent.gru import _check as _check_gru
+from gpulayers.ops.recurrent.lstm import GATE_ORDERS
+from gpulayers.ops.recurrent.run import Inputs, Onward, Return, Run, States
 
 __all__ = [
     "gru_sequence",
@@ -44,7 +44,7 @@ def lstm_sequence(
     residual: bool = False, gate_order: str = "ifco", forget_bias: float = 0.0, recurrent_activation: str = "sigmoid",
     save: bool = True,
 ) -> tuple[Any, Any, Any, tuple[Any, ...]]:  # fmt: skip
-    """Run an LSTM over a device sequence; see `recurrent_lstm.lstm_sequence`."""
+    """Run an LSTM over a device sequence; see `recurrent.lstm.lstm_sequence`."""
     check_choice("lstm", "gate_order", gate_order, tuple(GATE_ORDERS))
     check_choice("lstm", "recurrent_activation", recurrent_activation, RECURRENT_ACTIVATIONS)
     check_gate_weights("lstm", 4, x_tnd, (h0, c0), kernel, recurrent_kernel, residual)
@@ -82,7 +82,7 @@ def lstm_sequence_backward(
     go_backwards: bool = False, residual: bool = False, gate_order: str = "ifco",
     recurrent_activation: str = "sigmoid",
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Return the gradients of `lstm_sequence`; see `recurrent_lstm.lstm_sequence_backward`."""
+    """Return the gradients of `lstm_sequence`; see `recurrent.lstm.lstm_sequence_backward`."""
     x, h, c, gates, total = saved
     run = Run(x, h.units, mask, input_mask, recurrent_mask, go_backwards, zero_output_for_mask)
     inputs, transposed = Inputs(run, run.own(kernel)), run.own(recurrent_kernel).T
@@ -131,7 +131,7 @@ def gru_sequence(
     mask: Any = None, input_mask: Any = None, recurrent_mask: Any = None, zero_output_for_mask: bool = False,
     go_backwards: bool = False, residual: bool = False, recurrent_activation: str = "sigmoid", save: bool = True,
 ) -> tuple[Any, Any, tuple[Any, ...]]:  # fmt: skip
-    """Run a GRU over a device sequence; see `recurrent_gru.gru_sequence`."""
+    """Run a GRU over a device sequence; see `recurrent.gru.gru_sequence`."""
     _check_gru(x_tnd, h0, kernel, recurrent_kernel, bias, residual, reset_after, recurrent_activation)
     units, hard = h0.shape[1], recurrent_activation == "hard_sigmoid"
     run = Run(x_tnd, units, mask, input_mask, recurrent_mask, go_backwards, zero_output_for_mask)
@@ -175,7 +175,7 @@ def gru_sequence_backward(
     zero_output_for_mask: bool = False, go_backwards: bool = False, residual: bool = False,
     recurrent_activation: str = "sigmoid",
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Return the gradients of `gru_sequence`; see `recurrent_gru.gru_sequence_backward`."""
+    """Return the gradients of `gru_sequence`; see `recurrent.gru.gru_sequence_backward`."""
     x, h, gates, total, *inner = saved
     units, hard = h.units, recurrent_activation == "hard_sigmoid"
     run = Run(x, units, mask, input_mask, recurrent_mask, go_backwards, zero_output_for_mask)
@@ -230,7 +230,7 @@ def simple_rnn_sequence(
     input_mask: Any = None, recurrent_mask: Any = None, zero_output_for_mask: bool = False, go_backwards: bool = False,
     residual: bool = False, save: bool = True,
 ) -> tuple[Any, Any, tuple[Any, ...]]:  # fmt: skip
-    """Run a simple RNN over a device sequence; see `recurrent_simple.simple_rnn_sequence`."""
+    """Run a simple RNN over a device sequence; see `recurrent.simple.simple_rnn_sequence`."""
     check_gate_weights("simple_rnn", 1, x_tnd, (h0,), kernel, recurrent_kernel, residual)
     run = Run(x_tnd, h0.shape[1], mask, input_mask, recurrent_mask, go_backwards, zero_output_for_mask)
     x, recurrent, bias = run.directed(x_tnd), run.own(recurrent_kernel), run.own(bias)
@@ -249,7 +249,7 @@ def simple_rnn_sequence_backward(
     input_mask: Any = None, recurrent_mask: Any = None, zero_output_for_mask: bool = False, go_backwards: bool = False,
     residual: bool = False,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Return the gradients of `simple_rnn_sequence`; see `recurrent_simple.simple_rnn_sequence_backward`."""
+    """Return the gradients of `simple_rnn_sequence`; see `recurrent.simple.simple_rnn_sequence_backward`."""
     x, h = saved
     run = Run(x, h.units, mask, input_mask, recurrent_mask, go_backwards, zero_output_for_mask)
     inputs, transposed = Inputs(run, run.own(kernel)), run.own(recurrent_kernel).T
@@ -277,30 +277,30 @@ def _backward_step(
 
 
 def lstm_step(x: Any, *arguments: Any, **keywords: Any) -> Any:
-    """Compute one LSTM step; see `recurrent_lstm.lstm_step`."""
+    """Compute one LSTM step; see `recurrent.lstm.lstm_step`."""
     return _forward_step(lstm_sequence, x, arguments, keywords)
 
 
 def lstm_step_backward(d_output: Any, *arguments: Any, **keywords: Any) -> Any:
-    """Return the gradients of `lstm_step`; see `recurrent_lstm.lstm_step_backward`."""
+    """Return the gradients of `lstm_step`; see `recurrent.lstm.lstm_step_backward`."""
     return _backward_step(lstm_sequence_backward, d_output, arguments, keywords)
 
 
 def gru_step(x: Any, *arguments: Any, **keywords: Any) -> Any:
-    """Compute one GRU step; see `recurrent_gru.gru_step`."""
+    """Compute one GRU step; see `recurrent.gru.gru_step`."""
     return _forward_step(gru_sequence, x, arguments, keywords)
 
 
 def gru_step_backward(d_output: Any, *arguments: Any, **keywords: Any) -> Any:
-    """Return the gradients of `gru_step`; see `recurrent_gru.gru_step_backward`."""
+    """Return the gradients of `gru_step`; see `recurrent.gru.gru_step_backward`."""
     return _backward_step(gru_sequence_backward, d_output, arguments, keywords)
 
 
 def simple_rnn_step(x: Any, *arguments: Any, **keywords: Any) -> Any:
-    """Compute one step of a simple RNN; see `recurrent_simple.simple_rnn_step`."""
+    """Compute one step of a simple RNN; see `recurrent.simple.simple_rnn_step`."""
     return _forward_step(simple_rnn_sequence, x, arguments, keywords)
 
 
 def simple_rnn_step_backward(d_output: Any, *arguments: Any, **keywords: Any) -> Any:
-    """Return the gradients of `simple_rnn_step`; see `recurrent_simple.simple_rnn_step_backward`."""
+    """Return the gradients of `simple_rnn_step`; see `recurrent.simple.simple_rnn_step_backward`."""
     return _backward_step(simple_rnn_sequence_backward, d_output, arguments, keywords)

@@ -1,7 +1,7 @@
 """Cutting an array into blocks that stay in a core's cache.
 
 A block is two megabytes, and four where it is only read: large enough that the calls on it last some 100 us and two
-threads seldom meet at the interpreter lock (``host_threads``), small enough that most of a chain of NumPy calls on it
+threads seldom meet at the interpreter lock (``host.threads``), small enough that most of a chain of NumPy calls on it
 costs one trip to memory. Which blocks there are, and which of them are summed together, depends on the shape alone,
 never on the number of threads: results are the same bits on any machine with the same NumPy.
 
@@ -16,7 +16,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from gpulayers.ops.batch_norm_plan import Layout
+from gpulayers.ops.batch_norm.plan import Layout
 
 __all__ = ["LONG_ROW", "Block", "Operand", "View", "blocks_of", "series_of", "threaded", "view_of"]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from gpulayers.ops.batch_norm_plan import Layout
-from gpulayers.ops.batch_norm_sweeps import clear
+from gpulayers.ops.batch_norm.plan import Layout
+from gpulayers.ops.batch_norm.sweeps import clear
 
 __all__ = ["backward_apply", "backward_sums", "clear", "moments", "normalise", "suits"]
 

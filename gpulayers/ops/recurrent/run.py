@@ -10,7 +10,7 @@ import numpy as np
 from gpulayers.device import array_module
 from gpulayers.launch import Prepared
 from gpulayers.ops.device_products import product_into
-from gpulayers.ops.recurrent_kernels import prepare_step
+from gpulayers.ops.recurrent.kernels import prepare_step
 
 __all__ = ["Inputs", "Onward", "Return", "Run", "States"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from gpulayers.errors import ShapeError, message
 from gpulayers.launch import Kernel, Prepared, device_properties, launcher_of, place_of, remember
-from gpulayers.ops.batch_norm_plan import division
+from gpulayers.ops.batch_norm.plan import division
 
 __all__ = ["DTYPES", "KERNELS", "packet_width", "prepare_step", "threads_per_block"]
 

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpulayers.errors import ShapeError, message
-from gpulayers.ops import batch_norm_moving
-from gpulayers.ops.batch_norm_moving import MovingStatistics, Renorm
-from gpulayers.ops.batch_norm_numpy import channel_tables, gradient_tables
-from gpulayers.ops.host_buffers import recycled
+from gpulayers.ops.batch_norm import moving as batch_norm_moving
+from gpulayers.ops.batch_norm.moving import MovingStatistics, Renorm
+from gpulayers.ops.batch_norm.numpy_body import channel_tables, gradient_tables
+from gpulayers.ops.host.buffers import recycled
 
 __all__ = ["View", "backward", "forward", "moments", "view_of"]
 

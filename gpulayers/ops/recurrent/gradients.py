@@ -4,7 +4,7 @@ A step needs the product with the recurrent weights before the one before it can
 sums over steps, of which another thread takes a block as soon as its steps are done; the gradients of the inputs come
 last, when the calling thread is free to take its share of them.
 
-All this only where the products can be small (``recurrent_products``) and the sums stay in a core's cache. Larger ones
+All this only where the products can be small (``recurrent.products``) and the sums stay in a core's cache. Larger ones
 are left to BLAS, when all steps are done.
 """
 
@@ -14,10 +14,10 @@ import functools
 
 import numpy as np
 
-from gpulayers.ops.host_buffers import recycled
-from gpulayers.ops.host_threads import InOrder, run_tasks
-from gpulayers.ops.recurrent_common import reverse_if
-from gpulayers.ops.recurrent_products import SMALL_PRODUCT, WORTH_A_THREAD, in_strips, strip_width, weight_strips
+from gpulayers.ops.host.buffers import recycled
+from gpulayers.ops.host.threads import InOrder, run_tasks
+from gpulayers.ops.recurrent.common import reverse_if
+from gpulayers.ops.recurrent.products import SMALL_PRODUCT, WORTH_A_THREAD, in_strips, strip_width, weight_strips
 
 __all__ = ["WeightGradients", "input_gradients", "rows_times"]
 

@@ -26,9 +26,10 @@ import numpy as np
 from gpulayers.device import array_module
 from gpulayers.dtypes import is_floating, parameter_dtype
 from gpulayers.errors import DTypeError, ShapeError, message
-from gpulayers.ops import batch_norm_numpy, batch_norm_weighted
-from gpulayers.ops.batch_norm_moving import MovingStatistics, Renorm
-from gpulayers.ops.batch_norm_plan import Layout, collapse
+from gpulayers.ops.batch_norm import numpy_body
+from gpulayers.ops.batch_norm import weighted as batch_norm_weighted
+from gpulayers.ops.batch_norm.moving import MovingStatistics, Renorm
+from gpulayers.ops.batch_norm.plan import Layout, collapse
 
 __all__ = [
     "Forward",
@@ -307,10 +308,10 @@ class Prepared:
 def _body(xp: Any) -> Any:
     """Return the module with the body for arrays of module `xp`."""
     if xp is np:
-        return batch_norm_numpy
-    from gpulayers.ops import batch_norm_kernels  # imports the launcher: only where there is a device array
+        return numpy_body
+    from gpulayers.ops.batch_norm import kernels  # imports the launcher: only where there is a device array
 
-    return batch_norm_kernels
+    return kernels
 
 
 def _prepare(x: Any, axis: tuple[int, ...], groups: int) -> tuple[Any, Layout, Any]:

@@ -14,9 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpulayers.errors import DTypeError, ShapeError, message
-from gpulayers.ops import recurrent_device, recurrent_gru, recurrent_lstm, recurrent_simple
 from gpulayers.ops.operation import GradientContext, Operation, Spec, as_arrays, pullback, state
-from gpulayers.ops.recurrent_composed import composed_sequence
+from gpulayers.ops.recurrent import device as recurrent_device
+from gpulayers.ops.recurrent import gru as recurrent_gru
+from gpulayers.ops.recurrent import lstm as recurrent_lstm
+from gpulayers.ops.recurrent import simple as recurrent_simple
+from gpulayers.ops.recurrent.composed import composed_sequence
 from gpulayers.ops.shaping import expand_dims
 
 __all__ = ["FAMILIES", "Keep", "Saved", "SavingOperation", "length_mask", "recurrent_sequence", "recurrent_step"]
@@ -229,7 +232,7 @@ def _make(family: Family, whole: bool) -> Operation:
         functools.partial(_forward, family, whole),
         spec=functools.partial(_spec, family, whole),
         gradient=functools.partial(_gradient, family, backward),
-        doc=f"See `gpulayers.ops.recurrent_arrays.{name}`; operands as the attribute `names` says.",
+        doc=f"See `gpulayers.ops.recurrent.arrays.{name}`; operands as the attribute `names` says.",
     )
     return operation
 
@@ -278,7 +281,7 @@ def recurrent_sequence(
     """Run a cell of `kind` over a whole sequence `x` (T, N, D); return the outputs (T, N, U) and the last states.
 
     Weights and `settings` as in `recurrent_step`, masks and further settings as in
-    `gpulayers.ops.recurrent_arrays.lstm_sequence`. Memory for the backward pass is kept only where something records.
+    `gpulayers.ops.recurrent.arrays.lstm_sequence`. Memory for the backward pass is kept only where something records.
 
     >>> outputs, states = recurrent_sequence("simple_rnn", np.ones((3, 1, 2)), [np.zeros((1, 2))], np.zeros((4, 2)))
     >>> outputs.shape

@@ -1,7 +1,7 @@
 """The NumPy body of batch normalisation, on contiguous arrays and a collapsed layout.
 
-The same five functions as the kernel body in ``batch_norm_kernels``. Small arrays take whole-array expressions
-(``batch_norm_direct``), larger ones blocks and threads (``batch_norm_sweeps``); what happens per channel is here, once.
+The same five functions as the kernel body in ``batch_norm.kernels``. Small arrays take whole-array expressions
+(``batch_norm.direct``), larger ones blocks and threads (``batch_norm.sweeps``); what happens per channel is here, once.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpulayers.ops import batch_norm_direct as direct
-from gpulayers.ops import batch_norm_moving
-from gpulayers.ops import batch_norm_sweeps as sweeps
-from gpulayers.ops.batch_norm_moving import MovingStatistics, Renorm
-from gpulayers.ops.batch_norm_plan import Layout
-from gpulayers.ops.host_buffers import recycled
+from gpulayers.ops.batch_norm import direct, sweeps
+from gpulayers.ops.batch_norm import moving as batch_norm_moving
+from gpulayers.ops.batch_norm.moving import MovingStatistics, Renorm
+from gpulayers.ops.batch_norm.plan import Layout
+from gpulayers.ops.host.buffers import recycled
 
 __all__ = ["Tables", "backward", "channel_tables", "forward", "gradient_tables", "inference", "inference_backward"]
 

@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpulayers.ops.host_buffers import recycled
-from gpulayers.ops.host_threads import run_ahead
-from gpulayers.ops.recurrent_common import reverse_if, steps_per_block
-from gpulayers.ops.recurrent_products import WORTH_A_THREAD, in_strips, strip_width
+from gpulayers.ops.host.buffers import recycled
+from gpulayers.ops.host.threads import run_ahead
+from gpulayers.ops.recurrent.common import reverse_if, steps_per_block
+from gpulayers.ops.recurrent.products import WORTH_A_THREAD, in_strips, strip_width
 
 __all__ = ["Inputs", "inputs_of", "projected_blocks", "steps_kept"]
 

@@ -1,7 +1,7 @@
 """Recurrent steps and sequences on plain arrays, host or device: one signature, two bodies.
 
-NumPy arrays run `recurrent_lstm`, `recurrent_gru` and `recurrent_simple`, where the parameters and results are
-described; device arrays run `recurrent_device` with the same plan and the gate kernels of ``kernels/recurrent.cu``.
+NumPy arrays run `recurrent.lstm`, `recurrent.gru` and `recurrent.simple`, where the parameters and results are
+described; device arrays run `recurrent.device` with the same plan and the gate kernels of ``kernels/recurrent.cu``.
 What a forward function saves belongs to its own backward function and is never read by anything else.
 """
 
@@ -15,10 +15,13 @@ from typing import Any
 import numpy as np
 
 from gpulayers.device import array_module
-from gpulayers.ops import recurrent_device, recurrent_gru, recurrent_lstm, recurrent_simple
-from gpulayers.ops.recurrent_common import mask_from_lengths
-from gpulayers.ops.recurrent_gru import legacy_gru_gradients, legacy_gru_weights
-from gpulayers.ops.recurrent_lstm import GATE_ORDERS
+from gpulayers.ops.recurrent import device as recurrent_device
+from gpulayers.ops.recurrent import gru as recurrent_gru
+from gpulayers.ops.recurrent import lstm as recurrent_lstm
+from gpulayers.ops.recurrent import simple as recurrent_simple
+from gpulayers.ops.recurrent.common import mask_from_lengths
+from gpulayers.ops.recurrent.gru import legacy_gru_gradients, legacy_gru_weights
+from gpulayers.ops.recurrent.lstm import GATE_ORDERS
 
 __all__ = [
     "GATE_ORDERS",
@@ -41,7 +44,7 @@ __all__ = [
 
 
 def _for_host_and_device(host_module: ModuleType, name: str) -> Callable[..., Any]:
-    """Make the function that calls `name` of `host_module` for NumPy arrays, of `recurrent_device` for others."""
+    """Make the function that calls `name` of `host_module` for NumPy arrays, of `recurrent.device` for others."""
     host, device = getattr(host_module, name), getattr(recurrent_device, name)
 
     @functools.wraps(host)

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpulayers.ops.batch_norm_blocks import LONG_ROW, Block, Operand, View, blocks_of, series_of, threaded, view_of
-from gpulayers.ops.batch_norm_plan import Layout
-from gpulayers.ops.host_buffers import aligned
-from gpulayers.ops.host_threads import run_tasks
+from gpulayers.ops.batch_norm.blocks import LONG_ROW, Block, Operand, View, blocks_of, series_of, threaded, view_of
+from gpulayers.ops.batch_norm.plan import Layout
+from gpulayers.ops.host.buffers import aligned
+from gpulayers.ops.host.threads import run_tasks
 
 __all__ = ["Affine", "backward_apply", "backward_sums", "clear", "moments", "near_zero", "normalise"]
 

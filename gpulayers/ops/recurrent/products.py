@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gpulayers.ops.host_buffers import recycled
+from gpulayers.ops.host.buffers import recycled
 
 __all__ = ["SMALL_PRODUCT", "WORTH_A_THREAD", "in_strips", "strip_width", "weight_strips"]
 

@@ -1,0 +1,1 @@
+"""Batch normalisation: operations, their array functions, a NumPy body and a kernel body."""

@@ -1,0 +1,1 @@
+"""What NumPy bodies share: threads, and memory that is used again."""
