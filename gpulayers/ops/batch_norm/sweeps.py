@@ -24,7 +24,8 @@ FAR_PIVOT = 16.0  # (mean - pivot)^2 / variance above which float32 factors lose
 FAR_SUMS = 4.0  # and above which float32 sums do: take them again around the mean
 REPEATED = 1 << 20  # elements that a table may be blown up to
 PIECE = 2048  # elements of a row summed at once, where it has two of them
-ROWS = 64  # rows of a column summed at once: longer running float32 sums lose digits
+ROWS = 128  # rows of a column summed at once: longer running float32 sums lose digits
+ROWS_FAR = 64  # and around a pivot, where values that come in coarse steps make their rounding one-sided
 
 
 class Affine(NamedTuple):
@@ -135,18 +136,18 @@ def _sum_and_dot(u: Any, v: Any, ones: Any, into: Any) -> None:
 
 def _column_sums(view: View, operands: Sequence[Any], pair: Callable[..., Any], dtype: Any, itemsize: int) -> Any:
     """Channels last: a sum for every column of a block, folded for all blocks of the same statistics at once."""
-    scratch = _Scratch(dtype)
+    scratch, rows = _Scratch(dtype), ROWS if operands[-1] is None else ROWS_FAR
 
     def work(task: tuple[Any, tuple[Any, ...]]) -> None:
         into, parts = task
         u, v = pair(*parts)
-        whole, columns = len(u) // ROWS, u.shape[1]
-        sums = scratch.of((2, -(-len(u) // ROWS), columns), "sums")
+        whole, columns = len(u) // rows, u.shape[1]
+        sums = scratch.of((2, -(-len(u) // rows), columns), "sums")
         if whole:
-            cut = (whole, ROWS, columns)
-            _sums_of_rows(u[: whole * ROWS].reshape(cut), v[: whole * ROWS].reshape(cut), sums[:, :whole])
-        if whole * ROWS < len(u):
-            _sums_of_rows(u[None, whole * ROWS :], v[None, whole * ROWS :], sums[:, whole:])
+            cut = (whole, rows, columns)
+            _sums_of_rows(u[: whole * rows].reshape(cut), v[: whole * rows].reshape(cut), sums[:, :whole])
+        if whole * rows < len(u):
+            _sums_of_rows(u[None, whole * rows :], v[None, whole * rows :], sums[:, whole:])
         np.add.reduce(sums.astype(np.float64), axis=1, out=into)
 
     series = series_of(view)
@@ -171,7 +172,7 @@ def _sums_of_rows(u: Any, v: Any, into: Any) -> None:
 def _two_sums(view: View, operands: Sequence[Any], pair: Callable[..., Any], dtype: Any, itemsize: int) -> Any:
     """Return the sums of u and of ``u * v`` over all blocks, shape (2, tables, slots), float64.
 
-    `pair` makes u and v, both in `dtype`, from a block's parts of the operands.
+    `pair` makes u and v, both in `dtype`, from a block's parts of the operands, the last of which is the pivots.
     """
     return (_column_sums if view.columns else _row_sums)(view, operands, pair, dtype, itemsize)
 
