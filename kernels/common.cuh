@@ -150,19 +150,21 @@ __device__ __forceinline__ bool last_block(uint32* counter, uint32 blocks) {
     __syncthreads();
     if (thread_number() == 0) {
         last = atomic_add_acquire_release(counter, 1u) == blocks - 1u;
-        if (last) store_release(counter, 0u);
+        if (last) store_relaxed(counter, 0u);
     }
     __syncthreads();
     return last != 0u;
 }
 
-// Waits until `blocks` blocks, all resident at once, have arrived; `first` is true in exactly one of them. The counter
-// starts at zero; its top bit flips with every use and the rest returns to zero, so it is never cleared.
+// Waits until `blocks` blocks, all resident at once, have arrived; `first` is true in exactly one of them. The counter's
+// top bit flips with every use and the rest returns to what it was, so it is never cleared: it is a word of the caller's
+// own, not one of the workspace, which every launch leaves zero.
 __device__ __forceinline__ void grid_barrier(uint32* counter, uint32 blocks, bool first) {
     __syncthreads();
     if (thread_number() == 0) {
         const uint32 old = atomic_add_acquire_release(counter, first ? 0x80000000u - (blocks - 1u) : 1u);
-        while (((load_acquire(counter) ^ old) & 0x80000000u) == 0u) pause_thread(20);
+        while (((load_relaxed(counter) ^ old) & 0x80000000u) == 0u) pause_thread(20);
+        acquire_fence(counter);
     }
     __syncthreads();
 }
@@ -178,13 +180,15 @@ __device__ __forceinline__ void open_gate(uint32* gate) {
 }
 __device__ __forceinline__ void pass_gate(const uint32* gate) {
     __syncthreads();
-    if (thread_number() == 0)
-        while ((load_acquire(gate) & 0x80000000u) == 0u) pause_thread(20);
+    if (thread_number() == 0) {
+        while ((load_relaxed(gate) & 0x80000000u) == 0u) pause_thread(20);
+        acquire_fence(gate);
+    }
     __syncthreads();
 }
-// Once by each block that has passed, the one that opened it too.
+// Once by each block that has passed, the one that opened it too. Nothing else hangs on it, so it orders nothing.
 __device__ __forceinline__ void leave_gate(uint32* gate, uint32 blocks) {
-    if (thread_number() == 0 && atomic_add_acquire_release(gate, 1u) == 0x80000000u + blocks - 1u) store_release(gate, 0u);
+    if (thread_number() == 0 && atomic_add_relaxed(gate, 1u) == 0x80000000u + blocks - 1u) store_relaxed(gate, 0u);
 }
 
 // ---- packets: N neighbours as they lie in memory, read before they are widened ---------------------------------------

@@ -153,36 +153,61 @@ __device__ __forceinline__ uint4 reload_shared_16(const void* address) {
 
 // ---- order between blocks ------------------------------------------------------------------------------------------
 
+// Between threads of a block, __syncthreads orders what they wrote, and an atomic with release by one of them behind it
+// passes all of that on (causality order in the memory model of PTX is transitive): one instruction does it, no further
+// fence. The host twins order no more than that, so that ThreadSanitizer sees where something is missing.
+
 // Adds and returns the old value. Everything this thread (and, through a preceding __syncthreads, its block) wrote is
-// visible to whoever reads the new value with load_acquire or adds with atomic_add_acquire_release.
+// visible to whoever adds with atomic_add_acquire_release later, or reads the new value and then calls acquire_fence.
 __device__ __forceinline__ unsigned int atomic_add_acquire_release(unsigned int* address, unsigned int value) {
 #ifdef GL_HOST
     return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL);
 #else
     unsigned int old;
-    asm volatile("{ fence.acq_rel.gpu; atom.add.acq_rel.gpu.global.u32 %0, [%1], %2; fence.acq_rel.gpu; }"
-                 : "=r"(old) : "l"(address), "r"(value) : "memory");
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(old) : "l"(address), "r"(value) : "memory");
+    return old;
+#endif
+}
+
+// The same where nobody reads anything else because of it.
+__device__ __forceinline__ unsigned int atomic_add_relaxed(unsigned int* address, unsigned int value) {
+#ifdef GL_HOST
+    return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+#else
+    unsigned int old;
+    asm volatile("atom.add.relaxed.gpu.global.u32 %0, [%1], %2;" : "=r"(old) : "l"(address), "r"(value) : "memory");
     return old;
 #endif
 }
 
 // Reads a word that other blocks change. In the host build it lets other threads run first, so a loop around it ends.
-__device__ __forceinline__ unsigned int load_acquire(const unsigned int* address) {
+__device__ __forceinline__ unsigned int load_relaxed(const unsigned int* address) {
 #ifdef GL_HOST
     emulation_spin();
-    return __atomic_load_n(address, __ATOMIC_ACQUIRE);
+    return __atomic_load_n(address, __ATOMIC_RELAXED);
 #else
     unsigned int value;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
     return value;
 #endif
 }
 
-__device__ __forceinline__ void store_release(unsigned int* address, unsigned int value) {
+// After a load_relaxed from `address`: what was written before the value it read was released is visible from here on.
+__device__ __forceinline__ void acquire_fence(const unsigned int* address) {
 #ifdef GL_HOST
-    __atomic_store_n(address, value, __ATOMIC_RELEASE);
+    (void)__atomic_load_n(address, __ATOMIC_ACQUIRE);  // ThreadSanitizer knows no fences; later values are of the same chain
 #else
-    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+    (void)address;
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
+#endif
+}
+
+// Writes a word that nobody reads before the next launch, or whose reader is ordered by something else.
+__device__ __forceinline__ void store_relaxed(unsigned int* address, unsigned int value) {
+#ifdef GL_HOST
+    __atomic_store_n(address, value, __ATOMIC_RELAXED);
+#else
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 #endif
 }
 

@@ -142,6 +142,7 @@ class _Workspace(NamedTuple):
 
     counters: Any
     scratch: Any
+    stream: Any  # held: a new one may get the address of one that is gone, whose work is still under way
     carved: dict[tuple[int, Pieces], tuple[Any, ...]]
 
 
@@ -168,7 +169,8 @@ class CupyLauncher:
 
     def __init__(self) -> None:
         self._functions: dict[tuple[int, Specialisation], Any] = {}
-        self._shared_limits: dict[tuple[int, Specialisation], int] = {}
+        self._static_shared: dict[tuple[int, Specialisation], int] = {}
+        self._dynamic_shared: dict[tuple[int, Specialisation], int] = {}  # the most that was asked for
         self._all_workspaces: weakref.WeakValueDictionary[int, _Workspaces] = weakref.WeakValueDictionary()
         self._own = _OfThread(self._all_workspaces)
         self._properties: dict[int, DeviceProperties] = {}
@@ -232,6 +234,7 @@ class CupyLauncher:
             found = self._own.workspaces[key] = _Workspace(
                 cupy.zeros(max(counters, old[0], 4096), dtype=np.uint32),
                 cupy.empty(max(scratch, old[1], 1 << 20), dtype=np.uint8),
+                self._cuda.get_current_stream(),
                 {},  # views of memory that is given up go with it
             )
         return found.counters, found.scratch
@@ -269,8 +272,8 @@ class CupyLauncher:
                     function = raw.kernel
                 except Exception as error:  # NVRTC, missing headers and driver errors have no common type
                     raise KernelError(self._compile_message(specialisation, error)) from error
-                self._shared_limits[device, specialisation] = 48 * 1024 - int(raw.shared_size_bytes)
-                self._functions[device, specialisation] = function  # last: whoever finds it needs the limit too
+                self._static_shared[device, specialisation] = int(raw.shared_size_bytes)
+                self._functions[device, specialisation] = function  # last: whoever finds it needs the size too
         return function
 
     def _compile_message(self, specialisation: Specialisation, error: Exception) -> str:
@@ -291,14 +294,22 @@ class CupyLauncher:
         function = self._functions.get(key)
         if function is None:
             function = self._compile(device, specialisation)
-        if shared > self._shared_limits[key]:
-            driver = _cupy.cupy().cuda.driver
+        if shared > self._dynamic_shared.get(key, 0):
             with self._lock:  # the limit is the function's: a thread that asks for less must not come last
-                if shared > self._shared_limits[key]:
-                    limit = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                    driver.funcSetAttribute(function.ptr, limit, shared)
-                    self._shared_limits[key] = shared
+                self._allow_shared(function.ptr, key, shared)
         return function
+
+    def _allow_shared(self, function: int, key: tuple[int, Specialisation], shared: int) -> None:
+        """Let the function have so much dynamic memory, and its multiprocessors as much of it as they can.
+
+        What asks for dynamic memory keeps its input there, for as many blocks as fit beside each other.
+        """
+        before, driver = self._dynamic_shared.get(key, 0), _cupy.cupy().cuda.driver
+        if before == 0:
+            driver.funcSetAttribute(function, driver.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100)
+        if shared > max(before, 48 * 1024 - self._static_shared[key]):
+            driver.funcSetAttribute(function, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
+        self._dynamic_shared[key] = max(before, shared)
 
     def resident_blocks(self, specialisation: Specialisation, threads: int, shared: int) -> int:
         """Return the driver's answer for the current device."""
@@ -399,7 +410,7 @@ def device_properties(like: Any) -> DeviceProperties:
 def workspace(like: Any, counters: int = 0, scratch: int = 0) -> tuple[Any, Any]:
     """Return (counters, scratch): arrays cached per device, stream and thread, at least this long.
 
-    `counters` is uint32, zero at first; every launch must leave it zero (the top bit of a `grid_barrier` excepted).
+    `counters` is uint32, zero at first; every launch must leave it zero, so a `grid_barrier` needs a word of its own.
     `scratch` is uint8 with any contents, 256-byte aligned, valid until the thread's next call that uses the
     stream.
     """

@@ -122,7 +122,7 @@ def run_grid_sum(between: str, blocks: int = 4, cooperative: bool = True) -> tup
     x = np.random.default_rng(1).integers(0, 50, blocks * 64).astype("f")
     out = xp.empty(x.shape, "f")
     device_x = xp.asarray(x)
-    counters, scratch = workspace(device_x, counters=1, scratch=4 * blocks)
+    counters, scratch = xp.zeros(1, "uint32"), workspace(device_x, scratch=4 * blocks)[1]
     summing = kernel("gl_grid_sum", GRID_SUM, GRID_ARGUMENTS, defines={"BETWEEN": [between]})
     summing.launch(
         {"x": device_x, "out": out, "parts": scratch.view(np.float32), "counters": counters},
@@ -272,10 +272,19 @@ def test_residency_can_follow_the_resource_report():
     assert by_report.resident_blocks(specialisation, 64, 100 * 1024) == 2
 
 
-def test_a_counter_left_behind_is_caught():
+@pytest.mark.parametrize(
+    "left",
+    ["atomicAdd(arguments.counters, 1u);", "grid_barrier(arguments.counters, gridDim.x, blockIdx.x == 0);"],
+    ids=["count", "top bit"],
+)
+def test_a_counter_left_behind_is_caught(left):
+    """A count, and the top bit of a barrier, which needs a word of its own: the next kernel counts from zero."""
+    body = "GL_KERNEL(gl_left, 32) {\n" + left + "\n arguments.out[threadIdx.x] = 1.0f; }"
+    counters, _ = workspace(xp.empty(1), counters=1)
+    leaving = kernel("gl_left", body, [("out", "float32*"), ("counters", "uint32*")])
     with pytest.raises(EmulationError, match="counters"):
-        run_grid_sum(BARRIER + "if (threadIdx.x == 0) atomicAdd(arguments.counters, 1u);")
-    workspace(xp.empty(1), 1)[0]._memory[:] = 0
+        leaving.launch({"out": xp.empty(32, "f"), "counters": counters}, grid=(1,), block=(32,), cooperative=True)
+    counters._memory[:] = 0
 
 
 def test_a_last_block_that_is_counted_wrongly_is_caught():
@@ -302,7 +311,7 @@ def test_a_cluster_that_ends_too_early_is_caught():
         ("__shfl_xor_sync(0xffffu, 1, 1);", "leaves it out"),
         ("if (lane_number() < 16) __shfl_sync(0xffffu, 1, 20);", "takes no part"),
         ("load_16(arguments.x + 1);", "not aligned"),
-        ("while (load_acquire(reinterpret_cast<const uint32*>(arguments.x)) != 77u) {}", "spin does not end"),
+        ("while (load_relaxed(reinterpret_cast<const uint32*>(arguments.x)) != 77u) {}", "spin does not end"),
     ],
 )
 def test_misuse_is_caught(body, complaint):
@@ -380,11 +389,38 @@ def test_thread_sanitizer_accepts_what_is_right(using):
     using(build="threads", runs=((0, 0xFF, 2),))
     run_last_block()
     run_cluster(2)
+    run_gate()
     out, expected = run_grid_sum(BARRIER)
     assert (out == expected).all()
 
 
-@pytest.mark.parametrize("case", ["barrier", "order"])
+GATE = """
+GL_KERNEL(gl_gate, 64) {
+    if (blockIdx.x == 0) {
+        arguments.parts[threadIdx.x] = arguments.x[threadIdx.x];
+        open_gate(arguments.counters);
+    }
+    pass_gate(arguments.counters);
+    arguments.out[blockIdx.x * 64 + threadIdx.x] = arguments.parts[63 - threadIdx.x];
+    leave_gate(arguments.counters, gridDim.x);
+}
+"""
+
+
+def run_gate(body: str = GATE) -> None:
+    x = np.random.default_rng(1).integers(0, 50, 64).astype("f")
+    device_x, out = xp.asarray(x), xp.empty((3, 64), "f")
+    counters, scratch = workspace(device_x, counters=1, scratch=4 * 64)
+    values = {"x": device_x, "out": out, "parts": scratch.view(np.float32), "counters": counters}
+    kernel("gl_gate", body, GRID_ARGUMENTS).launch(values, grid=(3,), block=(64,), cooperative=True)
+    np.testing.assert_array_equal(out.get(), np.tile(x[::-1], (3, 1)))
+
+
+def test_a_gate_lets_pass_what_was_written_before_it_opened():
+    run_gate()
+
+
+@pytest.mark.parametrize("case", ["barrier", "order", "gate opened without release", "gate passed without acquire"])
 def test_thread_sanitizer_sees_races(using, case):
     using(build="threads", runs=((0, 0xFF, 2),))
     with pytest.raises(EmulationError, match="data race"):
@@ -392,6 +428,13 @@ def test_thread_sanitizer_sees_races(using, case):
             values = {"x": xp.asarray(np.arange(96, dtype="f")), "out": xp.empty(96, "f")}
             reverse = kernel("gl_reverse", REVERSE_IN_BLOCK, XY, defines={"BARRIER": [" "]})
             reverse.launch(values, grid=(1,), block=(96,), defines={"BARRIER": " "})
+        elif case == "gate opened without release":
+            relaxed = "__syncthreads();\nif (threadIdx.x == 0) atomic_add_relaxed(arguments.counters, 0x80000000u);"
+            run_gate(GATE.replace("open_gate(arguments.counters);", relaxed))
+        elif case == "gate passed without acquire":
+            wait = "while ((load_relaxed(arguments.counters) & 0x80000000u) == 0u) {}"
+            passing = f"if (threadIdx.x == 0) {wait}\n__syncthreads();"
+            run_gate(GATE.replace("pass_gate(arguments.counters);", passing))
         else:  # a relaxed counter orders nothing
             relaxed = "atomicAdd(arguments.counters, 1u) == gridDim.x - 1u && (arguments.counters[0] = 0u, true)"
             run_last_block(LAST_BLOCK.replace("last_block(arguments.counters, gridDim.x)", f"({relaxed})"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import threading
 import time
 import types
@@ -329,6 +330,7 @@ class FakeCupy:
             ),
             driver=types.SimpleNamespace(
                 CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8,
+                CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT=9,
                 funcSetAttribute=lambda *a: self.attributes.append(a),
                 occupancyMaxActiveBlocksPerMultiprocessor=lambda *a: 4,
                 launchKernel=lambda *a: self.launched("plain", *a),
@@ -397,7 +399,8 @@ def test_cupy_gets_one_struct_by_value(fake_cupy):
             cooperative=cooperative,
         )  # fmt: skip
     assert len(fake_cupy.compiled) == 1 and fake_cupy.compiled[0][:2] == ("gl_echo", ("-std=c++17",))
-    assert fake_cupy.attributes == [(1234, 8, 100000)]  # once, and only beyond the 48 KB that need no opt-in
+    # Once each: the preference with the first dynamic memory, the opt-in only beyond the 48 KB that need none.
+    assert fake_cupy.attributes == [(1234, 9, 100), (1234, 8, 100000)]
     assert [call[0] for call in fake_cupy.calls] == ["plain", "plain", "cooperative", "plain"]
     _, function, sizes, stream, packed = fake_cupy.calls[2]
     assert (function, sizes, stream) == (1234, (2, 1, 1, 32, 1, 1, 100000), 77)
@@ -552,7 +555,7 @@ def test_a_thread_has_a_context_before_it_asks_what_a_multiprocessor_holds(fake_
     thread = threading.Thread(target=lambda: specialisation.resident_blocks(FakeArray(), 32, 100000))
     thread.start()
     thread.join()
-    assert seen == [True, True]
+    assert seen == [True, True, True]
 
 
 def test_shared_memory_that_one_thread_asks_for_is_not_taken_back_by_another(fake_cupy):
@@ -601,6 +604,22 @@ def test_cupys_workspace_is_one_per_stream(monkeypatch):
     assert cupy_launcher.workspace(None, 5, 5)[0] is not grown[0]
 
 
+def test_a_stream_whose_workspace_is_cached_stays_alive(monkeypatch):
+    """The driver gives the address of a destroyed stream to the next, and what the first has begun may still run."""
+
+    class Stream:
+        ptr = 77
+
+    fake, streams = FakeCupy(), [Stream()]
+    monkeypatch.setattr(_cupy, "cupy", lambda: fake)
+    fake.cuda.get_current_stream = lambda: streams[-1]
+    cupy_launcher, seen = CupyLauncher(), weakref.ref(streams[-1])
+    cupy_launcher.workspace(None, 1, 1)
+    streams[:] = [types.SimpleNamespace(ptr=0)]
+    gc.collect()
+    assert seen() is not None
+
+
 def test_cupys_workspace_is_one_per_thread(monkeypatch):
     """Threads share the default stream: what one keeps between two launches, another must not overwrite."""
     fake, found = FakeCupy(), []
@@ -647,6 +666,7 @@ def test_the_installed_cupy_has_what_the_launcher_uses():
     cupy = _cupy.cupy()
     driver = cupy.cuda.driver
     assert driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES == 8
+    assert driver.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT == 9
     names = ("funcSetAttribute", "occupancyMaxActiveBlocksPerMultiprocessor", "launchKernel", "launchCooperativeKernel")
     for name in names:
         assert callable(getattr(driver, name))
