@@ -20,8 +20,8 @@
 // Moving statistics and renorm's r and d are finished by the last block of a slab, in the same launch.
 // Grid: groups * slabs * splits (one-launch kernels: slabs * CLUSTER). Block: (lanes, depth), at most 256 threads.
 // Shared memory: at most 21 KB static; the keeping kernels add 16 bytes per unit held.
-// Registers: at most 80 in the sweeps (gl_bn_sums on sm_100 apart), so that a multiprocessor holds the three blocks that
-//   the plan gives it: the grid is one wave. At most 128 in the one-launch kernels.
+// Registers: at most 80 in the sweeps, so that a multiprocessor holds the three blocks that the plan gives it: the grid is
+//   one wave. At most 128 in the one-launch kernels.
 // Deterministic; no floating-point atomics.
 #include "batch_norm.cuh"
 #include "batch_norm_grid.cuh"
@@ -32,9 +32,9 @@ GL_KERNEL(gl_bn_statistics, 256, 3) {
     KeepNothing<1> keeper;
     moments_of_split(arguments, p, keeper);
     if (!last_split(arguments, p)) return;
-    finish_group(arguments, p);
+    const Moments of_group = finish_group(arguments, p);
     if (!last_group(arguments, p)) return;
-    finish_channels(arguments, p);
+    finish_channels(arguments, p, of_group);
 }
 #endif
 
@@ -46,21 +46,14 @@ GL_KERNEL(gl_bn_normalise, 256, 3) {
 #endif
 
 #if defined(GL_ENTRY_gl_bn_sums)
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 1000
-// Its widest form needs a few registers more there than three blocks leave, and would spill them.
-constexpr int sums_resident = sizeof(STORAGE) == 2 && VECTOR && CHANNELS_LAST ? 2 : 3;
-#else
-constexpr int sums_resident = 3;
-#endif
-
-GL_KERNEL(gl_bn_sums, 256, sums_resident) {
+GL_KERNEL(gl_bn_sums, 256, 3) {
     const Place p = place_of(arguments, static_cast<int32>(blockIdx.x));
     KeepNothing<2> keeper;
     sums_of_split(arguments, p, keeper);
     if (!last_split(arguments, p)) return;
-    finish_group_sums(arguments, p);
+    const GroupSums of_group = finish_group_sums(arguments, p);
     if (!last_group(arguments, p)) return;
-    finish_channel_sums(arguments, p);
+    finish_channel_sums(arguments, p, of_group);
 }
 #endif
 
@@ -79,23 +72,24 @@ GL_KERNEL(gl_bn_forward, 256, 2) {
     KeepShared<1> keeper{copies};
     moments_of_split(arguments, p, keeper);
     cluster_barrier();
-    if (cluster_rank() == 0) {
-        finish_group(arguments, p);
-        __syncthreads();
-        finish_channels(arguments, p);
-    }
+    const bool first = cluster_rank() == 0, renorm = arguments.old_mean != nullptr;
+    Moments of_group;
+    if (first) of_group = finish_group(arguments, p);
+    if (first && renorm) finish_channels(arguments, p, of_group);  // else nobody waits for that
     cluster_barrier();
+    if (first && !renorm) finish_channels(arguments, p, of_group);
     normalise_split(arguments, p, keeper);
 #else
     Place p = place_of(arguments, static_cast<int32>(blockIdx.x));
     KeepNothing<1> keeper;
+    Moments of_group;
     for (p.group = 0; p.group < p.groups; ++p.group) {
         moments_of_split(arguments, p, keeper);
         __syncthreads();
-        finish_group(arguments, p);
+        of_group = finish_group(arguments, p);
         __syncthreads();
     }
-    finish_channels(arguments, p);
+    finish_channels(arguments, p, of_group);
     __syncthreads();
     for (p.group = 0; p.group < p.groups; ++p.group) normalise_split(arguments, p, keeper);
 #endif
@@ -110,23 +104,23 @@ GL_KERNEL(gl_bn_backward, 256, 2) {
     KeepShared<2> keeper{copies};
     sums_of_split(arguments, p, keeper);
     cluster_barrier();
-    if (cluster_rank() == 0) {
-        finish_group_sums(arguments, p);
-        __syncthreads();
-        finish_channel_sums(arguments, p);
-    }
+    const bool first = cluster_rank() == 0;
+    GroupSums of_group;
+    if (first) of_group = finish_group_sums(arguments, p);
     cluster_barrier();
+    if (first) finish_channel_sums(arguments, p, of_group);
     apply_split(arguments, p, keeper);
 #else
     Place p = place_of(arguments, static_cast<int32>(blockIdx.x));
     KeepNothing<2> keeper;
+    GroupSums of_group;
     for (p.group = 0; p.group < p.groups; ++p.group) {
         sums_of_split(arguments, p, keeper);
         __syncthreads();
-        finish_group_sums(arguments, p);
+        of_group = finish_group_sums(arguments, p);
         __syncthreads();
     }
-    finish_channel_sums(arguments, p);
+    finish_channel_sums(arguments, p, of_group);
     for (p.group = 0; p.group < p.groups; ++p.group) apply_split(arguments, p, keeper);
 #endif
 }

@@ -23,6 +23,7 @@ constexpr int32 width = VECTOR ? vector_width<STORAGE> : 1;  // elements of one 
 constexpr int32 held = CHANNELS_LAST ? width : 1;            // channels of one thread
 constexpr int32 largest = 256;                               // threads of a block
 constexpr int32 widest = 16;                                 // lanes of a block where threads hold several channels
+constexpr int32 widest_slab = held > 1 ? held * widest : 32;  // channels of a slab
 
 // What one access moves, as it lies in memory: a quarter of the registers that widened 16-bit values would take.
 typedef packet<STORAGE, width> Packet;
@@ -88,8 +89,9 @@ __device__ __forceinline__ void mask(Packet& g, uint32 bits) {
 
 struct Place {
     int64 rows, spread, channels, inner;
-    uint64 spread_multiplier;  // for divisions by spread
-    int32 spread_shift;
+    int64 share;                                   // units of a split at least
+    uint64 spread_multiplier, inner_multiplier;    // for divisions by spread and by units_of_row
+    int32 spread_shift, inner_shift;
     int32 groups, group, slabs, slab, splits, split;
     int64 channel;  // first of this thread's channels
     bool inside;    // that channel exists
@@ -97,15 +99,15 @@ struct Place {
 
 __device__ __forceinline__ int32 lanes() { return static_cast<int32>(blockDim.x); }
 __device__ __forceinline__ int32 depth() { return static_cast<int32>(blockDim.y); }
-__device__ __forceinline__ int64 units(const Place& p) {
-    return CHANNELS_LAST ? p.rows * p.spread : p.rows * p.spread * (p.inner / width);
-}
+__device__ __forceinline__ int32 depth_shift() { return 31 - __clz(depth()); }
+__device__ __forceinline__ int64 units_of_row(const Place& p) { return CHANNELS_LAST ? 1 : p.inner / width; }
+__device__ __forceinline__ int64 units(const Place& p) { return p.rows * p.spread * units_of_row(p); }
 // How the units are dealt out: split s has `share` of them, one more if s < `longer`.
 struct Shares {
     int64 share, longer;
 
     __device__ __forceinline__ explicit Shares(const Place& p) {
-        share = units(p) / p.splits;
+        share = p.share;
         longer = units(p) - share * p.splits;
     }
     __device__ __forceinline__ int64 first(int32 split) const { return share * split + (split < longer ? split : longer); }
@@ -128,6 +130,9 @@ template <typename Arguments> __device__ __forceinline__ Place place_of(const Ar
     p.spread = arguments.spread;
     p.spread_multiplier = arguments.spread_multiplier;
     p.spread_shift = arguments.spread_shift;
+    p.inner_multiplier = arguments.inner_multiplier;
+    p.inner_shift = arguments.inner_shift;
+    p.share = arguments.share;
     p.channels = arguments.channels;
     p.inner = CHANNELS_LAST ? 1 : arguments.inner;
     p.splits = static_cast<int32>(arguments.splits);
@@ -151,46 +156,61 @@ __device__ __forceinline__ int64 row_start(const Place& p, int64 row) {
 }
 
 // Walks over this thread's units of a range, forwards or backwards.
+//
+// Where the rows of a group are equally far apart (all but sub-batches of more than one row per image), the walk is over
+// offsets, `at` that of the current unit: a step is an addition. Else `at` is a row, and its offset takes a division.
 struct Walk {
-    int32 left, step_rows;
-    int64 row, position, step_positions, inner_units;
+    bool even;
+    int32 left;
+    int64 at, step;                       // offsets, or rows
+    int64 position, step_positions;       // of the unit in its row, if that has several
+    int64 row_end, next_row;              // units of a row; what `at` gains where the row changes
 
     __device__ __forceinline__ Walk(const Place& p, const Range& range, bool backwards) {
         const int64 first = range.first, count = range.count;
-        const int64 mine = threadIdx.y, step = depth();
-        left = static_cast<int32>(p.inside && mine < count ? (count - mine + step - 1) / step : 0);
+        const int64 mine = threadIdx.y;
+        left = static_cast<int32>(p.inside && mine < count ? (count - mine + depth() - 1) >> depth_shift() : 0);
         const int64 unit = backwards ? first + count - 1 - mine : first + mine;
-        inner_units = CHANNELS_LAST ? 1 : p.inner / width;
-        if (CHANNELS_LAST || left == 0) {
-            row = unit;
-            position = 0;
-            step_rows = static_cast<int32>(step);
-            step_positions = 0;
-        } else {
-            row = unit / inner_units;
-            position = unit - row * inner_units;
-            step_rows = static_cast<int32>(step / inner_units);
-            step_positions = step - step_rows * inner_units;
+        even = p.groups == 1 || p.spread == 1;
+        const int64 pitch = even ? p.groups * p.channels * p.inner : 1;  // from row to row
+        row_end = units_of_row(p);
+        position = step_positions = 0;
+        int64 row = unit;
+        int32 step_rows = depth();
+        if (!CHANNELS_LAST && row_end > 1) {
+            row = static_cast<int64>(divide(static_cast<uint64>(unit), p.inner_multiplier, p.inner_shift));
+            position = unit - row * row_end;
+            step_rows = row_end > depth() ? 0 : depth() / static_cast<int32>(row_end);
+            step_positions = depth() - step_rows * row_end;
+        }
+        at = row;
+        step = step_rows * pitch;
+        next_row = pitch;
+        if (even) {
+            at = row_start(p, 0) + row * pitch + p.channel * p.inner + position * width;
+            step += step_positions * width;
+            next_row -= p.inner;
         }
         if (backwards) {
-            step_rows = -step_rows;
+            step = -step;
             step_positions = -step_positions;
+            next_row = -next_row;
         }
     }
 
     // Offset of the current unit; moves on to the next.
     __device__ __forceinline__ int64 next(const Place& p) {
-        const int64 here = row_start(p, row) + p.channel * p.inner + position * width;
+        const int64 here = even ? at : row_start(p, at) + p.channel * p.inner + position * width;
         --left;
-        row += step_rows;
+        at += step;
         if (!CHANNELS_LAST) {
             position += step_positions;
-            if (position >= inner_units) {
-                position -= inner_units;
-                ++row;
+            if (position >= row_end) {
+                position -= row_end;
+                at += next_row;
             } else if (position < 0) {
-                position += inner_units;
-                --row;
+                position += row_end;
+                at += next_row;
             }
         }
         return here;
@@ -225,15 +245,15 @@ template <typename Where> __device__ __forceinline__ Packet take_first(const Whe
 
 // The next `ahead` units of a walk, the first of them its unit `number`: fetch(slot, offset, place) is called for all of
 // them first, so that their loads are in flight together, then body(slot, offset, place) for each. place_at(number) gives
-// a unit's place.
-template <int32 ahead, typename PlaceAt, typename Fetch, typename Body>
+// a unit's place. `full`: the walk has so many.
+template <int32 ahead, bool full, typename PlaceAt, typename Fetch, typename Body>
 __device__ __forceinline__ void for_batch(
     const Place& p, Walk& walk, int32 number, PlaceAt place_at, Fetch& fetch, Body& body) {
     int64 offsets[ahead];
     bool real[ahead];
 #pragma unroll
     for (int32 slot = 0; slot < ahead; ++slot) {
-        real[slot] = walk.left > 0;
+        real[slot] = full || walk.left > 0;
         offsets[slot] = real[slot] ? walk.next(p) : 0;
         if (real[slot]) fetch(slot, offsets[slot], place_at(number + slot));
     }
@@ -243,13 +263,23 @@ __device__ __forceinline__ void for_batch(
     }
 }
 
-// Goes through a range, `ahead` units at a time.
-template <int32 ahead, typename PlaceAt, typename Fetch, typename Body>
+// Goes through a range, `ahead` units at a time: full batches in a loop of their own, which asks nothing per unit, unless
+// two loops take too many registers.
+template <int32 ahead, bool full_apart, typename PlaceAt, typename Fetch, typename Body>
 __device__ __forceinline__ void for_units(
     const Place& p, const Range& range, bool backwards, PlaceAt place_at, Fetch& fetch, Body& body) {
     Walk walk(p, range, backwards);
-    for (int32 number = 0; walk.left > 0; number += ahead) for_batch<ahead>(p, walk, number, place_at, fetch, body);
+    int32 number = 0;
+    if constexpr (full_apart) {
+#pragma unroll 1
+        for (; walk.left >= ahead; number += ahead) for_batch<ahead, true>(p, walk, number, place_at, fetch, body);
+    }
+#pragma unroll 1
+    for (; walk.left > 0; number += ahead) for_batch<ahead, false>(p, walk, number, place_at, fetch, body);
 }
+
+// Whether full batches of this many packets per unit get a loop of their own: it takes registers.
+template <int32 packets> constexpr bool full_apart = packets == 1 || (held < 8 && sizeof(A) < 8);
 
 // Keepers say how the two passes go through a block's split. `packets` is what they keep of a unit; `first_ahead` and
 // `second_ahead` are the most units in flight in a pass; `one_launch` says that the same launch does both passes.
@@ -261,11 +291,11 @@ template <int32 packets> struct KeepNothing {
 
     template <typename Fetch, typename Body>
     __device__ __forceinline__ void first_pass(const Place& p, Fetch fetch, Body body) {
-        for_units<first_ahead>(p, range_of_split(p), false, [](int32) { return Nowhere{}; }, fetch, body);
+        for_units<first_ahead, full_apart<packets>>(p, range_of_split(p), false, [](int32) { return Nowhere{}; }, fetch, body);
     }
     template <typename Fetch, typename Body>
     __device__ __forceinline__ void second_pass(const Place& p, Fetch fetch, Body body) {
-        for_units<second_ahead>(p, range_of_split(p), true, [](int32) { return Nowhere{}; }, fetch, body);
+        for_units<second_ahead, full_apart<packets>>(p, range_of_split(p), true, [](int32) { return Nowhere{}; }, fetch, body);
     }
 };
 
@@ -278,31 +308,64 @@ template <int32 packets> struct KeepShared {
     template <typename Fetch, typename Body>
     __device__ __forceinline__ void first_pass(const Place& p, Fetch fetch, Body body) {
         unsigned char* const copies = memory;
-        for_units<first_ahead>(
+        for_units<first_ahead, full_apart<packets>>(
             p, range_of_split(p), false, [=](int32 number) { return InShared<packets>{copies, number}; }, fetch, body);
     }
     template <typename Fetch, typename Body>
     __device__ __forceinline__ void second_pass(const Place& p, Fetch fetch, Body body) {
         unsigned char* const copies = memory;
-        for_units<second_ahead>(
+        for_units<second_ahead, full_apart<packets>>(
             p, range_of_split(p), false, [=](int32 number) { return InShared<packets>{copies, number}; }, fetch, body);
     }
 };
 
 // ---- merging -------------------------------------------------------------------------------------------------------
 
-// Sums a double over the `parts` threads of each column; thread = part * columns + column. All get their column's sum.
-__device__ __forceinline__ double column_sum(double value, int32 columns) {
-    GL_SHARED(double, sums, [largest]);
-    const int32 me = thread_number();
+// Memory of the block that its steps use one after the other: each begins with a barrier before it writes there.
+__device__ __forceinline__ unsigned char* scratch() {
+    // Of every warp, and of every lane, a thread's sums; or two sums in double of every thread.
+    constexpr int32 sums = (2 * held + 1) * (held > 1 ? largest / 2 : largest) * static_cast<int32>(sizeof(A));
+    constexpr int32 size = sums > 2 * largest * 8 ? sums : 2 * largest * 8;
+    GL_SHARED(unsigned char, memory, [size]);
+    return memory;
+}
+
+// Merges what the threads of each column hold, thread = part * columns + column, in a fixed tree. The threads of part 0
+// get the result. merge(mine, theirs) calls theirs(i) once for each i, and before it changes mine[i]: another set of
+// registers is not there. `columns` is a power of two.
+template <typename T, int32 count, typename Merge>
+__device__ __forceinline__ void merge_columns(T (&mine)[count], int32 columns, Merge merge) {
+#pragma unroll 1
+    for (int32 distance = columns; distance < 32; distance <<= 1)
+        merge(mine, [&](int32 i) { return __shfl_xor_sync(all_lanes, mine[i], distance); });
+    // The threads of a warp that share a column hold the same columns now: one of them goes on.
+    const int32 me = thread_number(), of_warp = columns < 32 ? columns : 32;
+    const int32 left = (threads_in_block() >> 5) * of_warp;
+    T* const memory = reinterpret_cast<T*>(scratch());
     __syncthreads();
-    sums[me] = value;
-    __syncthreads();
-    for (int32 half = threads_in_block() / 2; half >= columns; half >>= 1) {
-        if (me < half) sums[me] += sums[me + half];
-        __syncthreads();
+    if (lane_number() < of_warp) {
+#pragma unroll
+        for (int32 i = 0; i < count; ++i) memory[i * left + warp_number() * of_warp + lane_number()] = mine[i];
     }
-    return sums[me % columns];
+#pragma unroll 1
+    for (int32 half = left / 2; half >= columns; half >>= 1) {
+        __syncthreads();
+        if (me < half) {
+#pragma unroll
+            for (int32 i = 0; i < count; ++i) mine[i] = memory[i * left + me];
+            merge(mine, [&](int32 i) { return memory[i * left + me + half]; });
+#pragma unroll
+            for (int32 i = 0; i < count; ++i) memory[i * left + me] = mine[i];
+        }
+    }
+}
+
+// Two sums over the threads of each column, for part 0.
+__device__ __forceinline__ void add_columns(double (&sums)[2], int32 columns) {
+    merge_columns(sums, columns, [](double (&mine)[2], auto theirs) {
+        mine[0] += theirs(0);
+        mine[1] += theirs(1);
+    });
 }
 
 // A slab's channels spread over the block for the per-channel steps.
@@ -320,38 +383,38 @@ struct Column {
     }
 };
 
-__device__ __forceinline__ int64 part_index(const Place& p, int32 split, int64 channel) {
-    return (static_cast<int64>(p.group) * p.splits + split) * p.channels + channel;
-}
-__device__ __forceinline__ int64 part_plane(const Place& p) {
-    return static_cast<int64>(p.groups) * p.splits * p.channels;
+// What a split leaves of a channel: forward the mean and the sum of squares, backward two sums.
+struct alignas(2 * sizeof(A)) Part {
+    A first, second;
+};
+
+template <typename Arguments>
+__device__ __forceinline__ Part* part_of(const Arguments& arguments, const Place& p, int32 split, int64 channel) {
+    return reinterpret_cast<Part*>(arguments.parts) + (static_cast<int64>(p.group) * p.splits + split) * p.channels + channel;
 }
 __device__ __forceinline__ int64 slot_index(const Place& p, int32 group, int64 channel) {
     return group * p.channels + channel;
 }
 __device__ __forceinline__ int64 slot_plane(const Place& p) { return p.groups * p.channels; }
 
-// Calls add(split, first, second) with both partial results of every split that this thread has of its column, in order.
-// One block does this while the others have ended, so the loads of several splits are in flight together.
+// Calls add(split, part) with every part that this thread has of its column, in order. One block does this while the others
+// have ended or wait, so the loads of several splits are in flight together.
 template <typename Arguments, typename Add>
 __device__ __forceinline__ void for_parts(const Arguments& arguments, const Place& p, const Column& column, Add add) {
-    constexpr int32 ahead = 4;
+    constexpr int32 ahead = 24 / static_cast<int32>(sizeof(A));
     if (!column.inside) return;
-    const A* const parts = arguments.parts + part_index(p, 0, column.channel);
-    const int64 plane = part_plane(p);
+    const Part* from = part_of(arguments, p, column.part, column.channel);
+    const int64 step = column.parts * p.channels;
+#pragma unroll 1
     for (int32 start = column.part; start < p.splits; start += ahead * column.parts) {
-        A first[ahead], second[ahead];
+        Part parts[ahead];
+#pragma unroll
+        for (int32 slot = 0; slot < ahead; ++slot, from += step)
+            if (start + slot * column.parts < p.splits) parts[slot] = *from;
 #pragma unroll
         for (int32 slot = 0; slot < ahead; ++slot) {
             const int32 split = start + slot * column.parts;
-            if (split >= p.splits) continue;
-            first[slot] = parts[split * p.channels];
-            second[slot] = parts[split * p.channels + plane];
-        }
-#pragma unroll
-        for (int32 slot = 0; slot < ahead; ++slot) {
-            const int32 split = start + slot * column.parts;
-            if (split < p.splits) add(split, first[slot], second[slot]);
+            if (split < p.splits) add(split, parts[slot]);
         }
     }
 }
@@ -362,10 +425,7 @@ template <typename Arguments> __device__ __forceinline__ bool last_split(const A
 }
 // Ends a group: true in the block that is to merge the groups of its slab.
 template <typename Arguments> __device__ __forceinline__ bool last_group(const Arguments& arguments, const Place& p) {
-    if (p.groups == 1) {
-        __syncthreads();
-        return true;
-    }
+    if (p.groups == 1) return true;
     return last_block(arguments.counters + static_cast<int64>(p.groups) * p.slabs + p.slab, static_cast<uint32>(p.groups));
 }
 
@@ -381,9 +441,6 @@ __device__ __forceinline__ void merge(A count, A share, A& mean, A& square, A ot
 // Leaves this block's merged (mean - first value of the channel, sum of squares) in arguments.parts.
 template <typename Arguments, typename Keeper>
 __device__ __forceinline__ void moments_of_split(const Arguments& arguments, const Place& p, Keeper& keeper) {
-    GL_SHARED(A, counts, [largest]);
-    GL_SHARED(A, means, [held][largest]);
-    GL_SHARED(A, squares, [held][largest]);
     A base[held], sum[held], square[held];
     Packet values[Keeper::first_ahead];
 #pragma unroll
@@ -409,69 +466,68 @@ __device__ __forceinline__ void moments_of_split(const Arguments& arguments, con
                 square[c] += shifted * shifted;
             }
         });
-    const int32 me = thread_number();
-    const A count = A(seen) * A(CHANNELS_LAST ? 1 : width);
-    A first[width];
-    if (p.inside) load<width>(arguments.x + row_start(p, 0) + p.channel * p.inner, first);
-    counts[me] = count;
+    // What a thread has of its channels: the number of values, the means, and the sums of squares.
+    A moments[1 + 2 * held];
+    moments[0] = A(seen) * A(CHANNELS_LAST ? 1 : width);
+    const A inverse = seen ? A(1) / moments[0] : A(0);
+    Packet first;
+    if (seen) first = take(arguments.x + row_start(p, 0) + p.channel * p.inner);
 #pragma unroll
     for (int32 i = 0; i < held; ++i) {
-        const A mean = seen ? sum[i] / count : A(0);
-        means[i][me] = seen ? (base[i] - first[i]) + mean : A(0);
-        squares[i][me] = seen ? square[i] - sum[i] * mean : A(0);
+        const A mean = sum[i] * inverse;
+        moments[1 + i] = seen ? (base[i] - widen(first.values[i])) + mean : A(0);
+        moments[1 + held + i] = square[i] - sum[i] * mean;
     }
-    __syncthreads();
-    for (int32 half = depth() / 2; half > 0; half >>= 1) {
-        if (static_cast<int32>(threadIdx.y) < half) {
-            const int32 other = me + half * lanes();
-            const A total = counts[me] + counts[other];
-            const A share = total > A(0) ? counts[other] / total : A(0);
+    merge_columns(moments, lanes(), [](A (&mine)[1 + 2 * held], auto theirs) {
+        const A other = theirs(0), total = mine[0] + other;
+        const A share = total > A(0) ? other / total : A(0);
 #pragma unroll
-            for (int32 i = 0; i < held; ++i)
-                merge(counts[me], share, means[i][me], squares[i][me], means[i][other], squares[i][other]);
-            counts[me] = total;
-        }
-        __syncthreads();
-    }
+        for (int32 i = 0; i < held; ++i)
+            merge(mine[0], share, mine[1 + i], mine[1 + held + i], theirs(1 + i), theirs(1 + held + i));
+        mine[0] = total;
+    });
     if (threadIdx.y == 0 && p.inside) {
 #pragma unroll
-        for (int32 i = 0; i < held; ++i) {
-            const int64 index = part_index(p, p.split, p.channel + i);
-            arguments.parts[index] = means[i][me];
-            arguments.parts[index + part_plane(p)] = squares[i][me];
-        }
+        for (int32 i = 0; i < held; ++i)
+            *part_of(arguments, p, p.split, p.channel + i) = Part{moments[1 + i], moments[1 + held + i]};
     }
 }
 
-// Merges the splits of one slab and group: writes `saved` (pivot, offset, 1 / s) and the moments in double.
+struct Moments {
+    double mean, variance;
+};
+
+// Merges the splits of one slab and group: writes `saved` (pivot, offset, 1 / s). The threads of part 0 get the moments of
+// their columns; of several groups they are left in arguments.moments.
 template <typename Arguments>
-__device__ __forceinline__ void finish_group(const Arguments& arguments, const Place& p) {
+__device__ __forceinline__ Moments finish_group(const Arguments& arguments, const Place& p) {
     const Column column(p);
-    const double all = static_cast<double>(values_in_all(p));
     const Shares shares(p);
-    double sum = 0.0, square = 0.0;
-    for_parts(arguments, p, column, [&](int32 split, double part_mean, double part_square) {
-        const double part_sum = static_cast<double>(shares.count(split) * (CHANNELS_LAST ? 1 : width)) * part_mean;
-        sum += part_sum;
-        square += part_square + part_sum * part_mean;
+    double sums[2] = {0.0, 0.0};
+    for_parts(arguments, p, column, [&](int32 split, const Part& part) {
+        const double mean = part.first, count = static_cast<double>(shares.count(split) * (CHANNELS_LAST ? 1 : width));
+        sums[0] += count * mean;
+        sums[1] += part.second + count * mean * mean;
     });
-    const double mean = column_sum(sum, column.columns) / all;
-    double variance = column_sum(square, column.columns) / all - mean * mean;
-    if (variance < 0.0) variance = 0.0;
-    if (column.part == 0 && column.inside) {
-        const int64 slot = slot_index(p, p.group, column.channel), plane = slot_plane(p);
-        const double exact = mean + widen(arguments.x[row_start(p, 0) + column.channel * p.inner]);
-        const A pivot = static_cast<A>(exact);
-        arguments.saved[slot] = pivot;
-        arguments.saved[slot + plane] = static_cast<A>(exact - pivot);
-        arguments.saved[slot + 2 * plane] = static_cast<A>(1.0 / sqrt(variance + arguments.epsilon));
+    add_columns(sums, column.columns);
+    if (column.part != 0 || !column.inside) return Moments{0.0, 0.0};
+    const double part = 1.0 / static_cast<double>(values_in_all(p)), mean = sums[0] * part;
+    const double spread = sums[1] * part - mean * mean, variance = spread < 0.0 ? 0.0 : spread;
+    const int64 slot = slot_index(p, p.group, column.channel), plane = slot_plane(p);
+    const double exact = mean + widen(arguments.x[row_start(p, 0) + column.channel * p.inner]);
+    const A pivot = static_cast<A>(exact);
+    arguments.saved[slot] = pivot;
+    arguments.saved[slot + plane] = static_cast<A>(exact - pivot);
+    arguments.saved[slot + 2 * plane] = static_cast<A>(1.0 / sqrt(variance + arguments.epsilon));
+    if (p.groups > 1) {
         arguments.moments[slot] = exact;
         arguments.moments[slot + plane] = variance;
-        if (arguments.group_mean) {
-            arguments.group_mean[slot] = pivot;
-            arguments.group_variance[slot] = static_cast<A>(variance);
-        }
     }
+    if (arguments.group_mean) {
+        arguments.group_mean[slot] = pivot;
+        arguments.group_variance[slot] = static_cast<A>(variance);
+    }
+    return Moments{exact, variance};
 }
 
 __device__ __forceinline__ bool is_finite(double value) { return value - value == 0.0; }
@@ -495,13 +551,14 @@ __device__ __forceinline__ void finish_channel(
     const double s = sqrt(variance + arguments.epsilon);
     if (arguments.old_mean) {
         const double floor = sqrt(arguments.epsilon), stddev = arguments.old_stddev[c];
-        const double q = stddev > floor ? stddev : floor;
-        double r = s / q, d = (mean - arguments.old_mean[c]) / q;
+        const double inverse = 1.0 / (stddev > floor ? stddev : floor);
+        double r = s * inverse, d = (mean - arguments.old_mean[c]) * inverse;
         const double rmin = limit(arguments, 0), rmax = limit(arguments, 1), dmax = limit(arguments, 2);
         if (r < rmin) r = rmin;
         if (r > rmax) r = rmax;
         if (d < -dmax) d = -dmax;
         if (d > dmax) d = dmax;
+#pragma unroll 1
         for (int32 group = 0; group < p.groups; ++group) {
             arguments.saved[slot_index(p, group, c) + 3 * slot_plane(p)] = static_cast<A>(r);
             arguments.saved[slot_index(p, group, c) + 4 * slot_plane(p)] = static_cast<A>(d);
@@ -524,18 +581,24 @@ __device__ __forceinline__ void finish_channel(
     arguments.moving_variance[c] = static_cast<A>(derived < 0.0 ? 0.0 : derived);
 }
 
-// Averages the moments of a slab over the groups and finishes its channels.
+// Finishes a slab's channels: by the moments of its only group, or by their average over the groups.
 template <typename Arguments>
-__device__ __forceinline__ void finish_channels(const Arguments& arguments, const Place& p) {
+__device__ __forceinline__ void finish_channels(const Arguments& arguments, const Place& p, const Moments& of_group) {
     const Column column(p);
-    double mean = 0.0, variance = 0.0;
-    for (int32 group = column.part; column.inside && group < p.groups; group += column.parts) {
-        mean += arguments.moments[slot_index(p, group, column.channel)];
-        variance += arguments.moments[slot_index(p, group, column.channel) + slot_plane(p)];
+    double sums[2] = {of_group.mean, of_group.variance};
+    if (p.groups > 1) {
+        sums[0] = sums[1] = 0.0;
+#pragma unroll 1
+        for (int32 group = column.part; column.inside && group < p.groups; group += column.parts) {
+            sums[0] += arguments.moments[slot_index(p, group, column.channel)];
+            sums[1] += arguments.moments[slot_index(p, group, column.channel) + slot_plane(p)];
+        }
+        add_columns(sums, column.columns);
+        const double part = 1.0 / static_cast<double>(p.groups);
+        sums[0] *= part;
+        sums[1] *= part;
     }
-    mean = column_sum(mean, column.columns) / static_cast<double>(p.groups);
-    variance = column_sum(variance, column.columns) / static_cast<double>(p.groups);
-    if (column.part == 0 && column.inside) finish_channel(arguments, p, column.channel, mean, variance);
+    if (column.part == 0 && column.inside) finish_channel(arguments, p, column.channel, sums[0], sums[1]);
 }
 
 // ---- forward: normalise --------------------------------------------------------------------------------------------
@@ -574,21 +637,59 @@ __device__ __forceinline__ Affine affine_of(const Arguments& arguments, const Pl
     return result;
 }
 
+// Calls make(column, channel) for every channel of the slab, each in a thread of its own, between two barriers: factors
+// cost a root and a division in double, and many loads. They go to the scratch.
+template <typename Make> __device__ __forceinline__ void for_channels(const Place& p, Make make) {
+    const Column column(p);
+    __syncthreads();
+    if (column.part == 0 && column.inside) make(thread_number(), column.channel);
+    __syncthreads();
+}
+
+// This thread's numbers out of one for each channel of the slab.
+__device__ __forceinline__ void own_channels(const A* table, A (&own)[held]) {
+#pragma unroll
+    for (int32 i = 0; i < held; ++i) own[i] = table[static_cast<int32>(threadIdx.x) * held + i];
+}
+
+// The same, read here and now, for one unit: where registers are scarce.
+__device__ __forceinline__ void reload_channels(const A* table, A (&own)[held]) {
+    constexpr int32 at_once = 16 / static_cast<int32>(sizeof(A));
+    if constexpr (held % at_once == 0) {
+#pragma unroll
+        for (int32 start = 0; start < held; start += at_once) {
+            union {
+                uint4 words;
+                A values[at_once];
+            } some;
+            some.words = reload_shared_16(table + static_cast<int32>(threadIdx.x) * held + start);
+#pragma unroll
+            for (int32 i = 0; i < at_once; ++i) own[start + i] = some.values[i];
+        }
+    } else {
+        own_channels(table, own);
+    }
+}
+
 // Writes y, and for the backward of a ReLU, unless null: a and b of each channel to arguments.affine; arguments.bits.
 template <typename Arguments, typename Keeper>
 __device__ __forceinline__ void normalise_split(const Arguments& arguments, const Place& p, Keeper& keeper) {
-    Affine affine[held];
-    if (p.inside) {
-#pragma unroll
-        for (int32 i = 0; i < held; ++i) {
-            affine[i] = affine_of(arguments, p, p.channel + i);
-            if (arguments.affine && p.split == 0 && threadIdx.y == 0) {
-                const int64 slot = slot_index(p, p.group, p.channel + i);
-                arguments.affine[slot] = affine[i].a;
-                arguments.affine[slot + slot_plane(p)] = affine[i].b;
-            }
+    A* const table = reinterpret_cast<A*>(scratch());
+    for_channels(p, [&](int32 column, int64 c) {
+        const Affine affine = affine_of(arguments, p, c);
+        table[column] = affine.pivot;
+        table[widest_slab + column] = affine.a;
+        table[2 * widest_slab + column] = affine.b;
+        if (arguments.affine && p.split == 0) {
+            const int64 slot = slot_index(p, p.group, c);
+            arguments.affine[slot] = affine.a;
+            arguments.affine[slot + slot_plane(p)] = affine.b;
         }
-    }
+    });
+    A pivot[held], a[held], b[held];
+    own_channels(table, pivot);
+    own_channels(table + widest_slab, a);
+    own_channels(table + 2 * widest_slab, b);
     Packet values[Keeper::second_ahead], extra[Keeper::second_ahead];
     keeper.second_pass(
         p,
@@ -604,7 +705,8 @@ __device__ __forceinline__ void normalise_split(const Arguments& arguments, cons
             A result[width];
 #pragma unroll
             for (int32 i = 0; i < width; ++i) {
-                A value = affine[CHANNELS_LAST ? i : 0].of(values[slot].values[i]);
+                const int32 c = CHANNELS_LAST ? i : 0;
+                A value = Affine{pivot[c], a[c], b[c]}.of(values[slot].values[i]);
                 if (arguments.residual) value += widen(extra[slot].values[i]);
                 if (arguments.relu && value < A(0)) value = A(0);
                 result[i] = value;
@@ -622,49 +724,36 @@ __device__ __forceinline__ void normalise_split(const Arguments& arguments, cons
 
 // ---- backward ------------------------------------------------------------------------------------------------------
 
-// The forward's factors of channel c as it left them in arguments.affine (null: there was no ReLU, nobody asks).
-template <typename Arguments>
-__device__ __forceinline__ Affine saved_affine(const Arguments& arguments, const Place& p, int64 c) {
-    if (!arguments.affine) return Affine{};
-    const int64 slot = slot_index(p, p.group, c);
-    return Affine{arguments.saved[slot], arguments.affine[slot], arguments.affine[slot + slot_plane(p)]};
-}
-
-// The forward's factors of this thread's channels; of(c) makes those of one. Several channels' factors stay in shared
-// memory, `table`, and are read for every unit: registers are scarce there.
+// Two factors, a and b, of each of this thread's channels. Several channels' stay in shared memory and are read for every
+// unit: registers are scarce there.
 struct Factors {
-    Affine own;
     A* table;
+    A a, b;  // of a thread with one channel
 
-    static constexpr int32 at_once = 8 / sizeof(A);  // channels whose a and b make 16 bytes
-    static constexpr int32 size = held > 1 ? 2 * held * widest : 1;
-
-    template <typename Of> __device__ __forceinline__ Factors(const Place& p, A* shared, Of of) : table(shared) {
-        if (held > 1) __syncthreads();  // the readers of the table before this one are done
-#pragma unroll 1
-        for (int32 i = 0; i < held; ++i) {
-            if (p.inside && (held == 1 || threadIdx.y == 0)) {
-                own = of(p.channel + i);
-                if (held > 1) {
-                    table[place(i, 0)] = own.a;
-                    table[place(i, 1)] = own.b;
-                }
-            }
-        }
-        if (held > 1) __syncthreads();
-    }
+    static constexpr int32 at_once = held > 1 ? 8 / static_cast<int32>(sizeof(A)) : 1;  // whose a and b make 16 bytes
+    static constexpr int32 size = 2 * widest_slab;
 
     // Neighbouring threads' 16 bytes lie side by side: no bank conflicts.
-    static __device__ __forceinline__ int32 place(int32 i, int32 which) {
-        const int32 first = ((i / at_once) * widest + static_cast<int32>(threadIdx.x)) * 2 * at_once;
-        return first + 2 * (i % at_once) + which;
+    static __device__ __forceinline__ int32 place(int32 lane, int32 i) {
+        return 2 * ((i / at_once * (widest_slab / held) + lane) * at_once + i % at_once);
+    }
+    // Leaves the factors of one column of the slab; a barrier later, own() takes this thread's.
+    __device__ __forceinline__ void leave(int32 column, A first, A second) const {
+        const int32 at = place(column / held, column % held);
+        table[at] = first;
+        table[at + 1] = second;
+    }
+    __device__ __forceinline__ void own() {
+        if (held > 1) return;
+        a = table[place(static_cast<int32>(threadIdx.x), 0)];
+        b = table[place(static_cast<int32>(threadIdx.x), 0) + 1];
     }
 
     // Calls use(i, factors) for every element i of a unit.
     template <typename Use> __device__ __forceinline__ void for_each(const A (&pivot)[held], Use use) const {
         if constexpr (held == 1) {
 #pragma unroll
-            for (int32 i = 0; i < width; ++i) use(i, own);
+            for (int32 i = 0; i < width; ++i) use(i, Affine{pivot[0], a, b});
         } else {
 #pragma unroll
             for (int32 start = 0; start < held; start += at_once) {
@@ -672,7 +761,7 @@ struct Factors {
                     uint4 words;
                     A values[2 * at_once];
                 } pairs;
-                pairs.words = reload_shared_16(table + place(start, 0));
+                pairs.words = reload_shared_16(table + place(static_cast<int32>(threadIdx.x), start));
 #pragma unroll
                 for (int32 i = 0; i < at_once; ++i)
                     use(start + i, Affine{pivot[start + i], pairs.values[2 * i], pairs.values[2 * i + 1]});
@@ -694,18 +783,26 @@ __device__ __forceinline__ uint32 bits_of(const Packet& x, const A (&pivot)[held
 // the bits or y are read unless null, else x tells. Writes g to arguments.dresidual unless null and, in inference, g * gamma / s to dx.
 template <typename Arguments, typename Keeper>
 __device__ __forceinline__ void sums_of_split(const Arguments& arguments, const Place& p, Keeper& keeper) {
-    GL_SHARED(A, firsts, [held][largest]);
-    GL_SHARED(A, seconds, [held][largest]);
-    static_assert(Factors::size <= held * largest, "the factors stand in the memory that the sums need later");
-    const Factors factors(p, &firsts[0][0], [&](int64 c) {
-        return arguments.affine ? saved_affine(arguments, p, c) : affine_of(arguments, p, c);
+    // The sign is found by the forward's factors: as it left them, or (in inference) as it made them. Inference's dx needs
+    // them too.
+    const bool ends_here = !Keeper::one_launch && !arguments.tables;
+    A* const pivots = reinterpret_cast<A*>(scratch());
+    Factors factors{pivots + widest_slab};
+    for_channels(p, [&](int32 column, int64 c) {
+        pivots[column] = pivot_of(arguments, p, c);
+        if (arguments.affine) {
+            const int64 slot = slot_index(p, p.group, c);
+            factors.leave(column, arguments.affine[slot], arguments.affine[slot + slot_plane(p)]);
+        } else if (arguments.recompute || ends_here) {
+            const Affine affine = affine_of(arguments, p, c);
+            factors.leave(column, affine.a, affine.b);
+        }
     });
     A sum[held], product[held], pivot[held];
 #pragma unroll
-    for (int32 i = 0; i < held; ++i) {
-        sum[i] = product[i] = A(0);
-        if (p.inside) pivot[i] = pivot_of(arguments, p, p.channel + i);
-    }
+    for (int32 i = 0; i < held; ++i) sum[i] = product[i] = A(0);
+    own_channels(pivots, pivot);
+    factors.own();
     Packet x[Keeper::first_ahead], g[Keeper::first_ahead];
     uint32 bits[Keeper::first_ahead];
     keeper.first_pass(
@@ -717,6 +814,7 @@ __device__ __forceinline__ void sums_of_split(const Arguments& arguments, const 
             if (arguments.y) bits[slot] = bits_of(take_first(place, arguments.y + offset));
         },
         [&](int32 slot, int64 offset, auto place) {
+            if (held > 1) reload_channels(pivots, pivot);
             if (arguments.recompute) bits[slot] = bits_of(x[slot], pivot, factors);
             if (arguments.recompute || arguments.bits || arguments.y) mask(g[slot], bits[slot]);
             place.keep(0, x[slot]);
@@ -729,54 +827,47 @@ __device__ __forceinline__ void sums_of_split(const Arguments& arguments, const 
                 sum[c] += gradient;
                 product[c] += gradient * (widen(x[slot].values[i]) - pivot[c]);
             }
-            if (Keeper::one_launch || arguments.tables) return;
+            if (!ends_here) return;
             Packet& scaled = g[slot];
             factors.for_each(pivot, [&](int32 i, const Affine& affine) {
                 scaled.values[i] = narrow<STORAGE>(widen(scaled.values[i]) * affine.a);
             });
             put(arguments.dx + offset, scaled);
         });
-    if (held > 1) __syncthreads();  // nobody needs the factors any more
-    const int32 me = thread_number();
+    A sums[2 * held];
 #pragma unroll
     for (int32 i = 0; i < held; ++i) {
-        firsts[i][me] = sum[i];
-        seconds[i][me] = product[i];
+        sums[i] = sum[i];
+        sums[held + i] = product[i];
     }
-    __syncthreads();
-    for (int32 half = depth() / 2; half > 0; half >>= 1) {
-        if (static_cast<int32>(threadIdx.y) < half) {
-            const int32 other = me + half * lanes();
+    merge_columns(sums, lanes(), [](A (&mine)[2 * held], auto theirs) {
 #pragma unroll
-            for (int32 i = 0; i < held; ++i) {
-                firsts[i][me] += firsts[i][other];
-                seconds[i][me] += seconds[i][other];
-            }
-        }
-        __syncthreads();
-    }
+        for (int32 i = 0; i < 2 * held; ++i) mine[i] += theirs(i);
+    });
     if (threadIdx.y == 0 && p.inside) {
 #pragma unroll
-        for (int32 i = 0; i < held; ++i) {
-            const int64 index = part_index(p, p.split, p.channel + i);
-            arguments.parts[index] = firsts[i][me];
-            arguments.parts[index + part_plane(p)] = seconds[i][me];
-        }
+        for (int32 i = 0; i < held; ++i)
+            *part_of(arguments, p, p.split, p.channel + i) = Part{sums[i], sums[held + i]};
     }
 }
 
-// Merges the splits of one slab and group: the factors of dx = g * a + (x - pivot) * slope + b, and the group's sums.
+struct GroupSums {
+    double dbeta, dgamma;
+};
+
+// Merges the splits of one slab and group: the factors of dx = g * a + (x - pivot) * slope + b. The threads of part 0 get
+// the group's sums of their columns; of several groups they are left in arguments.moments.
 template <typename Arguments>
-__device__ __forceinline__ void finish_group_sums(const Arguments& arguments, const Place& p) {
+__device__ __forceinline__ GroupSums finish_group_sums(const Arguments& arguments, const Place& p) {
     const Column column(p);
-    double sum = 0.0, product = 0.0;
-    for_parts(arguments, p, column, [&](int32, double part_sum, double part_product) {
-        sum += part_sum;
-        product += part_product;
+    double sums[2] = {0.0, 0.0};
+    for_parts(arguments, p, column, [&](int32, const Part& part) {
+        sums[0] += part.first;
+        sums[1] += part.second;
     });
-    sum = column_sum(sum, column.columns);
-    product = column_sum(product, column.columns);
-    if (column.part != 0 || !column.inside) return;
+    add_columns(sums, column.columns);
+    if (column.part != 0 || !column.inside) return GroupSums{0.0, 0.0};
+    const double sum = sums[0];
     const int64 c = column.channel, slot = slot_index(p, p.group, c), plane = slot_plane(p);
     double inverse, offset = 0.0, r = 1.0, d = 0.0;
     if (arguments.saved) {
@@ -789,52 +880,57 @@ __device__ __forceinline__ void finish_group_sums(const Arguments& arguments, co
     } else {
         inverse = 1.0 / sqrt(static_cast<double>(arguments.given_variance[c]) + arguments.epsilon);
     }
-    const double centred = product - sum * offset;
-    arguments.moments[slot] = sum;
-    arguments.moments[slot + plane] = centred * inverse * r + d * sum;
-    if (!arguments.tables) return;
-    const double all = static_cast<double>(values_in_all(p));
+    const double centred = sums[1] - sum * offset;
+    const GroupSums of_group{sum, centred * inverse * r + d * sum};
+    if (p.groups > 1) {
+        arguments.moments[slot] = of_group.dbeta;
+        arguments.moments[slot + plane] = of_group.dgamma;
+    }
+    if (!arguments.tables) return of_group;
+    const double part = 1.0 / static_cast<double>(values_in_all(p));
     const double a = (arguments.gamma ? static_cast<double>(arguments.gamma[c]) : 1.0) * inverse * r;
-    const double slope = -a * centred * inverse * inverse / all;
+    const double slope = -a * centred * inverse * inverse * part;
     arguments.tables[slot] = arguments.affine ? arguments.affine[slot] : static_cast<A>(a);  // the forward's own rounding
     arguments.tables[slot + plane] = static_cast<A>(slope);
-    arguments.tables[slot + 2 * plane] = static_cast<A>(-a * sum / all - offset * slope);
+    arguments.tables[slot + 2 * plane] = static_cast<A>(-a * sum * part - offset * slope);
+    return of_group;
 }
 
-// Adds up the groups: dbeta and dgamma of a slab.
+// dbeta and dgamma of a slab: the sums of its only group, or those of all groups added up.
 template <typename Arguments>
-__device__ __forceinline__ void finish_channel_sums(const Arguments& arguments, const Place& p) {
+__device__ __forceinline__ void finish_channel_sums(
+    const Arguments& arguments, const Place& p, const GroupSums& of_group) {
     const Column column(p);
-    double sum = 0.0, product = 0.0;
-    for (int32 group = column.part; column.inside && group < p.groups; group += column.parts) {
-        sum += arguments.moments[slot_index(p, group, column.channel)];
-        product += arguments.moments[slot_index(p, group, column.channel) + slot_plane(p)];
+    double sums[2] = {of_group.dbeta, of_group.dgamma};
+    if (p.groups > 1) {
+        sums[0] = sums[1] = 0.0;
+#pragma unroll 1
+        for (int32 group = column.part; column.inside && group < p.groups; group += column.parts) {
+            sums[0] += arguments.moments[slot_index(p, group, column.channel)];
+            sums[1] += arguments.moments[slot_index(p, group, column.channel) + slot_plane(p)];
+        }
+        add_columns(sums, column.columns);
     }
-    sum = column_sum(sum, column.columns);
-    product = column_sum(product, column.columns);
     if (column.part != 0 || !column.inside) return;
-    arguments.dbeta[column.channel] = static_cast<A>(sum);
-    arguments.dgamma[column.channel] = static_cast<A>(product);
+    arguments.dbeta[column.channel] = static_cast<A>(sums[0]);
+    arguments.dgamma[column.channel] = static_cast<A>(sums[1]);
 }
 
 // dx = g * a + (x - pivot) * slope + b over a split.
 template <typename Arguments, typename Keeper>
 __device__ __forceinline__ void apply_split(const Arguments& arguments, const Place& p, Keeper& keeper) {
-    GL_SHARED(A, table, [2][Factors::size]);
-    const Factors factors(p, table[0], [&](int64 c) {
-        const int64 slot = slot_index(p, p.group, c);
-        const A forward_b = arguments.affine ? arguments.affine[slot + slot_plane(p)] : A(0);
-        return Affine{arguments.saved[slot], arguments.tables[slot], forward_b};
-    });
-    const Factors corrections(p, table[1], [&](int64 c) {
+    A* const pivots = reinterpret_cast<A*>(scratch());
+    Factors factors{pivots + widest_slab}, corrections{factors.table + Factors::size};
+    for_channels(p, [&](int32 column, int64 c) {
         const int64 slot = slot_index(p, p.group, c), plane = slot_plane(p);
-        return Affine{arguments.saved[slot], arguments.tables[slot + plane], arguments.tables[slot + 2 * plane]};
+        pivots[column] = arguments.saved[slot];
+        factors.leave(column, arguments.tables[slot], arguments.affine ? arguments.affine[slot + plane] : A(0));
+        corrections.leave(column, arguments.tables[slot + plane], arguments.tables[slot + 2 * plane]);
     });
     A pivot[held];
-    if (p.inside) {
-#pragma unroll
-        for (int32 i = 0; i < held; ++i) pivot[i] = arguments.saved[slot_index(p, p.group, p.channel + i)];
-    }
+    own_channels(pivots, pivot);
+    factors.own();
+    corrections.own();
     // The first pass of the same launch has left the masked gradient there: one array instead of two.
     bool masked_before = false;
     if constexpr (Keeper::one_launch) masked_before = arguments.dresidual != nullptr;

@@ -62,15 +62,15 @@ template <int32 packets> struct KeepOnChip {
         const auto in_register = [&](int32 number) { return InRegisters{registers[number]}; };
 #pragma unroll
         for (int32 number = 0; number < units; number += batch)
-            for_batch<batch>(p, walk, number, in_register, fetch, body);
+            for_batch<batch, false>(p, walk, number, in_register, fetch, body);
         unsigned char* const copies = memory;
-        for_units<ahead>(
+        for_units<ahead, full_apart<packets>>(
             p, steps(p, units, units + shared_units), false,
             [=](int32 number) { return InShared<packets>{copies, number}; }, fetch, body);
     }
     template <int32 ahead, typename Fetch, typename Body>
     __device__ __forceinline__ void not_kept(const Place& p, bool backwards, Fetch& fetch, Body& body) {
-        for_units<ahead>(
+        for_units<ahead, full_apart<packets>>(
             p, steps(p, units + shared_units, all_steps), backwards, [](int32) { return Nowhere{}; }, fetch, body);
     }
     template <typename Fetch, typename Body>
@@ -85,9 +85,11 @@ template <int32 packets> struct KeepOnChip {
     }
 };
 
-// The gate of a block's slab lies behind the counters of the splits and groups.
+// The gate of a block's slab lies behind the counters of the splits and groups, alone in its 128 bytes: those that wait
+// there do not slow down those that count.
 template <typename Arguments> __device__ __forceinline__ uint32* gate_of(const Arguments& arguments, const Place& p) {
-    return arguments.counters + (static_cast<int64>(p.groups) + 1) * p.slabs + p.slab;
+    const int64 counts = (static_cast<int64>(p.groups) + 1) * p.slabs;
+    return arguments.counters + ((counts + 31) / 32 + p.slab) * 32;
 }
 __device__ __forceinline__ uint32 blocks_of_slab(const Place& p) { return static_cast<uint32>(p.groups) * p.splits; }
 
@@ -97,10 +99,12 @@ template <typename Arguments> __device__ __forceinline__ void forward_in_grid(co
     KeepOnChip<1> keeper(copies, arguments.kept_units);
     moments_of_split(arguments, p, keeper);
     if (last_split(arguments, p)) {
-        finish_group(arguments, p);
+        const Moments of_group = finish_group(arguments, p);
         if (last_group(arguments, p)) {
-            finish_channels(arguments, p);
-            open_gate(gate_of(arguments, p));
+            const bool renorm = arguments.old_mean != nullptr;  // else nobody waits for what is finished per channel
+            if (!renorm) open_gate(gate_of(arguments, p));
+            finish_channels(arguments, p, of_group);
+            if (renorm) open_gate(gate_of(arguments, p));
         }
     }
     pass_gate(gate_of(arguments, p));
@@ -114,10 +118,10 @@ template <typename Arguments> __device__ __forceinline__ void backward_in_grid(c
     KeepOnChip<2> keeper(copies, arguments.kept_units);
     sums_of_split(arguments, p, keeper);
     if (last_split(arguments, p)) {
-        finish_group_sums(arguments, p);
+        const GroupSums of_group = finish_group_sums(arguments, p);
         if (last_group(arguments, p)) {
-            finish_channel_sums(arguments, p);
             open_gate(gate_of(arguments, p));
+            finish_channel_sums(arguments, p, of_group);
         }
     }
     pass_gate(gate_of(arguments, p));

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from tests.kernels.cache import cache_folder
 
-ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 103, 110, 120)
 
 
 class Resources(NamedTuple):

@@ -167,6 +167,32 @@ def test_last_block_merges():
     run_last_block()
 
 
+GATE = """
+GL_KERNEL(gl_gate, 64) {
+    if (blockIdx.x == 0) {
+        arguments.parts[threadIdx.x] = arguments.x[threadIdx.x];
+        open_gate(arguments.counters);
+    }
+    pass_gate(arguments.counters);
+    arguments.out[blockIdx.x * 64 + threadIdx.x] = arguments.parts[63 - threadIdx.x];
+    leave_gate(arguments.counters, gridDim.x);
+}
+"""
+
+
+def run_gate(body: str = GATE) -> None:
+    x = np.random.default_rng(1).integers(0, 50, 64).astype("f")
+    device_x, out = xp.asarray(x), xp.empty((3, 64), "f")
+    counters, scratch = workspace(device_x, counters=1, scratch=4 * 64)
+    values = {"x": device_x, "out": out, "parts": scratch.view(np.float32), "counters": counters}
+    kernel("gl_gate", body, GRID_ARGUMENTS).launch(values, grid=(3,), block=(64,), cooperative=True)
+    np.testing.assert_array_equal(out.get(), np.tile(x[::-1], (3, 1)))
+
+
+def test_a_gate_lets_pass_what_was_written_before_it_opened():
+    run_gate()
+
+
 CLUSTER_SUM = """
 GL_KERNEL(gl_cluster, 32) {
     GL_SHARED(float, mine, [32]);
@@ -247,6 +273,13 @@ def test_a_missing_barrier_is_caught():
     reverse = kernel("gl_reverse", REVERSE_IN_BLOCK, XY, defines={"BARRIER": [" "]})
     with pytest.raises(EmulationError, match="depends on the order"):
         reverse.launch({"x": x, "out": xp.empty(96, "f")}, grid=(1,), block=(96,), defines={"BARRIER": " "})
+
+
+def test_a_gate_where_one_thread_waits_for_itself_is_caught():
+    wait = "if (threadIdx.x == 0) while ((load_relaxed(arguments.counters) & 0x80000000u) == 0u) {}"
+    with pytest.raises(EmulationError, match="depends on the order"):
+        run_gate(GATE.replace("pass_gate(arguments.counters);", wait))
+    workspace(xp.empty(1), 1)[0]._memory[:] = 0
 
 
 def test_a_missing_grid_barrier_is_caught():
@@ -392,32 +425,6 @@ def test_thread_sanitizer_accepts_what_is_right(using):
     run_gate()
     out, expected = run_grid_sum(BARRIER)
     assert (out == expected).all()
-
-
-GATE = """
-GL_KERNEL(gl_gate, 64) {
-    if (blockIdx.x == 0) {
-        arguments.parts[threadIdx.x] = arguments.x[threadIdx.x];
-        open_gate(arguments.counters);
-    }
-    pass_gate(arguments.counters);
-    arguments.out[blockIdx.x * 64 + threadIdx.x] = arguments.parts[63 - threadIdx.x];
-    leave_gate(arguments.counters, gridDim.x);
-}
-"""
-
-
-def run_gate(body: str = GATE) -> None:
-    x = np.random.default_rng(1).integers(0, 50, 64).astype("f")
-    device_x, out = xp.asarray(x), xp.empty((3, 64), "f")
-    counters, scratch = workspace(device_x, counters=1, scratch=4 * 64)
-    values = {"x": device_x, "out": out, "parts": scratch.view(np.float32), "counters": counters}
-    kernel("gl_gate", body, GRID_ARGUMENTS).launch(values, grid=(3,), block=(64,), cooperative=True)
-    np.testing.assert_array_equal(out.get(), np.tile(x[::-1], (3, 1)))
-
-
-def test_a_gate_lets_pass_what_was_written_before_it_opened():
-    run_gate()
 
 
 @pytest.mark.parametrize("case", ["barrier", "order", "gate opened without release", "gate passed without acquire"])

@@ -21,9 +21,9 @@ from gpulayers.ops.batch_norm.plan import CLUSTER, Layout, Plan, choose, divisio
 __all__ = ["backward", "forward", "inference", "inference_backward", "statistics"]
 
 _GEOMETRY = [
-    *[(name, "int64") for name in ("rows", "groups", "spread", "channels", "inner", "splits")],
-    ("spread_multiplier", "uint64"),
-    ("spread_shift", "int32"),
+    *[(name, "int64") for name in ("rows", "groups", "spread", "channels", "inner", "splits", "share")],
+    *[(f"{name}_multiplier", "uint64") for name in ("spread", "inner")],
+    *[(f"{name}_shift", "int32") for name in ("spread", "inner")],
 ]
 _SCRATCH = [("parts", "PARAMETER*"), ("moments", "float64*"), ("counters", "uint32*")]
 _STATISTICS = [
@@ -98,14 +98,17 @@ class _Launch:
     def __init__(self, place: Place, layout: Layout, storage: Any, dtype: Any, plan: Plan) -> None:
         self._place, self.plan = place, plan
         geometry = dict(zip(("rows", "groups", "spread", "channels", "inner"), layout, strict=False))
-        multiplier, shift = division(layout.spread)
-        self._fixed: dict[str, Any] = {
-            **geometry, "splits": plan.splits, "spread_multiplier": multiplier, "spread_shift": shift
-        }  # fmt: skip
+        units_of_row = 1 if plan.channels_last else layout.inner // (16 // storage.itemsize if plan.vector else 1)
+        units = layout.samples // (layout.inner // units_of_row)
+        self._fixed: dict[str, Any] = {**geometry, "splits": plan.splits, "share": units // plan.splits}
+        for name, divisor in (("spread", layout.spread), ("inner", units_of_row)):
+            self._fixed[f"{name}_multiplier"], self._fixed[f"{name}_shift"] = division(divisor)
         self._defines = _defines(plan, storage, dtype)
         self._blocks = plan.slabs * plan.splits
         self._groups = layout.groups
-        self._counters = plan.slabs * (layout.groups + 2)
+        self._counters = plan.slabs * (layout.groups + 1)
+        if plan.regime == "grid":
+            self._counters = (-(-self._counters // 32) + plan.slabs) * 32  # and gates in lines of their own
         pieces = {
             "moments": (np.dtype(np.float64), 2 * layout.slots),
             "parts": (dtype, 2 * plan.splits * layout.slots),

@@ -130,13 +130,16 @@ def division(divisor: int) -> tuple[int, int]:
 SMALL_BYTES = 64 * 1024  # a slab of this size is summed and normalised by one block before the caches forget it
 SMALL_GROUPS = 16  # one block takes the groups one after another
 CLUSTER = 8  # the largest cluster that every device with clusters can place
-STATIC_SHARED = 21 * 1024  # an upper bound of what the kernels use besides the copies they keep
+# Clusters lie inside a processing cluster, and those are not equally large: of 132 multiprocessors, 15 clusters of 8 can
+# count on having one each.
+CLUSTER_PLACES = 15, 132
+CLUSTER_WAVES = 3  # more of them wait more for each other than for memory, unless their blocks hold much
 THREADS = 256
 LANES_WIDE, LANES_NARROW = 16, 4  # 256 and 64 bytes of a row with 16-byte accesses
 AHEAD = 4  # accesses in flight per thread, as in batch_norm.cuh
 BUSY, BUSY_SMALL = 0.5, 0.45  # share of the multiprocessors that clusters keep busy; small parts save a launch
 RESIDENT = 3  # blocks that a multiprocessor holds at least in the sweeps: the launch bounds in batch_norm.cu
-GRID_RESIDENT = 2  # the same of the grid that waits for itself
+GRID_RESIDENT = 2  # the same of the one-launch kernels: clusters, and the grid that waits for itself
 GRID_REGISTERS = {1: 4, 2: 1}  # units that its threads keep in registers, by `kept`: as in batch_norm_grid.cuh
 GRID_BUSY = 0.6  # share of those blocks that it keeps busy
 GRID_SHARE = 0.25  # share of the input that it keeps on chip: with less, full multiprocessors count for more
@@ -191,7 +194,7 @@ def choose(
     small 4 64 2 1
     cluster 8 32 16 8
     grid 4 64 2 132
-    cluster 1 256 64 8
+    grid 1 256 64 4
     """
     plan = _choose(layout, itemsize, aligned, device, kept, one_launch, grid)
     return plan if forced is None else forced(plan)
@@ -229,10 +232,9 @@ def _choose(layout: Layout, itemsize: int, aligned: bool, device: Any, kept: int
             return Plan("small", vector, channels_last, lanes, depth, slabs, 1, 0)
         per_thread = -(-(-(-units // CLUSTER) + 1) // depth)
         shared = per_thread * lanes * depth * width * itemsize * kept
-        busy = BUSY if shared > SMALL_BYTES else BUSY_SMALL
-        fits = shared <= device.shared_per_block - STATIC_SHARED and slabs * CLUSTER >= busy * device.multiprocessors
         wide_enough = not channels_last or lanes_limit > LANES_NARROW
-        if one_launch and device.has_clusters and layout.groups == 1 and wide_enough and fits:
+        possible = one_launch and device.has_clusters and layout.groups == 1 and wide_enough
+        if possible and _clusters_pay(slabs, shared, static_shared(itemsize, width if channels_last else 1), device):
             return Plan("cluster", vector, channels_last, lanes, depth, slabs, CLUSTER, shared, 0, 1.0)
     # After all others have ended, one block merges what the splits of a slab leave. A narrow slab has fewer channels
     # and (as there are more slabs) fewer splits; where rows are short it still reads whole neighbourhoods of memory.
@@ -253,11 +255,32 @@ def static_shared(itemsize: int, held: int) -> int:
     """Return an upper bound of what the kernels use beside their copies, with `held` channels per thread, in bytes.
 
     >>> static_shared(2, 8), static_shared(4, 1)
-    (20736, 5376)
+    (8960, 4352)
     """
     accumulated = 8 if itemsize == 8 else 4
-    beside = max(THREADS, 4 * held * LANES_WIDE if held > 1 else 0)  # forward: counts; backward: two tables of factors
-    return THREADS * (8 + accumulated * 2 * held) + accumulated * beside + 256
+    merged = THREADS // 2 if held > 1 else THREADS  # threads that still have sums of their own after a warp's shuffles
+    return max(accumulated * (2 * held + 1) * merged, 16 * THREADS) + 256
+
+
+def _clusters_pay(slabs: int, shared: int, static: int, device: Any) -> bool:
+    """Say whether a cluster for each of `slabs` fits the device, keeps it busy, and ends in a wave that is full enough.
+
+    One wave may be half empty, as the whole input is then on its way at once; of several the last counts.
+    """
+    block = shared + static + BLOCK_SHARED
+    if shared + static > device.shared_per_block:
+        return False
+    of_multiprocessor = min(GRID_RESIDENT, device.shared_per_multiprocessor // block)
+    places = of_multiprocessor * (CLUSTER_PLACES[0] * device.multiprocessors // CLUSTER_PLACES[1])
+    if slabs <= places:
+        return slabs * CLUSTER >= (BUSY if shared > SMALL_BYTES else BUSY_SMALL) * device.multiprocessors
+    waves = -(-slabs // max(1, places))
+    return places > 0 and _full(slabs, places) and (waves <= CLUSTER_WAVES or shared >= SMALL_BYTES)
+
+
+def _full(blocks: int, resident: int) -> bool:
+    """Say whether waves of `resident` blocks are nine tenths full."""
+    return 10 * blocks >= 9 * resident * -(-blocks // resident)
 
 
 def _grid(
@@ -292,8 +315,7 @@ def _splits(count: int, resident: int) -> int:
     """
     least = max(1, resident // count)
     for splits in range(least, max(least, 8 * resident // count) + 1):
-        blocks = splits * count
-        if 10 * blocks >= 9 * resident * -(-blocks // resident):
+        if _full(splits * count, resident):
             return splits
     return least
 
