@@ -50,10 +50,11 @@ GL_KERNEL(gl_bn_sums, 256, 3) {
     const Place p = place_of(arguments, static_cast<int32>(blockIdx.x));
     KeepNothing<2> keeper;
     sums_of_split(arguments, p, keeper);
-    if (!last_split(arguments, p)) return;
-    const GroupSums of_group = finish_group_sums(arguments, p);
-    if (!last_group(arguments, p)) return;
-    finish_channel_sums(arguments, p, of_group);
+    const Place again = place_of(arguments, block_number_again());
+    if (!last_split(arguments, again)) return;
+    const GroupSums of_group = finish_group_sums(arguments, again);
+    if (!last_group(arguments, again)) return;
+    finish_channel_sums(arguments, again, of_group);
 }
 #endif
 

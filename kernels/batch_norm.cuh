@@ -78,6 +78,10 @@ __device__ __forceinline__ uint32 bits_of(const Packet& y) {
     return bits;
 }
 
+// Whether an output that was loaded is asked for its sign only when the loads behind it are under way. Several elements are
+// asked at once, as their bits take fewer registers.
+constexpr bool signs_late = width == 1;
+
 // g where its bit is set, else 0.
 __device__ __forceinline__ void mask(Packet& g, uint32 bits) {
 #pragma unroll
@@ -99,7 +103,8 @@ struct Place {
 
 __device__ __forceinline__ int32 lanes() { return static_cast<int32>(blockDim.x); }
 __device__ __forceinline__ int32 depth() { return static_cast<int32>(blockDim.y); }
-__device__ __forceinline__ int32 depth_shift() { return 31 - __clz(depth()); }
+// The logarithm of a power of two: shifts in place of divisions.
+__device__ __forceinline__ int32 shift_of(int32 power) { return 31 - __clz(power); }
 __device__ __forceinline__ int64 units_of_row(const Place& p) { return CHANNELS_LAST ? 1 : p.inner / width; }
 __device__ __forceinline__ int64 units(const Place& p) { return p.rows * p.spread * units_of_row(p); }
 // How the units are dealt out: split s has `share` of them, one more if s < `longer`.
@@ -136,7 +141,7 @@ template <typename Arguments> __device__ __forceinline__ Place place_of(const Ar
     p.channels = arguments.channels;
     p.inner = CHANNELS_LAST ? 1 : arguments.inner;
     p.splits = static_cast<int32>(arguments.splits);
-    p.slabs = static_cast<int32>((p.channels + lanes() * held - 1) / (lanes() * held));
+    p.slabs = static_cast<int32>((p.channels + lanes() * held - 1) >> shift_of(lanes() * held));
     p.split = block % p.splits;
     const int32 rest = block / p.splits;
     p.slab = rest % p.slabs;
@@ -169,7 +174,7 @@ struct Walk {
     __device__ __forceinline__ Walk(const Place& p, const Range& range, bool backwards) {
         const int64 first = range.first, count = range.count;
         const int64 mine = threadIdx.y;
-        left = static_cast<int32>(p.inside && mine < count ? (count - mine + depth() - 1) >> depth_shift() : 0);
+        left = static_cast<int32>(p.inside && mine < count ? (count - mine + depth() - 1) >> shift_of(depth()) : 0);
         const int64 unit = backwards ? first + count - 1 - mine : first + mine;
         even = p.groups == 1 || p.spread == 1;
         const int64 pitch = even ? p.groups * p.channels * p.inner : 1;  // from row to row
@@ -284,10 +289,17 @@ template <int32 packets> constexpr bool full_apart = packets == 1 || (held < 8 &
 // Keepers say how the two passes go through a block's split. `packets` is what they keep of a unit; `first_ahead` and
 // `second_ahead` are the most units in flight in a pass; `one_launch` says that the same launch does both passes.
 
-// The second pass reads everything again, backwards: what was read last may still be in the L2 cache.
+// The second pass reads everything again, backwards: what was read last may still be in the L2 cache. A block of one launch
+// has a multiprocessor nearly for itself, so it has more in flight; so have threads that load single elements.
 template <int32 packets> struct KeepNothing {
     static constexpr bool one_launch = false;
-    static constexpr int32 first_ahead = 4 / packets, second_ahead = 2;
+#if defined(GL_ENTRY_gl_bn_forward) || defined(GL_ENTRY_gl_bn_backward)
+    static constexpr bool scarce = packets == 1 && (held == 8 || sizeof(A) == 8);  // registers
+    static constexpr int32 first_ahead = (scarce ? 4 : 8) / packets, second_ahead = 4;
+#else
+    static constexpr int32 first_ahead = (VECTOR || sizeof(A) == 8 || packets == 2 ? 4 : 6) / packets;
+    static constexpr int32 second_ahead = first_ahead;
+#endif
 
     template <typename Fetch, typename Body>
     __device__ __forceinline__ void first_pass(const Place& p, Fetch fetch, Body body) {
@@ -339,13 +351,13 @@ __device__ __forceinline__ void merge_columns(T (&mine)[count], int32 columns, M
     for (int32 distance = columns; distance < 32; distance <<= 1)
         merge(mine, [&](int32 i) { return __shfl_xor_sync(all_lanes, mine[i], distance); });
     // The threads of a warp that share a column hold the same columns now: one of them goes on.
-    const int32 me = thread_number(), of_warp = columns < 32 ? columns : 32;
+    const int32 me = thread_number_again(), lane = me & 31, of_warp = columns < 32 ? columns : 32;
     const int32 left = (threads_in_block() >> 5) * of_warp;
     T* const memory = reinterpret_cast<T*>(scratch());
     __syncthreads();
-    if (lane_number() < of_warp) {
+    if (lane < of_warp) {
 #pragma unroll
-        for (int32 i = 0; i < count; ++i) memory[i * left + warp_number() * of_warp + lane_number()] = mine[i];
+        for (int32 i = 0; i < count; ++i) memory[i * left + (me >> 5) * of_warp + lane] = mine[i];
     }
 #pragma unroll 1
     for (int32 half = left / 2; half >= columns; half >>= 1) {
@@ -376,9 +388,10 @@ struct Column {
 
     __device__ __forceinline__ Column(const Place& p) {
         columns = lanes() * held;
-        parts = threads_in_block() / columns;
-        part = thread_number() / columns;
-        channel = static_cast<int64>(p.slab) * columns + thread_number() % columns;
+        const int32 me = thread_number_again(), shift = shift_of(columns);
+        parts = threads_in_block() >> shift;
+        part = me >> shift;
+        channel = static_cast<int64>(p.slab) * columns + (me & (columns - 1));
         inside = channel < p.channels;
     }
 };
@@ -401,7 +414,7 @@ __device__ __forceinline__ int64 slot_plane(const Place& p) { return p.groups * 
 // have ended or wait, so the loads of several splits are in flight together.
 template <typename Arguments, typename Add>
 __device__ __forceinline__ void for_parts(const Arguments& arguments, const Place& p, const Column& column, Add add) {
-    constexpr int32 ahead = 24 / static_cast<int32>(sizeof(A));
+    constexpr int32 ahead = sizeof(A) == 8 ? 2 : 6;
     if (!column.inside) return;
     const Part* from = part_of(arguments, p, column.part, column.channel);
     const int64 step = column.parts * p.channels;
@@ -640,9 +653,10 @@ __device__ __forceinline__ Affine affine_of(const Arguments& arguments, const Pl
 // Calls make(column, channel) for every channel of the slab, each in a thread of its own, between two barriers: factors
 // cost a root and a division in double, and many loads. They go to the scratch.
 template <typename Make> __device__ __forceinline__ void for_channels(const Place& p, Make make) {
-    const Column column(p);
+    const int32 column = thread_number(), columns = lanes() * held;
+    const int64 channel = static_cast<int64>(p.slab) * columns + column;
     __syncthreads();
-    if (column.part == 0 && column.inside) make(thread_number(), column.channel);
+    if (column < columns && channel < p.channels) make(column, channel);
     __syncthreads();
 }
 
@@ -803,7 +817,7 @@ __device__ __forceinline__ void sums_of_split(const Arguments& arguments, const 
     for (int32 i = 0; i < held; ++i) sum[i] = product[i] = A(0);
     own_channels(pivots, pivot);
     factors.own();
-    Packet x[Keeper::first_ahead], g[Keeper::first_ahead];
+    Packet x[Keeper::first_ahead], g[Keeper::first_ahead], y[Keeper::first_ahead];
     uint32 bits[Keeper::first_ahead];
     keeper.first_pass(
         p,
@@ -811,10 +825,14 @@ __device__ __forceinline__ void sums_of_split(const Arguments& arguments, const 
             x[slot] = take_first(place, arguments.x + offset);
             g[slot] = take_first(place, arguments.dy + offset);
             if (arguments.bits) bits[slot] = take_bits(arguments.bits, offset);
-            if (arguments.y) bits[slot] = bits_of(take_first(place, arguments.y + offset));
+            if (arguments.y) {
+                y[slot] = take_first(place, arguments.y + offset);
+                if (!signs_late) bits[slot] = bits_of(y[slot]);
+            }
         },
         [&](int32 slot, int64 offset, auto place) {
             if (held > 1) reload_channels(pivots, pivot);
+            if (signs_late && arguments.y) bits[slot] = bits_of(y[slot]);
             if (arguments.recompute) bits[slot] = bits_of(x[slot], pivot, factors);
             if (arguments.recompute || arguments.bits || arguments.y) mask(g[slot], bits[slot]);
             place.keep(0, x[slot]);
@@ -934,7 +952,7 @@ __device__ __forceinline__ void apply_split(const Arguments& arguments, const Pl
     // The first pass of the same launch has left the masked gradient there: one array instead of two.
     bool masked_before = false;
     if constexpr (Keeper::one_launch) masked_before = arguments.dresidual != nullptr;
-    Packet x[Keeper::second_ahead], g[Keeper::second_ahead];
+    Packet x[Keeper::second_ahead], g[Keeper::second_ahead], y[Keeper::second_ahead];
     uint32 bits[Keeper::second_ahead];
     keeper.second_pass(
         p,
@@ -952,11 +970,15 @@ __device__ __forceinline__ void apply_split(const Arguments& arguments, const Pl
                 }
                 g[slot] = take<cache::streaming>(arguments.dy + offset);
                 if (arguments.bits) bits[slot] = take_bits(arguments.bits, offset);
-                if (arguments.y) bits[slot] = bits_of(take<cache::streaming>(arguments.y + offset));
+                if (arguments.y) {
+                    y[slot] = take<cache::streaming>(arguments.y + offset);
+                    if (!signs_late) bits[slot] = bits_of(y[slot]);
+                }
             }
         },
         [&](int32 slot, int64 offset, auto place) {
             if constexpr (!decltype(place)::keeps) {
+                if (signs_late && !masked_before && arguments.y) bits[slot] = bits_of(y[slot]);
                 if (!masked_before && (arguments.bits || arguments.y)) mask(g[slot], bits[slot]);
             }
             constexpr bool masked = decltype(place)::keeps;  // what was kept has no need of it

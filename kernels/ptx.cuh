@@ -53,6 +53,29 @@
 #define GL_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #endif
 
+// blockIdx.x, and the number of a thread in a block of (x, y), read here and now: what is computed from them is computed
+// again, and takes no registers in between.
+__device__ __forceinline__ int block_number_again() {
+#ifdef GL_HOST
+    return static_cast<int>(blockIdx.x);
+#else
+    int number;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(number));
+    return number;
+#endif
+}
+
+__device__ __forceinline__ int thread_number_again() {
+#ifdef GL_HOST
+    return static_cast<int>(threadIdx.x + blockDim.x * threadIdx.y);
+#else
+    int x, y;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    asm volatile("mov.u32 %0, %%tid.y;" : "=r"(y));
+    return x + static_cast<int>(blockDim.x) * y;
+#endif
+}
+
 // ---- 16-bit floats -------------------------------------------------------------------------------------------------
 
 // Value of an IEEE binary16.

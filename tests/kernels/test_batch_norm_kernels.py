@@ -679,14 +679,14 @@ MUTANTS = {
         ("float16",),
     ),
     "the factors are not waited for": (
-        "make(thread_number(), column.channel);\n    __syncthreads();",
-        "make(thread_number(), column.channel);",
+        "make(column, channel);\n    __syncthreads();",
+        "make(column, channel);",
         signs_of,
         ("float32",),
     ),
     "the factors are written while the sums before are still read": (
-        "const Column column(p);\n    __syncthreads();\n    if (column.part == 0 &&",
-        "const Column column(p);\n    if (column.part == 0 &&",
+        "__syncthreads();\n    if (column < columns &&",
+        "if (column < columns &&",
         forward_of,
         ((48, 6), 4),
     ),
