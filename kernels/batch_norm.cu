@@ -19,7 +19,7 @@
 // and the backward reads them in place of y. Without 16-byte accesses there are none, and y is read: 7 E s backward.
 // Moving statistics and renorm's r and d are finished by the last block of a slab, in the same launch.
 // Grid: groups * slabs * splits (one-launch kernels: slabs * CLUSTER). Block: (lanes, depth), at most 256 threads.
-// Shared memory: at most 21 KB static; the keeping kernels add 16 bytes per unit held.
+// Shared memory: at most 9 KB static, which all steps use in turn; the keeping kernels add 16 bytes per unit held.
 // Registers: at most 80 in the sweeps, so that a multiprocessor holds the three blocks that the plan gives it: the grid is
 //   one wave. At most 128 in the one-launch kernels.
 // Deterministic; no floating-point atomics.

@@ -293,12 +293,13 @@ template <int32 packets> constexpr bool full_apart = packets == 1 || (held < 8 &
 // has a multiprocessor nearly for itself, so it has more in flight; so have threads that load single elements.
 template <int32 packets> struct KeepNothing {
     static constexpr bool one_launch = false;
+    // Forward, with all factors in registers, these leave few of them.
+    static constexpr bool scarce = packets == 1 && (held == 8 || sizeof(A) == 8);
 #if defined(GL_ENTRY_gl_bn_forward) || defined(GL_ENTRY_gl_bn_backward)
-    static constexpr bool scarce = packets == 1 && (held == 8 || sizeof(A) == 8);  // registers
     static constexpr int32 first_ahead = (scarce ? 4 : 8) / packets, second_ahead = 4;
 #else
     static constexpr int32 first_ahead = (VECTOR || sizeof(A) == 8 || packets == 2 ? 4 : 6) / packets;
-    static constexpr int32 second_ahead = first_ahead;
+    static constexpr int32 second_ahead = scarce ? 3 : first_ahead;
 #endif
 
     template <typename Fetch, typename Body>
