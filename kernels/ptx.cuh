@@ -169,7 +169,8 @@ __device__ __forceinline__ uint4 reload_shared_16(const void* address) {
     uint4 v;
     asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(static_cast<unsigned int>(__cvta_generic_to_shared(address))));
+                 : "r"(static_cast<unsigned int>(__cvta_generic_to_shared(address)))
+                 : "memory");
     return v;
 #endif
 }

@@ -130,8 +130,8 @@ def division(divisor: int) -> tuple[int, int]:
 SMALL_BYTES = 64 * 1024  # a slab of this size is summed and normalised by one block before the caches forget it
 SMALL_GROUPS = 16  # one block takes the groups one after another
 CLUSTER = 8  # the largest cluster that every device with clusters can place
-# Clusters lie inside a processing cluster, and those are not equally large: 132 multiprocessors have room for 15 clusters
-# of 8 at least.
+# Clusters lie inside a processing cluster, and those are not equally large: on 132 multiprocessors there is room for 15
+# clusters of 8 at least.
 CLUSTER_PLACES = 15, 132
 CLUSTER_WAVES = 3  # more of them wait more for each other than for memory, unless their blocks hold much
 THREADS = 256
