@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import tracemalloc
 
 import ml_dtypes
@@ -433,6 +434,13 @@ def test_both_numpy_bodies_agree(monkeypatch, shape, axis, groups):
         )
     for one, other in zip(*results, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(("shape", "groups"), [((4096, 4, 4, 16), 2), ((65536, 2, 8), 4), ((32, 56, 56, 64), 4)])
+def test_sub_batches_are_no_reason_for_many_blocks(shape, groups):
+    for read in (False, True):
+        view = batch_norm_blocks.view_of(collapse(shape, (len(shape) - 1,), groups), read)
+        assert len(batch_norm_blocks.blocks_of(view)) <= max(2 * math.prod(shape) / batch_norm_blocks.ELEMENTS, 32)
 
 
 def test_blocks_cover_every_element_once():

@@ -1,6 +1,9 @@
 """The recurrent sequence functions against float64 loops, finite differences, torch and recorded TensorFlow cases."""
 
 import json
+import os
+import signal
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -499,3 +502,15 @@ def test_recorded_dynamic_rnn(case):
     cell = {"gru": "gru_cell", "lstm": "basic_lstm_cell", "simple_rnn": "basic_rnn_cell"}[name]
     for key, gradient in got.items():
         np.testing.assert_allclose(gradient, arrays[f"grad.rnn/{cell}/{key}"], atol=tolerance, err_msg=key)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_can_have_memory_though_a_thread_of_its_parent_was_taking_some():
+    with host_buffers._lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python's own about threads and fork
+        child = os.fork()
+        if not child:
+            signal.alarm(20)  # a child that hangs dies of it
+            host_buffers.recycled((300, 400), np.float32)
+            os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7

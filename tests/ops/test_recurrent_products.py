@@ -89,13 +89,23 @@ def test_sums_over_steps(time, batch, depths, columns, dtype, pool, monkeypatch)
         np.testing.assert_allclose(got, want, atol=1e-3 if dtype == "f" else 1e-10, rtol=1e-5)
 
 
-def test_float32_sums_over_many_steps_keep_their_digits(monkeypatch):
+@pytest.mark.parametrize("columns", [16, 20])
+def test_float32_sums_over_many_steps_keep_their_digits(monkeypatch, columns):
     monkeypatch.setattr(recurrent_gradients, "WORTH_A_THREAD", 1)
-    right = np.full((4000, 32, 16), 0.1, "f")
+    right = np.full((4000, 32, columns), 0.1, "f")
     sums = WeightGradients(right, np.ones((4000, 32, 1), "f"))
     sums.add(0, 4000)
-    for each in sums.results():
-        np.testing.assert_allclose(each, np.float32(0.1) * np.float64(128000), rtol=1e-5)
+    *_, rows = sums.results()
+    np.testing.assert_allclose(rows, np.float32(0.1) * np.float64(128000), rtol=1e-5)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(("depth", "units"), [(0, 4), (3, 0), (0, 0)])
+def test_gradients_without_depth_or_units(cell, depth, units):
+    case = Case(cell, time=3, batch=2, depth=depth, units=units)
+    *results, saved = case.forward()
+    gradients = case.backward([np.ones_like(r) for r in results], saved)
+    assert [g.shape for g in gradients] == [a.shape for a in (case.x, *case.states, *case.weights)]
 
 
 @pytest.mark.parametrize(

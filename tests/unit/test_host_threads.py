@@ -1,8 +1,10 @@
 """The thread pool of the NumPy bodies: order, errors, settings, and where its threads run."""
 
+import gc
 import os
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -87,8 +89,8 @@ def test_a_system_that_forbids_it(pool, monkeypatch):
 def occupy(pool):
     """Keep all threads of the pool busy until the event is set that is returned."""
     gate, begun = threading.Event(), threading.Semaphore(0)
-    for future in pool.submit(lambda: (begun.release(), gate.wait(20)), pool.workers):
-        assert not future.done()
+    for _ in range(pool.workers):
+        pool.submit(lambda: (begun.release(), gate.wait(20)))
     for _ in range(pool.workers):
         assert begun.acquire(timeout=20)
     return gate
@@ -138,6 +140,53 @@ def test_work_ahead_without_a_pool(monkeypatch):
     waiting = run_ahead([lambda number=number: done.append(number) for number in range(3)])
     assert next(waiting) is None and done == [0]
     assert list(waiting) == [None, None] and done == [0, 1, 2]
+
+
+def test_work_that_is_taken_back_keeps_no_arrays_alive(pool):
+    gate = occupy(pool)
+    array = np.ones(10)
+    kept = weakref.ref(array)
+    run_tasks(lambda _, array=array: array.sum(), range(4), True)
+    list(run_ahead([lambda array=array: array.sum()]))
+    calls = InOrder()
+    calls.add(lambda array=array: array.sum())
+    calls.finish()
+    del array, calls
+    gc.collect()
+    assert kept() is None
+    gate.set()
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_work_ahead_that_nobody_waits_for_any_more_ends(pool, asked):
+    done, gates = [], [threading.Event() for _ in range(100)]
+    waiting = run_ahead([lambda gate=gate: (done.append(gate), gate.wait(20)) for gate in gates])
+    for gate in gates[:asked]:
+        gate.set()
+        next(waiting)
+    while len(done) <= asked:
+        time.sleep(0.001)
+    del waiting
+    for gate in gates:
+        gate.set()
+    run_tasks(lambda _: time.sleep(0.01), range(12), True)  # the thread is free again
+    assert len(done) == asked + 1
+
+
+@pytest.mark.parametrize("error", ["cannot schedule new futures after interpreter shutdown", "can't start new thread"])
+def test_without_threads_the_caller_does_everything(pool, monkeypatch, error):
+    def refuse(*_):
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(pool._executor, "submit", refuse)
+    assert run_tasks(abs, [-1, -2, -3], True) == [1, 2, 3]
+    made, calls = [], InOrder()
+    for number in range(3):
+        calls.add(lambda number=number: made.append(number))
+    calls.finish()
+    assert made == [0, 1, 2]
+    assert list(run_ahead([lambda: made.append(3), lambda: made.append(4)])) == [None, None]
+    assert made == [0, 1, 2, 3, 4]
 
 
 def test_calls_in_order_on_another_thread(pool):

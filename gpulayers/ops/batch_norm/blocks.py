@@ -23,6 +23,7 @@ __all__ = ["LONG_ROW", "Block", "Operand", "View", "blocks_of", "series_of", "th
 ELEMENTS = 2 * 1024 * 1024 // 4  # of a block
 ELEMENTS_READ = 2 * ELEMENTS  # of a block that is only read
 TABLE = 256 * 1024 // 4  # elements of one row of a block with several rows channels first: its tables stay in the cache
+FOLDED = 64 * 1024  # elements of a row with all sub-batches and their places: more make good blocks by themselves
 LINE = 16  # slots: a multiple of it begins on a cache line, whatever `inner` is
 WIDE = 2048  # elements of a wide row: enough to hide a loop's start, and a row of sums stays in the first-level cache
 NARROW_INNER = 64  # below this, channels-first rows are too short for a loop of their own
@@ -50,7 +51,8 @@ class View(NamedTuple):
     """An input as ``[segments, length, slots, inner]``; segment q uses row ``q % tables`` of the tables of statistics.
 
     `columns`: the blocks are treated as rows of ``slots * inner`` columns, `tile` of them laid side by side as far as
-    they go. A block has at most `rows` rows (of whole tiles), `span` slots and `stretch` inner elements.
+    they go. A block has at most `rows` rows (of whole tiles), `span` slots and `stretch` inner elements. `folded` is
+    None, or (groups, spread, channels), which make up the slots: places of one sub-batch that share their statistics.
     """
 
     segments: int
@@ -63,6 +65,7 @@ class View(NamedTuple):
     rows: int
     span: int
     stretch: int
+    folded: tuple[int, int, int] | None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -102,15 +105,16 @@ class Operand:
 
 @functools.lru_cache(maxsize=4096)
 def view_of(layout: Layout, read: bool = False) -> View:
-    """Choose the view for a layout: sub-batches are extra channels where the memory allows, else many segments.
+    """Choose the view for a layout: sub-batches are extra channels, small ones with all their places, or segments.
 
     `read`: for sums that copy nothing; their blocks are larger and contiguous as far as can be.
     """
     rows, groups, spread, channels, inner = layout[:5]
-    if spread == 1:
-        segments, length, tables, slots = 1, rows, 1, groups * channels
-    else:
-        segments, length, tables, slots = rows * groups, spread, groups, channels
+    segments, length, tables, slots = rows * groups, spread, groups, channels
+    folded = None
+    if groups * spread * channels * inner <= FOLDED or spread == 1:
+        segments, length, tables, slots = 1, rows, 1, groups * spread * channels
+        folded = None if spread == 1 else (groups, spread, channels)
     elements = ELEMENTS_READ if read else ELEMENTS
     columns = inner == 1 or (inner < NARROW_INNER and slots * inner <= 2 * WIDE)
     tile = 1
@@ -120,7 +124,7 @@ def view_of(layout: Layout, read: bool = False) -> View:
     span = _slots_at_once(slots, inner, columns or read or inner >= LONG_ROW, elements)
     stretch = min(inner, elements)
     at_once = max(1, min(elements // (span * stretch), length) // tile)
-    return View(segments, length, tables, slots, inner, columns, tile, at_once, span, stretch)
+    return View(segments, length, tables, slots, inner, columns, tile, at_once, span, stretch, folded)
 
 
 def _slots_at_once(slots: int, inner: int, contiguous: bool, elements: int) -> int:

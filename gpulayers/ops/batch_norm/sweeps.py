@@ -41,6 +41,8 @@ class _Tables:
 
     def __init__(self, view: View, values: Any, dtype: Any) -> None:
         self.view = view
+        if view.folded is not None:
+            values = np.broadcast_to(values.reshape(view.folded[0], 1, view.folded[2]), view.folded)
         shaped = values.astype(dtype, copy=False).reshape(view.tables, 1, view.slots, 1)
         if view.columns:
             shape = view.tables, view.tile, view.slots, view.inner
@@ -170,11 +172,12 @@ def _sums_of_rows(u: Any, v: Any, into: Any) -> None:
 
 
 def _two_sums(view: View, operands: Sequence[Any], pair: Callable[..., Any], dtype: Any, itemsize: int) -> Any:
-    """Return the sums of u and of ``u * v`` over all blocks, shape (2, tables, slots), float64.
+    """Return the sums of u and of ``u * v`` over all blocks, two of each statistic, float64.
 
     `pair` makes u and v, both in `dtype`, from a block's parts of the operands, the last of which is the pivots.
     """
-    return (_column_sums if view.columns else _row_sums)(view, operands, pair, dtype, itemsize)
+    sums = (_column_sums if view.columns else _row_sums)(view, operands, pair, dtype, itemsize)
+    return sums if view.folded is None else np.add.reduce(sums.reshape(2, *view.folded), axis=2)
 
 
 def _shifted(part: Any, pivot: Any, scratch: _Scratch) -> Any:

@@ -12,6 +12,7 @@ uninitialised array that lives as long as somebody holds it or a view of it.
 from __future__ import annotations
 
 import math
+import os
 import sys
 import threading
 from typing import Any
@@ -25,8 +26,18 @@ KEPT_BYTES = 256 << 20
 
 _SMALL = 1 << 16  # below this the allocator's own lists serve better
 _LINE = 64  # bytes of a cache line, and of the widest vectors
+_KEPT = 256  # blocks at most: looking at thousands costs more than fresh memory
 _lock = threading.Lock()
 _blocks: list[np.ndarray] = []
+
+
+def _new_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)  # another thread of the parent may have held it
 
 
 def _holders(blocks: list[np.ndarray], index: int) -> int:
@@ -81,7 +92,7 @@ def _take(size: int) -> np.ndarray:
     block = np.empty(size, np.uint8)
     _blocks.append(block)
     kept = sum(each.size for each in _blocks)
-    while kept > KEPT_BYTES:  # dropped blocks live on for those who use them
+    while kept > KEPT_BYTES or len(_blocks) > _KEPT:  # dropped blocks live on for those who use them
         kept -= _blocks.pop(0).size
     return block
 

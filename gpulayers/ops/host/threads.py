@@ -38,6 +38,30 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
+class _Submitted:
+    """Work for a thread of the pool, which runs it with the caller's NumPy error state."""
+
+    future: Future[None]
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self.work = [work]
+
+    def run(self) -> None:
+        for work in self.work:
+            work()
+
+    def take_back(self) -> bool:
+        """Return whether no thread has begun; none will then, nor keep alive what the work refers to."""
+        if self.future.cancel():
+            self.work.clear()  # the cancelled future itself waits for a thread that throws it away
+            return True
+        return False
+
+    def wait(self) -> None:
+        """Return when it is done. Raises what it raised."""
+        self.future.result()
+
+
 class _Pool:
     """The sleeping threads, one fewer than there are processors to use."""
 
@@ -56,11 +80,17 @@ class _Pool:
             self.workers, "gpulayers", initializer=lambda: self._identities.append(threading.get_native_id())
         )
 
-    def submit(self, work: Callable[[], Result], times: int) -> list[Future[Result]]:
-        """Start `work` on so many threads, away from the caller's processor, with the caller's NumPy error state."""
+    def submit(self, work: Callable[[], object]) -> _Submitted | None:
+        """Start `work` on a thread, away from the caller's processor; None where no thread can be had any more."""
         if self._current_processor is not None:
             self._avoid(self._current_processor())
-        return [self._executor.submit(contextvars.copy_context().run, work) for _ in range(times)]
+        submitted = _Submitted(work)
+        try:
+            submitted.future = self._executor.submit(contextvars.copy_context().run, submitted.run)
+        except RuntimeError:  # the interpreter is shutting down, or the system gives no more threads
+            submitted.work.clear()
+            return None
+        return submitted
 
     def _avoid(self, processor: int) -> None:
         if processor == self._avoided or len(self._identities) < self.workers:
@@ -113,14 +143,14 @@ def run_tasks(
             np.setbufsize(buffer)
 
     pool = _pool() if threaded and len(tasks) > 1 else None
-    futures = [] if pool is None else pool.submit(work_off, pool.workers)
+    submitted = [] if pool is None else [pool.submit(work_off) for _ in range(pool.workers)]
     try:
         work_off()
     finally:
         waiting.clear()  # after an error nobody begins another task
-        for future in futures:
-            if not future.cancel():  # one that has not begun would find nothing to do
-                future.result()
+        for each in submitted:
+            if each is not None and not each.take_back():  # one that has not begun would find nothing to do
+                each.wait()
     return results
 
 
@@ -128,7 +158,8 @@ def run_ahead(works: Sequence[Callable[[], object]]) -> Iterator[None]:
     """Start `works` on a thread of the pool, one after the other; each `next` of the result waits for one more.
 
     What no thread has begun by then is done by the one who asks, one work at a time. A thread does next to nothing
-    between two works, so that the one who asks seldom meets it at the interpreter lock.
+    between two works, so that the one who asks seldom meets it at the interpreter lock. It stops when nobody can ask
+    any more.
 
     >>> made = []
     >>> for number, _ in enumerate(run_ahead([functools.partial(made.append, name) for name in "abc"])):
@@ -137,36 +168,51 @@ def run_ahead(works: Sequence[Callable[[], object]]) -> Iterator[None]:
     'b'
     'c'
     """
-    pool = _pool() if works else None
-    failed: list[Callable[[], object]] = []
-    unfinished = [threading.Lock() for _ in works]
-    for each in unfinished:
-        each.acquire()
+    return _Ahead(works)
 
-    def work_off() -> None:
-        for work, each in zip(works, unfinished, strict=True):
-            try:
-                work()
-            except BaseException:
-                failed.append(work)
-                raise
-            finally:
-                each.release()
 
-    def wait(future: Future[None] | None) -> Iterator[None]:
-        for work, each in zip(works, unfinished, strict=True):
-            if future is not None and not each.acquire(blocking=False):
-                if future.cancel():
-                    future = None
-                else:
-                    each.acquire()
-            if future is None:
-                work()
-            elif failed:
-                future.result()
-            yield
+class _Ahead(Iterator[None]):
+    def __init__(self, works: Sequence[Callable[[], object]]) -> None:
+        self._works = list(zip(works, [threading.Lock() for _ in works], strict=True))
+        self._asked = 0
+        self._failed: list[bool] = []
+        self._given_up: list[bool] = []
+        for _, unfinished in self._works:
+            unfinished.acquire()
+        pool = _pool() if works else None
+        work_off = functools.partial(_work_ahead, self._works, self._failed, self._given_up)
+        self._submitted = None if pool is None else pool.submit(work_off)
 
-    return wait(None if pool is None else pool.submit(work_off, 1)[0])
+    def __next__(self) -> None:
+        if self._asked == len(self._works):
+            raise StopIteration
+        work, unfinished = self._works[self._asked]
+        self._asked += 1
+        if self._submitted is not None and not unfinished.acquire(blocking=False):
+            if self._submitted.take_back():
+                self._submitted = None
+            else:
+                unfinished.acquire()
+        if self._submitted is None:
+            work()
+        elif self._failed:
+            self._submitted.wait()
+
+    def __del__(self) -> None:
+        self._given_up.append(True)
+
+
+def _work_ahead(works: list[tuple[Callable[[], object], Any]], failed: list[bool], given_up: list[bool]) -> None:
+    for work, unfinished in works:
+        if given_up:
+            return
+        try:
+            work()
+        except BaseException:
+            failed.append(True)
+            raise
+        finally:
+            unfinished.release()
 
 
 class InOrder:
@@ -187,7 +233,7 @@ class InOrder:
         self._pool = _pool()
         self._lock = threading.Lock()
         self._waiting: collections.deque[Callable[[], object]] = collections.deque()
-        self._futures: list[Future[None]] = []
+        self._submitted: list[_Submitted | None] = []
         self._running = self._pool is None
 
     def add(self, work: Callable[[], object]) -> None:
@@ -196,17 +242,14 @@ class InOrder:
             self._waiting.append(work)
             start, self._running = not self._running, True
         if start and self._pool is not None:
-            self._futures += self._pool.submit(self._work_off, 1)
+            self._submitted.append(self._pool.submit(self._work_off))
 
     def finish(self) -> None:
         """Return when all has been called; what no thread has begun is called here. Raises what a call raised."""
-        if self._pool is None:
-            self._work_off()
-        for future in self._futures:
-            if future.cancel():
-                self._work_off()
-            else:
-                future.result()
+        for each in self._submitted:
+            if each is not None and not each.take_back():
+                each.wait()
+        self._work_off()
 
     def _work_off(self) -> None:
         while True:

@@ -22,6 +22,7 @@ from gpulayers.ops.recurrent.products import SMALL_PRODUCT, WORTH_A_THREAD, in_s
 __all__ = ["WeightGradients", "input_gradients", "rows_times"]
 
 _NARROW = 16  # columns of a strip
+_SHORT = 32  # rows multiplied at once, of one step or several
 _TALL = 256  # rows summed by one product: enough that adding its result costs little beside it
 _CACHED = 1 << 20  # bytes of a sum that stays in the second-level cache
 
@@ -35,8 +36,8 @@ class WeightGradients:
 
     def __init__(self, right: np.ndarray, *lefts: np.ndarray) -> None:
         (time, batch, columns), depth = right.shape, max(left.shape[2] for left in lefts)
-        self._batch, self._right = batch, right.reshape(-1, columns)
-        self._lefts = [left.reshape(-1, left.shape[2]) for left in lefts]
+        self._batch, self._right = batch, right.reshape(time * batch, columns)
+        self._lefts = [left.reshape(time * batch, left.shape[2]) for left in lefts]
         self._tall = max(1, min(_TALL, time * batch, SMALL_PRODUCT // (_NARROW * max(depth, 1))))
         small = columns % _NARROW == 0 and depth * columns * right.itemsize <= _CACHED
         small = small and time * batch * depth * columns >= WORTH_A_THREAD
@@ -69,28 +70,38 @@ class WeightGradients:
         """Return the sum for each left array, then that of the rows, when all steps have been added."""
         right = self._right
         if not self._strips:
-            ones = np.ones(len(right), right.dtype)
-            return *(np.matmul(left.T, right) for left in self._lefts), np.matmul(ones, right)
+            rows = [np.add.reduce(right[first : first + _TALL], axis=0) for first in range(0, len(right), _TALL)]
+            return *(np.matmul(left.T, right) for left in self._lefts), _added(rows, right)
         self._calls.finish()
         columns = self._strips * _NARROW
-        return *(total.transpose(1, 0, 2).reshape(-1, columns) for total in self._totals), np.sum(self._rows, axis=0)
+        return *(total.transpose(1, 0, 2).reshape(-1, columns) for total in self._totals), _added(self._rows, right)
+
+
+def _added(rows: list[np.ndarray], like: np.ndarray) -> np.ndarray:
+    """Return the sum of rows, added up in float64, in the dtype of `like`; zeros for no rows."""
+    return np.sum(rows, axis=0, dtype=np.float64).astype(like.dtype) if rows else np.zeros(like.shape[1], like.dtype)
 
 
 def rows_times(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Return ``rows weights``, made by all threads: `rows` (T, N, C), `weights` (C, D), the result (T, N, D)."""
     (time, batch, columns), depth = rows.shape, weights.shape[1]
     out = recycled((time, batch, depth), rows.dtype)
-    if not strip_width(batch, columns, depth):
-        np.matmul(rows.reshape(-1, columns), weights.astype(rows.dtype, copy=False), out=out.reshape(-1, depth))
+    flat, into = rows.reshape(time * batch, columns), out.reshape(time * batch, depth)
+    if not strip_width(_SHORT, columns, depth):
+        np.matmul(flat, weights.astype(rows.dtype, copy=False), out=into)
         return out
-    strips = weight_strips(weights, batch, rows.dtype)[0]
-    into = in_strips(out, strips[None])
-    steps = -(-WORTH_A_THREAD // (batch * columns * depth))
+    strips = weight_strips(weights, _SHORT, rows.dtype)[0]
+    tall = _SHORT * -(-WORTH_A_THREAD // (_SHORT * columns * depth))
 
-    def work(start: int) -> None:
-        np.matmul(rows[start : start + steps, None], strips, out=into[start : start + steps])
+    def work(first: int) -> None:
+        some = slice(first, first + tall)
+        whole = (len(flat[some]) // _SHORT) * _SHORT
+        parts = (slice(first, first + whole), (-1, _SHORT)), (slice(first + whole, first + tall), (1, -1))
+        for part, shape in parts if whole else parts[1:]:
+            left, right = flat[part].reshape(*shape, columns), into[part].reshape(*shape, depth)
+            np.matmul(left[:, None], strips, out=in_strips(right, strips[None]))
 
-    run_tasks(work, range(0, time, steps), threaded=True)
+    run_tasks(work, range(0, time * batch, tall), threaded=True)
     return out
 
 

@@ -8,6 +8,8 @@ one small product each; ``np.matmul`` goes over them in one call.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +19,28 @@ from gpulayers.ops.host.buffers import recycled
 
 __all__ = ["SMALL_PRODUCT", "WORTH_A_THREAD", "in_strips", "strip_width", "weight_strips"]
 
-SMALL_PRODUCT = 1 << 19
+
+def _small_product() -> int:
+    """Return up to how many multiplications OpenBLAS makes a product at once, on the thread that asks.
+
+    Everywhere it stays on one thread up to 2^18; for processors with AVX-512 it has kernels that take larger ones so,
+    and leave their operands where they are.
+    """
+    core = os.environ.get("OPENBLAS_CORETYPE", "").upper()
+    wide = core in _WIDE_CORES if core else "AVX512_SKX" in _enabled_features()
+    return 1 << 19 if wide else 1 << 18
+
+
+_WIDE_CORES = ("SKYLAKEX", "COOPERLAKE", "SAPPHIRERAPIDS")
+
+
+def _enabled_features() -> set[str]:
+    """Return the features of this processor that NumPy uses."""
+    module: Any = sys.modules.get("numpy._core._multiarray_umath")  # a private name: no features where it is gone
+    return {name for name, used in getattr(module, "__cpu_features__", {}).items() if used}
+
+
+SMALL_PRODUCT = _small_product()
 """Multiplications up to which BLAS makes a product at once."""
 
 WORTH_A_THREAD = 1 << 22
@@ -29,10 +52,10 @@ _WIDTHS = (64, 32, 16)  # columns: a strip of weights stays in the first-level c
 def strip_width(rows: int, depth: int, columns: int) -> int:
     """Return the columns of a strip such that ``(rows, depth) (depth, columns)`` is made of small products; 0: none.
 
-    >>> strip_width(32, 128, 512), strip_width(64, 512, 128), strip_width(32, 128, 100), strip_width(1024, 1024, 64)
-    (64, 16, 100, 0)
+    >>> strip_width(16, 128, 512), strip_width(16, 128, 100), strip_width(1024, 1024, 64)
+    (64, 100, 0)
     """
-    fit = (width for width in (*_WIDTHS, columns) if width and columns % width == 0)
+    fit = (width for width in (*_WIDTHS, columns) if 0 < width <= columns and columns % width == 0)
     return next((width for width in fit if 0 < rows * depth * width <= SMALL_PRODUCT), 0)
 
 
