@@ -175,7 +175,7 @@ struct Walk {
         const int64 first = range.first, count = range.count;
         const int64 mine = threadIdx.y;
         left = static_cast<int32>(p.inside && mine < count ? (count - mine + depth() - 1) >> shift_of(depth()) : 0);
-        const int64 unit = backwards ? first + count - 1 - mine : first + mine;
+        const int64 unit = left == 0 ? 0 : backwards ? first + count - 1 - mine : first + mine;  // there may be none
         even = p.groups == 1 || p.spread == 1;
         const int64 pitch = even ? p.groups * p.channels * p.inner : 1;  // from row to row
         row_end = units_of_row(p);
