@@ -296,7 +296,7 @@ template <int32 packets> struct KeepNothing {
     // Forward, with all factors in registers, these leave few of them.
     static constexpr bool scarce = packets == 1 && (held == 8 || sizeof(A) == 8);
 #if defined(GL_ENTRY_gl_bn_forward) || defined(GL_ENTRY_gl_bn_backward)
-    static constexpr int32 first_ahead = (scarce ? 4 : 8) / packets, second_ahead = 4;
+    static constexpr int32 first_ahead = (scarce ? 4 : held == 8 ? 6 : 8) / packets, second_ahead = 4;
 #else
     static constexpr int32 first_ahead = (VECTOR || sizeof(A) == 8 || packets == 2 ? 4 : 6) / packets;
     static constexpr int32 second_ahead = scarce ? 3 : first_ahead;
