@@ -53,6 +53,7 @@ int cuLaunchCooperativeKernel(void* function, unsigned gx, unsigned gy, unsigned
     const unsigned sizes[7] = {gx, gy, gz, bx, by, bz, shared};
     return keep(function, sizes, stream, parameters, 1);
 }
+int cuFuncSetAttribute(void* function, int attribute, int value) { return 0; }
 long stub_launches(void) { return count; }
 const char* stub_argument(void) { return kept; }
 const unsigned long long* stub_last(void) { return last; }
