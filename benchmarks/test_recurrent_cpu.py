@@ -40,10 +40,10 @@ def ours(kind, backward):
     return run
 
 
-def theirs(kind, backward):
-    x, _, _ = data(kind, TIME, BATCH, UNITS)
-    module = getattr(torch.nn, KINDS[kind][0])(UNITS, UNITS)
-    x = torch.tensor(x, requires_grad=backward)
+def theirs(kind, backward, batch_first=False):
+    x = torch.tensor(data(kind, TIME, BATCH, UNITS)[0])
+    module = getattr(torch.nn, KINDS[kind][0])(UNITS, UNITS, batch_first=batch_first)
+    x = (x.swapaxes(0, 1).contiguous() if batch_first else x).requires_grad_(backward)
     cotangent = torch.ones_like(x)
 
     def run():
@@ -111,18 +111,7 @@ def our_layer(backward):
 
 
 def their_layer(backward):
-    module = torch.nn.LSTM(UNITS, UNITS, batch_first=True)
-    x = torch.tensor(data("lstm", TIME, BATCH, UNITS)[0]).swapaxes(0, 1).contiguous().requires_grad_(backward)
-    cotangent = torch.ones_like(x)
-
-    def run():
-        with torch.set_grad_enabled(backward):
-            y = module(x)[0] + x
-        if backward:
-            y.backward(cotangent)
-        return y
-
-    return run
+    return theirs("lstm", backward, batch_first=True)
 
 
 @pytest.mark.parametrize("library", [our_layer, their_layer], ids=["gpulayers", "torch"])
