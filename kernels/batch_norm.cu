@@ -19,7 +19,9 @@
 // and the backward reads them in place of y. Without 16-byte accesses there are none, and y is read: 7 E s backward.
 // Moving statistics and renorm's r and d are finished by the last block of a slab, in the same launch.
 // Grid: groups * slabs * splits (one-launch kernels: slabs * CLUSTER). Block: (lanes, depth), at most 256 threads.
-// Shared memory: at most 9 KB static, which all steps use in turn; the keeping kernels add 16 bytes per unit held.
+// Access: 2 to 16 bytes, the most that the rows' lengths and all addresses are multiples of (batch_norm/plan.py decides).
+// Shared memory: at most 9 KB static (17 KB where columns are folded), which all steps use in turn; the keeping kernels add
+//   the accesses they hold.
 // Registers: at most 80 in the sweeps, so that a multiprocessor holds the three blocks that the plan gives it: the grid is
 //   one wave. At most 128 in the one-launch kernels.
 // Deterministic; no floating-point atomics.

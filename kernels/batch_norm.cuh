@@ -2,10 +2,16 @@
 //
 // View of the input (contiguous, E = rows * groups * spread * channels * inner elements):
 //   [rows, groups, spread, channels, inner]; statistics are per (group, channel), over `rows * spread` rows of `inner`.
-//   CHANNELS_LAST (inner = 1): a thread holds `width` neighbouring channels (16 bytes) of one row;
-//   else: a thread holds `width` neighbours of one (row, channel).
-// Block: (lanes, depth) threads, both powers of two. `lanes` threads lie side by side over the channels of a slab
-//   (1 if not CHANNELS_LAST), `depth` of them share a channel's values. A slab is lanes * held channels.
+//   A thread moves PACKET neighbours at once, 2 to 16 bytes: as many as the plan finds that rows and addresses allow.
+//   CHANNELS_LAST (inner = 1): they are neighbouring channels of one row;
+//   CHANNELS_LAST and FOLDED (inner > 1): they are neighbouring columns of one row of channels * inner, and may belong to
+//     several channels. Each column is summed as if it were a channel; a block then folds the `inner` columns of each
+//     channel, and everything per channel is as in the other layouts;
+//   else: they are neighbours of one (row, channel).
+// Block: (lanes, depth) threads, both powers of two. `lanes` threads lie side by side over the columns of a slab
+//   (1 if not CHANNELS_LAST), `depth` of them share a column's values. A slab is lanes * held channels; FOLDED, as many
+//   channels (slab_channels, a power of two) as have their columns in lanes * held of them and end with a packet: the lanes
+//   behind these columns have no work.
 // Work: block = (group, slab, split); the splits of a slab take U / splits of its units each, the first U mod splits of
 //   them one more, a unit being a row (CHANNELS_LAST) or `width` neighbours.
 // Statistics: each thread sums x - p and (x - p)^2 around its own first value p; (count, mean, square) triples are merged
@@ -19,34 +25,26 @@
 
 typedef accumulate_t<STORAGE> A;
 
-constexpr int32 width = VECTOR ? vector_width<STORAGE> : 1;  // elements of one access
-constexpr int32 held = CHANNELS_LAST ? width : 1;            // channels of one thread
-constexpr int32 largest = 256;                               // threads of a block
-constexpr int32 widest = 16;                                 // lanes of a block where threads hold several channels
-constexpr int32 widest_slab = held > 1 ? held * widest : 32;  // channels of a slab
+constexpr int32 width = PACKET;                     // elements of one access
+constexpr int32 held = CHANNELS_LAST ? width : 1;   // columns of one thread: channels, or what is folded to channels
+constexpr int32 largest = 256;                      // threads of a block
+constexpr int32 widest = FOLDED ? 64 : 16;          // lanes of a block where threads hold several columns
+constexpr int32 widest_slab = held > 1 ? held * widest : 32;  // columns of a slab
+constexpr int32 most_folded = 64;                   // channels of a slab whose columns are folded
+constexpr bool whole_words = width == vector_width<STORAGE>;  // an access is of 16 bytes
+constexpr bool narrow_words = width * sizeof(STORAGE) <= 4;
+static_assert(!FOLDED || (CHANNELS_LAST && whole_words), "columns are folded where rows are read 16 bytes at a time");
 
 // What one access moves, as it lies in memory: a quarter of the registers that widened 16-bit values would take.
-typedef packet<STORAGE, width> Packet;
+typedef neighbours<width, STORAGE> Packet;
 
-template <cache HINT = cache::keep, int N = width>
-__device__ __forceinline__ packet<STORAGE, N> take(const STORAGE* address) {
-    packet<STORAGE, N> result;
-    if constexpr (N == 1) {
-        result.values[0] = *address;
-    } else if constexpr (HINT == cache::streaming) {
-        result.words = load_16_streaming(address);
-    } else {
-        result.words = load_16(address);
-    }
+// How memory is accessed that is touched for the last time. Single elements are not: neighbours share their lines.
+constexpr cache last_touch = width == 1 ? cache::keep : cache::streaming;
+
+template <cache HINT = cache::keep> __device__ __forceinline__ Packet take(const STORAGE* address) {
+    Packet result;
+    fetch<width, HINT>(address, result);
     return result;
-}
-
-template <int N> __device__ __forceinline__ void put(STORAGE* address, const packet<STORAGE, N>& value) {
-    if constexpr (N == 1) {
-        *address = value.values[0];
-    } else {
-        store_16(address, value.words);
-    }
 }
 
 // Largest value that becomes 0 when it is stored, where its rounding underflows: half of the smallest subnormal, which
@@ -60,13 +58,13 @@ __device__ __forceinline__ float fused(float a, float b, float c) { return fmaf(
 __device__ __forceinline__ double fused(double a, double b, double c) { return fma(a, b, c); }
 
 // The bits of a ReLU behind a residual: one byte for every 16 bytes of x, in memory order; bit i says that the i-th of the
-// elements there is > 0. Threads with 16-byte accesses own their bytes. All accesses can read them.
+// elements there is > 0. Threads with 16-byte accesses own their bytes and write them. All accesses can read them.
 constexpr int32 elements_of_byte = vector_width<STORAGE>;
 constexpr uint32 own_bits = (1u << width) - 1u;
 
 __device__ __forceinline__ uint32 take_bits(const uint8* bits, int64 offset) {
     const uint32 whole = bits[offset / elements_of_byte];
-    return width == 1 ? whole >> static_cast<int32>(offset % elements_of_byte) & own_bits : whole;
+    return whole_words ? whole : whole >> static_cast<int32>(offset % elements_of_byte) & own_bits;
 }
 
 // Which of the outputs y are > 0.
@@ -97,8 +95,9 @@ struct Place {
     uint64 spread_multiplier, inner_multiplier;    // for divisions by spread and by units_of_row
     int32 spread_shift, inner_shift;
     int32 groups, group, slabs, slab, splits, split;
-    int64 channel;  // first of this thread's channels
-    bool inside;    // that channel exists
+    int32 slab_channels;
+    int64 start;  // where this thread's first column begins in a row
+    bool inside;  // that column exists
 };
 
 __device__ __forceinline__ int32 lanes() { return static_cast<int32>(blockDim.x); }
@@ -128,6 +127,11 @@ __device__ __forceinline__ Range range_of_split(const Place& p) {
 }
 __device__ __forceinline__ int64 values_in_all(const Place& p) { return p.rows * p.spread * p.inner; }
 
+// The first of this thread's channels, where columns are channels.
+__device__ __forceinline__ int64 first_channel(const Place& p) {
+    return (static_cast<int64>(p.slab) * lanes() + threadIdx.x) * held;
+}
+
 template <typename Arguments> __device__ __forceinline__ Place place_of(const Arguments& arguments, int32 block) {
     Place p;
     p.rows = arguments.rows;
@@ -139,17 +143,28 @@ template <typename Arguments> __device__ __forceinline__ Place place_of(const Ar
     p.inner_shift = arguments.inner_shift;
     p.share = arguments.share;
     p.channels = arguments.channels;
-    p.inner = CHANNELS_LAST ? 1 : arguments.inner;
+    p.inner = CHANNELS_LAST && !FOLDED ? 1 : arguments.inner;
     p.splits = static_cast<int32>(arguments.splits);
-    p.slabs = static_cast<int32>((p.channels + lanes() * held - 1) >> shift_of(lanes() * held));
+    p.slab_channels = FOLDED ? static_cast<int32>(arguments.slab_channels) : lanes() * held;
+    p.slabs = static_cast<int32>((p.channels + p.slab_channels - 1) >> shift_of(p.slab_channels));
     p.split = block % p.splits;
     const int32 rest = block / p.splits;
     p.slab = rest % p.slabs;
     p.group = rest / p.slabs;
-    p.channel = (static_cast<int64>(p.slab) * lanes() + threadIdx.x) * held;
-    p.inside = p.channel < p.channels;
+    if (FOLDED) {
+        const int64 first = static_cast<int64>(p.slab) * p.slab_channels, behind = p.channels - first;
+        const int32 column = static_cast<int32>(threadIdx.x) * held;
+        p.start = first * p.inner + column;
+        p.inside = column < (behind < p.slab_channels ? behind : p.slab_channels) * p.inner;
+    } else {
+        p.start = first_channel(p) * p.inner;
+        p.inside = first_channel(p) < p.channels;
+    }
     return p;
 }
+
+// Values of a channel in a unit.
+__device__ __forceinline__ int64 values_of_unit(const Place& p) { return FOLDED ? p.inner : CHANNELS_LAST ? 1 : width; }
 
 // Offset of the first element of a group's row.
 __device__ __forceinline__ int64 row_start(const Place& p, int64 row) {
@@ -192,7 +207,7 @@ struct Walk {
         step = step_rows * pitch;
         next_row = pitch;
         if (even) {
-            at = row_start(p, 0) + row * pitch + p.channel * p.inner + position * width;
+            at = row_start(p, 0) + row * pitch + p.start + position * width;
             step += step_positions * width;
             next_row -= p.inner;
         }
@@ -205,7 +220,7 @@ struct Walk {
 
     // Offset of the current unit; moves on to the next.
     __device__ __forceinline__ int64 next(const Place& p) {
-        const int64 here = even ? at : row_start(p, at) + p.channel * p.inner + position * width;
+        const int64 here = even ? at : row_start(p, at) + p.start + position * width;
         --left;
         at += step;
         if (!CHANNELS_LAST) {
@@ -245,7 +260,7 @@ template <int32 packets> struct InShared {
 
 // A load of the first pass: what is kept is not read again.
 template <typename Where> __device__ __forceinline__ Packet take_first(const Where&, const STORAGE* address) {
-    return take<Where::keeps ? cache::streaming : cache::keep>(address);
+    return take<Where::keeps ? last_touch : cache::keep>(address);
 }
 
 // The next `ahead` units of a walk, the first of them its unit `number`: fetch(slot, offset, place) is called for all of
@@ -290,7 +305,7 @@ template <int32 packets> constexpr bool full_apart = packets == 1 || (held < 8 &
 // `second_ahead` are the most units in flight in a pass; `one_launch` says that the same launch does both passes.
 
 // The second pass reads everything again, backwards: what was read last may still be in the L2 cache. A block of one launch
-// has a multiprocessor nearly for itself, so it has more in flight; so have threads that load single elements.
+// has a multiprocessor nearly for itself, so it has more in flight; so have threads that load 4 bytes or less.
 template <int32 packets> struct KeepNothing {
     static constexpr bool one_launch = false;
     // Forward, with all factors in registers, these leave few of them.
@@ -298,7 +313,7 @@ template <int32 packets> struct KeepNothing {
 #if defined(GL_ENTRY_gl_bn_forward) || defined(GL_ENTRY_gl_bn_backward)
     static constexpr int32 first_ahead = (scarce ? 4 : held == 8 ? 6 : 8) / packets, second_ahead = 4;
 #else
-    static constexpr int32 first_ahead = (VECTOR || sizeof(A) == 8 || packets == 2 ? 4 : 6) / packets;
+    static constexpr int32 first_ahead = (!narrow_words || packets == 2 ? 4 : 6) / packets;
     static constexpr int32 second_ahead = scarce ? 3 : first_ahead;
 #endif
 
@@ -335,16 +350,23 @@ template <int32 packets> struct KeepShared {
 // ---- merging -------------------------------------------------------------------------------------------------------
 
 // Memory of the block that its steps use one after the other: each begins with a barrier before it writes there.
+// Of every warp, and of every lane, a thread's sums; or two sums in double of every thread.
+constexpr int32 with_sums = held > 1 && widest < 32 ? largest / 2 : largest;
+constexpr int32 size_of_sums = (2 * held + 1) * with_sums * static_cast<int32>(sizeof(A));
+constexpr int32 scratch_size = size_of_sums > 2 * largest * 8 ? size_of_sums : 2 * largest * 8;
+
 __device__ __forceinline__ unsigned char* scratch() {
-    // Of every warp, and of every lane, a thread's sums; or two sums in double of every thread.
-    constexpr int32 sums = (2 * held + 1) * (held > 1 ? largest / 2 : largest) * static_cast<int32>(sizeof(A));
-    constexpr int32 size = sums > 2 * largest * 8 ? sums : 2 * largest * 8;
-    GL_SHARED(unsigned char, memory, [size]);
+    GL_SHARED(unsigned char, memory, [scratch_size]);
     return memory;
 }
 
+// Sums that a block leaves in its scratch for each thread of the first `columns`, left_in_scratch(columns) apart.
+__device__ __forceinline__ int32 left_in_scratch(int32 columns) {
+    return (threads_in_block() >> 5) * (columns < 32 ? columns : 32);
+}
+
 // Merges what the threads of each column hold, thread = part * columns + column, in a fixed tree. The threads of part 0
-// get the result. merge(mine, theirs) calls theirs(i) once for each i, and before it changes mine[i]: another set of
+// get the result, and leave it in the scratch: its i-th number at i * left_in_scratch(columns) + thread. merge(mine, theirs) calls theirs(i) once for each i, and before it changes mine[i]: another set of
 // registers is not there. `columns` is a power of two.
 template <typename T, int32 count, typename Merge>
 __device__ __forceinline__ void merge_columns(T (&mine)[count], int32 columns, Merge merge) {
@@ -353,7 +375,7 @@ __device__ __forceinline__ void merge_columns(T (&mine)[count], int32 columns, M
         merge(mine, [&](int32 i) { return __shfl_xor_sync(all_lanes, mine[i], distance); });
     // The threads of a warp that share a column hold the same columns now: one of them goes on.
     const int32 me = thread_number_again(), lane = me & 31, of_warp = columns < 32 ? columns : 32;
-    const int32 left = (threads_in_block() >> 5) * of_warp;
+    const int32 left = left_in_scratch(columns);
     T* const memory = reinterpret_cast<T*>(scratch());
     __syncthreads();
     if (lane < of_warp) {
@@ -388,7 +410,7 @@ struct Column {
     bool inside;
 
     __device__ __forceinline__ Column(const Place& p) {
-        columns = lanes() * held;
+        columns = p.slab_channels;
         const int32 me = thread_number_again(), shift = shift_of(columns);
         parts = threads_in_block() >> shift;
         part = me >> shift;
@@ -396,6 +418,16 @@ struct Column {
         inside = channel < p.channels;
     }
 };
+
+// Calls add(number, lane, i) for the columns of this thread's channel, which it shares with the other parts: their numbers
+// in the channel, and each is the i-th that a lane holds.
+template <typename Add> __device__ __forceinline__ void for_folded(const Place& p, const Column& channel, Add add) {
+    const int32 inner = static_cast<int32>(p.inner), first = (thread_number_again() & (channel.columns - 1)) * inner;
+    if (!channel.inside) return;
+#pragma unroll 1
+    for (int32 number = channel.part; number < inner; number += channel.parts)
+        add(number, (first + number) / held, (first + number) % held);
+}
 
 // What a split leaves of a channel: forward the mean and the sum of squares, backward two sums.
 struct alignas(2 * sizeof(A)) Part {
@@ -452,6 +484,28 @@ __device__ __forceinline__ void merge(A count, A share, A& mean, A& square, A ot
     square += other_square + delta * delta * count * share;
 }
 
+// Folds the columns of each channel, whose moments merge_columns has left in the scratch, and leaves the channel's in
+// arguments.parts. All columns have the same number of values. Their means are relative to their own first values; the
+// channel's becomes relative to that of its first column, and double takes sums and differences as in finish_group.
+template <typename Arguments> __device__ __forceinline__ void fold_moments(const Arguments& arguments, const Place& p) {
+    const Column channel(p);
+    const A* const moments = reinterpret_cast<const A*>(scratch());
+    const STORAGE* const first = arguments.x + row_start(p, 0) + channel.channel * p.inner;
+    const int32 left = left_in_scratch(lanes());
+    const double count = static_cast<double>(Shares(p).count(p.split)), part = 1.0 / static_cast<double>(p.inner);
+    double sums[2] = {0.0, 0.0};
+    __syncthreads();
+    for_folded(p, channel, [&](int32 number, int32 lane, int32 i) {
+        const double mean = (widen(first[number]) - widen(first[0])) + moments[(1 + i) * left + lane];
+        sums[0] += mean;
+        sums[1] += moments[(1 + held + i) * left + lane] + count * mean * mean;
+    });
+    add_columns(sums, channel.columns);
+    if (channel.part != 0 || !channel.inside) return;
+    const double mean = sums[0] * part, square = sums[1] - sums[0] * mean * count;
+    *part_of(arguments, p, p.split, channel.channel) = Part{static_cast<A>(mean), static_cast<A>(square < 0.0 ? 0.0 : square)};
+}
+
 // Leaves this block's merged (mean - first value of the channel, sum of squares) in arguments.parts.
 template <typename Arguments, typename Keeper>
 __device__ __forceinline__ void moments_of_split(const Arguments& arguments, const Place& p, Keeper& keeper) {
@@ -485,7 +539,7 @@ __device__ __forceinline__ void moments_of_split(const Arguments& arguments, con
     moments[0] = A(seen) * A(CHANNELS_LAST ? 1 : width);
     const A inverse = seen ? A(1) / moments[0] : A(0);
     Packet first;
-    if (seen) first = take(arguments.x + row_start(p, 0) + p.channel * p.inner);
+    if (seen) first = take(arguments.x + row_start(p, 0) + p.start);
 #pragma unroll
     for (int32 i = 0; i < held; ++i) {
         const A mean = sum[i] * inverse;
@@ -500,10 +554,12 @@ __device__ __forceinline__ void moments_of_split(const Arguments& arguments, con
             merge(mine[0], share, mine[1 + i], mine[1 + held + i], theirs(1 + i), theirs(1 + held + i));
         mine[0] = total;
     });
-    if (threadIdx.y == 0 && p.inside) {
+    if constexpr (FOLDED) {
+        fold_moments(arguments, p);
+    } else if (threadIdx.y == 0 && p.inside) {
 #pragma unroll
         for (int32 i = 0; i < held; ++i)
-            *part_of(arguments, p, p.split, p.channel + i) = Part{moments[1 + i], moments[1 + held + i]};
+            *part_of(arguments, p, p.split, first_channel(p) + i) = Part{moments[1 + i], moments[1 + held + i]};
     }
 }
 
@@ -519,7 +575,7 @@ __device__ __forceinline__ Moments finish_group(const Arguments& arguments, cons
     const Shares shares(p);
     double sums[2] = {0.0, 0.0};
     for_parts(arguments, p, column, [&](int32 split, const Part& part) {
-        const double mean = part.first, count = static_cast<double>(shares.count(split) * (CHANNELS_LAST ? 1 : width));
+        const double mean = part.first, count = static_cast<double>(shares.count(split) * values_of_unit(p));
         sums[0] += count * mean;
         sums[1] += part.second + count * mean * mean;
     });
@@ -651,13 +707,27 @@ __device__ __forceinline__ Affine affine_of(const Arguments& arguments, const Pl
     return result;
 }
 
-// Calls make(column, channel) for every channel of the slab, each in a thread of its own, between two barriers: factors
-// cost a root and a division in double, and many loads. They go to the scratch.
-template <typename Make> __device__ __forceinline__ void for_channels(const Place& p, Make make) {
-    const int32 column = thread_number(), columns = lanes() * held;
-    const int64 channel = static_cast<int64>(p.slab) * columns + column;
+// Calls leave(column, make(channel)) for every column of the slab, between two barriers: what make finds costs a root and a
+// division in double, and many loads, so each channel has a thread of its own. It goes to the scratch, to at most
+// `tables` numbers for each column.
+template <int32 tables, typename Make, typename Leave>
+__device__ __forceinline__ void for_columns(const Place& p, Make make, Leave leave) {
+    const int32 me = thread_number();
+    const int64 channel = static_cast<int64>(p.slab) * p.slab_channels + me;
     __syncthreads();
-    if (column < columns && channel < p.channels) make(column, channel);
+    if constexpr (FOLDED) {  // once per channel, and from there to its columns
+        typedef decltype(make(channel)) Made;
+        Made* const made = reinterpret_cast<Made*>(reinterpret_cast<A*>(scratch()) + tables * widest_slab);
+        static_assert(tables * widest_slab * sizeof(A) + most_folded * sizeof(Made) <= scratch_size, "both have room");
+        if (me < p.slab_channels && channel < p.channels) made[me] = make(channel);
+        __syncthreads();
+        const int32 columns = p.slab_channels * static_cast<int32>(p.inner);
+#pragma unroll 1
+        for (int32 column = me; column < columns; column += threads_in_block())
+            leave(column, made[divide(static_cast<uint64>(column), p.inner_multiplier, p.inner_shift)]);
+    } else {
+        if (me < p.slab_channels && channel < p.channels) leave(me, make(channel));
+    }
     __syncthreads();
 }
 
@@ -690,17 +760,22 @@ __device__ __forceinline__ void reload_channels(const A* table, A (&own)[held]) 
 template <typename Arguments, typename Keeper>
 __device__ __forceinline__ void normalise_split(const Arguments& arguments, const Place& p, Keeper& keeper) {
     A* const table = reinterpret_cast<A*>(scratch());
-    for_channels(p, [&](int32 column, int64 c) {
-        const Affine affine = affine_of(arguments, p, c);
-        table[column] = affine.pivot;
-        table[widest_slab + column] = affine.a;
-        table[2 * widest_slab + column] = affine.b;
-        if (arguments.affine && p.split == 0) {
-            const int64 slot = slot_index(p, p.group, c);
-            arguments.affine[slot] = affine.a;
-            arguments.affine[slot + slot_plane(p)] = affine.b;
-        }
-    });
+    for_columns<3>(
+        p,
+        [&](int64 c) {
+            const Affine affine = affine_of(arguments, p, c);
+            if (arguments.affine && p.split == 0) {
+                const int64 slot = slot_index(p, p.group, c);
+                arguments.affine[slot] = affine.a;
+                arguments.affine[slot + slot_plane(p)] = affine.b;
+            }
+            return affine;
+        },
+        [&](int32 column, const Affine& affine) {
+            table[column] = affine.pivot;
+            table[widest_slab + column] = affine.a;
+            table[2 * widest_slab + column] = affine.b;
+        });
     A pivot[held], a[held], b[held];
     own_channels(table, pivot);
     own_channels(table + widest_slab, a);
@@ -712,9 +787,9 @@ __device__ __forceinline__ void normalise_split(const Arguments& arguments, cons
             if constexpr (decltype(place)::keeps) {
                 values[slot] = place.recall(0);
             } else {
-                values[slot] = take<cache::streaming>(arguments.x + offset);
+                values[slot] = take<last_touch>(arguments.x + offset);
             }
-            if (arguments.residual) extra[slot] = take<cache::streaming>(arguments.residual + offset);
+            if (arguments.residual) extra[slot] = take<last_touch>(arguments.residual + offset);
         },
         [&](int32 slot, int64 offset, auto) {
             A result[width];
@@ -726,14 +801,14 @@ __device__ __forceinline__ void normalise_split(const Arguments& arguments, cons
                 if (arguments.relu && value < A(0)) value = A(0);
                 result[i] = value;
             }
-            if (VECTOR && arguments.bits) {
+            if (whole_words && arguments.bits) {
                 uint32 bits = 0u;
 #pragma unroll
                 for (int32 i = 0; i < width; ++i)
                     if (result[i] > underflow<STORAGE>) bits |= 1u << i;
                 arguments.bits[offset / width] = static_cast<uint8>(bits);
             }
-            store<width, cache::streaming>(arguments.y + offset, result);
+            store<width, last_touch>(arguments.y + offset, result);
         });
 }
 
@@ -794,6 +869,23 @@ __device__ __forceinline__ uint32 bits_of(const Packet& x, const A (&pivot)[held
     return bits;
 }
 
+// Adds up the columns of each channel, whose sums merge_columns has left in the scratch, and leaves the channel's in
+// arguments.parts.
+template <typename Arguments> __device__ __forceinline__ void fold_sums(const Arguments& arguments, const Place& p) {
+    const Column channel(p);
+    const A* const of_columns = reinterpret_cast<const A*>(scratch());
+    const int32 left = left_in_scratch(lanes());
+    double sums[2] = {0.0, 0.0};
+    __syncthreads();
+    for_folded(p, channel, [&](int32, int32 lane, int32 i) {
+        sums[0] += of_columns[i * left + lane];
+        sums[1] += of_columns[(held + i) * left + lane];
+    });
+    add_columns(sums, channel.columns);
+    if (channel.part == 0 && channel.inside)
+        *part_of(arguments, p, p.split, channel.channel) = Part{static_cast<A>(sums[0]), static_cast<A>(sums[1])};
+}
+
 // Leaves this block's sums of g and g * (x - pivot) in arguments.parts. g is dy, with a ReLU where its output is > 0:
 // the bits or y are read unless null, else x tells. Writes g to arguments.dresidual unless null and, in inference, g * gamma / s to dx.
 template <typename Arguments, typename Keeper>
@@ -803,16 +895,21 @@ __device__ __forceinline__ void sums_of_split(const Arguments& arguments, const 
     const bool ends_here = !Keeper::one_launch && !arguments.tables;
     A* const pivots = reinterpret_cast<A*>(scratch());
     Factors factors{pivots + widest_slab};
-    for_channels(p, [&](int32 column, int64 c) {
-        pivots[column] = pivot_of(arguments, p, c);
-        if (arguments.affine) {
+    for_columns<3>(
+        p,
+        [&](int64 c) {
+            if (!arguments.affine && (arguments.recompute || ends_here)) return affine_of(arguments, p, c);
             const int64 slot = slot_index(p, p.group, c);
-            factors.leave(column, arguments.affine[slot], arguments.affine[slot + slot_plane(p)]);
-        } else if (arguments.recompute || ends_here) {
-            const Affine affine = affine_of(arguments, p, c);
+            const bool left = arguments.affine != nullptr;
+            return Affine{
+                pivot_of(arguments, p, c),
+                left ? arguments.affine[slot] : A(0),
+                left ? arguments.affine[slot + slot_plane(p)] : A(0)};
+        },
+        [&](int32 column, const Affine& affine) {
+            pivots[column] = affine.pivot;
             factors.leave(column, affine.a, affine.b);
-        }
-    });
+        });
     A sum[held], product[held], pivot[held];
 #pragma unroll
     for (int32 i = 0; i < held; ++i) sum[i] = product[i] = A(0);
@@ -863,10 +960,12 @@ __device__ __forceinline__ void sums_of_split(const Arguments& arguments, const 
 #pragma unroll
         for (int32 i = 0; i < 2 * held; ++i) mine[i] += theirs(i);
     });
-    if (threadIdx.y == 0 && p.inside) {
+    if constexpr (FOLDED) {
+        fold_sums(arguments, p);
+    } else if (threadIdx.y == 0 && p.inside) {
 #pragma unroll
         for (int32 i = 0; i < held; ++i)
-            *part_of(arguments, p, p.split, p.channel + i) = Part{sums[i], sums[held + i]};
+            *part_of(arguments, p, p.split, first_channel(p) + i) = Part{sums[i], sums[held + i]};
     }
 }
 
@@ -940,12 +1039,25 @@ template <typename Arguments, typename Keeper>
 __device__ __forceinline__ void apply_split(const Arguments& arguments, const Place& p, Keeper& keeper) {
     A* const pivots = reinterpret_cast<A*>(scratch());
     Factors factors{pivots + widest_slab}, corrections{factors.table + Factors::size};
-    for_channels(p, [&](int32 column, int64 c) {
-        const int64 slot = slot_index(p, p.group, c), plane = slot_plane(p);
-        pivots[column] = arguments.saved[slot];
-        factors.leave(column, arguments.tables[slot], arguments.affine ? arguments.affine[slot + plane] : A(0));
-        corrections.leave(column, arguments.tables[slot + plane], arguments.tables[slot + 2 * plane]);
-    });
+    struct Line {
+        Affine factors;
+        A slope, shift;
+    };
+    for_columns<5>(
+        p,
+        [&](int64 c) {
+            const int64 slot = slot_index(p, p.group, c), plane = slot_plane(p);
+            const A b = arguments.affine ? arguments.affine[slot + plane] : A(0);
+            return Line{
+                {arguments.saved[slot], arguments.tables[slot], b},
+                arguments.tables[slot + plane],
+                arguments.tables[slot + 2 * plane]};
+        },
+        [&](int32 column, const Line& line) {
+            pivots[column] = line.factors.pivot;
+            factors.leave(column, line.factors.a, line.factors.b);
+            corrections.leave(column, line.slope, line.shift);
+        });
     A pivot[held];
     own_channels(pivots, pivot);
     factors.own();
@@ -962,17 +1074,17 @@ __device__ __forceinline__ void apply_split(const Arguments& arguments, const Pl
                 x[slot] = place.recall(0);
                 g[slot] = place.recall(1);
             } else {
-                x[slot] = take<cache::streaming>(arguments.x + offset);
+                x[slot] = take<last_touch>(arguments.x + offset);
                 if constexpr (Keeper::one_launch) {
                     if (masked_before) {
                         g[slot] = take(arguments.dresidual + offset);
                         return;
                     }
                 }
-                g[slot] = take<cache::streaming>(arguments.dy + offset);
+                g[slot] = take<last_touch>(arguments.dy + offset);
                 if (arguments.bits) bits[slot] = take_bits(arguments.bits, offset);
                 if (arguments.y) {
-                    y[slot] = take<cache::streaming>(arguments.y + offset);
+                    y[slot] = take<last_touch>(arguments.y + offset);
                     if (!signs_late) bits[slot] = bits_of(y[slot]);
                 }
             }
@@ -990,6 +1102,6 @@ __device__ __forceinline__ void apply_split(const Arguments& arguments, const Pl
             });
             corrections.for_each(
                 pivot, [&](int32 i, const Affine& affine) { result[i] += affine.of(x[slot].values[i]); });
-            store<width, cache::streaming>(arguments.dx + offset, result);
+            store<width, last_touch>(arguments.dx + offset, result);
         });
 }

@@ -9,7 +9,7 @@
 //   forward, and one of x and one of the gradient backward.
 // Grid: groups * slabs * splits, at most as many as the device holds at a time: the launch is cooperative, so none waits
 //   for one that has not started. Block: (lanes, depth), at most 256 threads; registers for two blocks on a multiprocessor.
-// Shared memory: as the sweeps, and kept_units * packets * 16 bytes (one element where accesses are not of 16) per thread.
+// Shared memory: as the sweeps, and kept_units * packets accesses per thread.
 // Waiting: for a slab, not for the grid. The block that ends a slab's last split merges the splits, as in the sweeps,
 //   and opens the slab's gate; the others wait there. Gate and counters are zero again afterwards.
 // Deterministic: splits are merged in the order of their numbers, whoever comes last; no floating-point atomics.

@@ -65,49 +65,70 @@ __device__ __forceinline__ T narrow(A value) { return narrow_to<T>::from(value);
 // Elements of T in 16 bytes.
 template <typename T> constexpr int vector_width = 16 / static_cast<int>(sizeof(T));
 
-// N elements of T as they lie in memory: N is 1 or vector_width<T>.
-template <typename T, int N> union packet {
-    T values[N];
-    uint4 words;
-    __device__ __forceinline__ packet() {}
-};
-template <typename T> union packet<T, 1> {
-    T values[1];
-    __device__ __forceinline__ packet() {}
-};
-
 enum class cache { keep, streaming };  // streaming: last touch, first to be evicted
 
-// Reads N neighbours at `address` and widens them. N = 1 needs no alignment beyond the element's.
+template <int BYTES> struct word_of { typedef uint4 type; };
+template <> struct word_of<2> { typedef uint16 type; };
+template <> struct word_of<4> { typedef uint32 type; };
+template <> struct word_of<8> { typedef uint2 type; };
+
+// N neighbours as they lie in memory. A thread that needs several streams fetches all of them first, so that the loads are
+// under way together, and widens them afterwards. Accesses are 2 to 16 bytes long, the largest word that N elements fill;
+// longer packets are several words of 16 bytes. The address is a multiple of the word's size.
+template <int N, typename T> union neighbours {
+    typedef typename word_of<N * static_cast<int>(sizeof(T))>::type word;
+    static constexpr int word_count = N * static_cast<int>(sizeof(T)) / static_cast<int>(sizeof(word));
+    static_assert(word_count * sizeof(word) == N * sizeof(T), "a packet is whole words");
+    T values[N];
+    word words[word_count];
+    __device__ __forceinline__ neighbours() {}
+};
+
+template <int N, cache HINT = cache::keep, typename T>
+__device__ __forceinline__ void fetch(const T* address, neighbours<N, T>& packet) {
+    typedef typename neighbours<N, T>::word word;
+#pragma unroll
+    for (int i = 0; i < neighbours<N, T>::word_count; ++i) {
+        const word* const place = reinterpret_cast<const word*>(address) + i;
+        packet.words[i] = HINT == cache::streaming ? load_word_streaming(place) : load_word(place);
+    }
+}
+
+template <cache HINT = cache::keep, int N, typename T>
+__device__ __forceinline__ void put(T* address, const neighbours<N, T>& packet) {
+    typedef typename neighbours<N, T>::word word;
+#pragma unroll
+    for (int i = 0; i < neighbours<N, T>::word_count; ++i) {
+        word* const place = reinterpret_cast<word*>(address) + i;
+        if (HINT == cache::streaming) {
+            store_word_streaming(place, packet.words[i]);
+        } else {
+            store_word(place, packet.words[i]);
+        }
+    }
+}
+
+template <int N, typename T>
+__device__ __forceinline__ void widen(const neighbours<N, T>& packet, accumulate_t<T> (&values)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[i] = widen(packet.values[i]);
+}
+
+// Reads N neighbours at `address` and widens them.
 template <int N, cache HINT = cache::keep, typename T>
 __device__ __forceinline__ void load(const T* address, accumulate_t<T> (&values)[N]) {
-    static_assert(N == 1 || N == vector_width<T>, "a vector is one element or 16 bytes");
-    packet<T, N> raw;
-    if constexpr (N == 1) {
-        raw.values[0] = *address;
-    } else if constexpr (HINT == cache::streaming) {
-        raw.words = load_16_streaming(address);
-    } else {
-        raw.words = load_16(address);
-    }
-#pragma unroll
-    for (int i = 0; i < N; ++i) values[i] = widen(raw.values[i]);
+    neighbours<N, T> packet;
+    fetch<N, HINT>(address, packet);
+    widen(packet, values);
 }
 
 // Narrows N values and writes them at `address`.
 template <int N, cache HINT = cache::keep, typename T>
 __device__ __forceinline__ void store(T* address, const accumulate_t<T> (&values)[N]) {
-    static_assert(N == 1 || N == vector_width<T>, "a vector is one element or 16 bytes");
-    packet<T, N> raw;
+    neighbours<N, T> packet;
 #pragma unroll
-    for (int i = 0; i < N; ++i) raw.values[i] = narrow<T>(values[i]);
-    if constexpr (N == 1) {
-        *address = raw.values[0];
-    } else if constexpr (HINT == cache::streaming) {
-        store_16_streaming(address, raw.words);
-    } else {
-        store_16(address, raw.words);
-    }
+    for (int i = 0; i < N; ++i) packet.values[i] = narrow<T>(values[i]);
+    put<HINT>(address, packet);
 }
 
 // ---- reductions in a fixed order -----------------------------------------------------------------------------------
@@ -189,51 +210,4 @@ __device__ __forceinline__ void pass_gate(const uint32* gate) {
 // Once by each block that has passed, the one that opened it too. Nothing else hangs on it, so it orders nothing.
 __device__ __forceinline__ void leave_gate(uint32* gate, uint32 blocks) {
     if (thread_number() == 0 && atomic_add_relaxed(gate, 1u) == 0x80000000u + blocks - 1u) store_relaxed(gate, 0u);
-}
-
-// ---- packets: N neighbours as they lie in memory, read before they are widened ---------------------------------------
-// A thread that needs several streams reads all of them into packets first, so that the loads are under way together, and
-// widens them afterwards. Accesses are 2 to 16 bytes long, the largest word that N elements fill; longer packets are
-// several words of 16 bytes. The address is a multiple of the word's size.
-
-template <int BYTES> struct word_of { typedef uint4 type; };
-template <> struct word_of<2> { typedef uint16 type; };
-template <> struct word_of<4> { typedef uint32 type; };
-template <> struct word_of<8> { typedef uint2 type; };
-
-template <int N, typename T> union neighbours {
-    typedef typename word_of<N * static_cast<int>(sizeof(T))>::type word;
-    static constexpr int word_count = N * static_cast<int>(sizeof(T)) / static_cast<int>(sizeof(word));
-    static_assert(word_count * sizeof(word) == N * sizeof(T), "a packet is whole words");
-    T values[N];
-    word words[word_count];
-    __device__ __forceinline__ neighbours() {}
-};
-
-template <int N, cache HINT = cache::keep, typename T>
-__device__ __forceinline__ void fetch(const T* address, neighbours<N, T>& packet) {
-    typedef typename neighbours<N, T>::word word;
-#pragma unroll
-    for (int i = 0; i < neighbours<N, T>::word_count; ++i) {
-        const word* const place = reinterpret_cast<const word*>(address) + i;
-        packet.words[i] = HINT == cache::streaming ? load_word_streaming(place) : load_word(place);
-    }
-}
-
-template <int N, typename T>
-__device__ __forceinline__ void widen(const neighbours<N, T>& packet, accumulate_t<T> (&values)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) values[i] = widen(packet.values[i]);
-}
-
-// Narrows N values and writes them at `address`.
-template <int N, typename T>
-__device__ __forceinline__ void put(T* address, const accumulate_t<T> (&values)[N]) {
-    neighbours<N, T> packet;
-#pragma unroll
-    for (int i = 0; i < N; ++i) packet.values[i] = narrow<T>(values[i]);
-#pragma unroll
-    for (int i = 0; i < neighbours<N, T>::word_count; ++i) {
-        store_word(reinterpret_cast<typename neighbours<N, T>::word*>(address) + i, packet.words[i]);
-    }
 }

@@ -331,6 +331,32 @@ __device__ __forceinline__ unsigned short load_word_streaming(const unsigned sho
 #endif
 }
 
+__device__ __forceinline__ void store_word_streaming(uint4* address, uint4 value) { store_16_streaming(address, value); }
+
+__device__ __forceinline__ void store_word_streaming(uint2* address, uint2 v) {
+#ifdef GL_HOST
+    store_word(address, v);
+#else
+    asm volatile("st.global.cs.v2.u32 [%0], {%1,%2};" ::"l"(address), "r"(v.x), "r"(v.y) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void store_word_streaming(unsigned int* address, unsigned int v) {
+#ifdef GL_HOST
+    store_word(address, v);
+#else
+    asm volatile("st.global.cs.u32 [%0], %1;" ::"l"(address), "r"(v) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void store_word_streaming(unsigned short* address, unsigned short v) {
+#ifdef GL_HOST
+    store_word(address, v);
+#else
+    asm volatile("st.global.cs.u16 [%0], %1;" ::"l"(address), "h"(v) : "memory");
+#endif
+}
+
 // ---- approximations: one instruction, where the exact operation takes a dozen and a branch ---------------------------
 
 // 1 / x within 1 unit in the last place; subnormal numbers and results are 0, and 1 / 0 and 1 / infinity are exact.

@@ -116,7 +116,7 @@ __device__ __forceinline__ void set_zero(A (&values)[N]) {
 __device__ __forceinline__ void put_zeros(STORAGE* address) {
     A zeros[N];
     set_zero(zeros);
-    put<N>(address, zeros);
+    store<N>(address, zeros);
 }
 
 // Some gates' sums and their bias, where there is one.
@@ -167,13 +167,13 @@ struct step_end {
     // Writes h', what of it enters the next step's product, and the output, where these are not h' itself.
     template <typename ARGUMENTS>
     __device__ __forceinline__ void write(const ARGUMENTS& arguments, const place& p, A (&h)[N]) const {
-        put<N>(arguments.new_h + p.at, h);
+        store<N>(arguments.new_h + p.at, h);
         A more[N];
         if (arguments.dropped) {
             widen(recurrent_mask, more);
 #pragma unroll
             for (int i = 0; i < N; ++i) more[i] *= widen(narrow<STORAGE>(h[i]));  // the backward pass reads h' as stored
-            put<N>(arguments.dropped + p.at, more);
+            store<N>(arguments.dropped + p.at, more);
         }
         if (!arguments.output) return;
         if (arguments.x) {
@@ -181,7 +181,7 @@ struct step_end {
 #pragma unroll
             for (int i = 0; i < N; ++i) h[i] += more[i];
         }
-        put<N>(arguments.output + p.at, h);
+        store<N>(arguments.output + p.at, h);
     }
 };
 
@@ -191,13 +191,13 @@ template <typename ARGUMENTS>
 __device__ __forceinline__ void skip_step(const ARGUMENTS& arguments, const place& p) {
     A values[N];
     load_here(arguments.h + p.at, values);
-    put<N>(arguments.new_h + p.at, values);
+    store<N>(arguments.new_h + p.at, values);
     if (arguments.previous) {
         load_here(arguments.previous + p.at, values);
     } else {
         set_zero(values);
     }
-    put<N>(arguments.output + p.at, values);
+    store<N>(arguments.output + p.at, values);
 }
 
 // The gradient by h that reaches a step. `later` is the mask of the step after this one: of rows that skipped it the
@@ -233,13 +233,13 @@ struct cotangents {
         if (arguments.d_output) widen(d_output, d_out);
         if (held && arguments.pending) add_here(arguments.pending + p.at, d_out);
         if (on) {
-            if (arguments.d_counted) put<N>(arguments.d_counted + p.at, d_out);
+            if (arguments.d_counted) store<N>(arguments.d_counted + p.at, d_out);
 #pragma unroll
             for (int i = 0; i < N; ++i) d_h[i] += d_out[i];
             return;
         }
-        put<N>(arguments.carry + p.at, d_h);
-        if (arguments.pending) put<N>(arguments.pending + p.at, d_out);
+        store<N>(arguments.carry + p.at, d_h);
+        if (arguments.pending) store<N>(arguments.pending + p.at, d_out);
         if (arguments.d_counted) put_zeros(arguments.d_counted + p.at);
     }
 };
@@ -256,7 +256,7 @@ GL_KERNEL(gl_lstm_forward, 256) {
     A s[4][N], c[N], h[N];
     if (!counts(arguments, p)) {
         widen(before, c);
-        put<N>(arguments.new_c + p.at, c);
+        store<N>(arguments.new_c + p.at, c);
         return skip_step(arguments, p);
     }
     gate_sums<4> sums;
@@ -272,7 +272,7 @@ GL_KERNEL(gl_lstm_forward, 256) {
         c[i] = gate(s[1][i]) * c[i] + gate(s[0][i]) * hyperbolic_tangent(s[3][i]);
         h[i] = gate(s[2][i]) * hyperbolic_tangent(c[i]);
     }
-    put<N>(arguments.new_c + p.at, c);
+    store<N>(arguments.new_c + p.at, c);
     end.write(arguments, p, h);
 }
 #endif
@@ -319,8 +319,8 @@ GL_KERNEL(gl_lstm_backward, 256) {
         d_c[i] = d_new_c * keep;
     }
 #pragma unroll
-    for (int k = 0; k < 4; ++k) put<N>(d_gates + arguments.order[k] * units, s[k]);
-    put<N>(arguments.d_c + p.at, d_c);
+    for (int k = 0; k < 4; ++k) store<N>(d_gates + arguments.order[k] * units, s[k]);
+    store<N>(arguments.d_c + p.at, d_c);
 }
 #endif
 
@@ -390,8 +390,8 @@ GL_KERNEL(gl_gru_backward, 256) {
         d_h[i] *= keep;
     }
 #pragma unroll
-    for (int k = 0; k < 4; ++k) put<N>(d_gates + k * units, s[k]);
-    put<N>(arguments.carry + p.at, d_h);
+    for (int k = 0; k < 4; ++k) store<N>(d_gates + k * units, s[k]);
+    store<N>(arguments.carry + p.at, d_h);
 }
 #endif
 
@@ -412,7 +412,7 @@ GL_KERNEL(gl_gru_reset_forward, 256) {
     widen(entering, h);
 #pragma unroll
     for (int i = 0; i < N; ++i) h[i] *= gate(r[0][i]);
-    put<N>(arguments.reset + p.at, h);
+    store<N>(arguments.reset + p.at, h);
 }
 #endif
 
@@ -470,9 +470,9 @@ GL_KERNEL(gl_gru_candidate_backward, 256) {
         s[1][i] = d_h[i] * (A(1) - keep) * (A(1) - candidate * candidate);
         d_h[i] *= keep;
     }
-    put<N>(d_gates, s[0]);
-    put<N>(d_gates + 2 * units, s[1]);
-    put<N>(arguments.carry + p.at, d_h);
+    store<N>(d_gates, s[0]);
+    store<N>(d_gates + 2 * units, s[1]);
+    store<N>(arguments.carry + p.at, d_h);
 }
 #endif
 
@@ -508,8 +508,8 @@ GL_KERNEL(gl_gru_reset_backward, 256) {
         carry[i] += q[i] * gate(r[0][i], slope);
         r[0][i] = q[i] * h[i] * slope;
     }
-    put<N>(d_r, r[0]);
-    put<N>(arguments.carry + p.at, carry);
+    store<N>(d_r, r[0]);
+    store<N>(arguments.carry + p.at, carry);
 }
 #endif
 
@@ -546,6 +546,6 @@ GL_KERNEL(gl_simple_rnn_backward, 256) {
     widen(after, h);
 #pragma unroll
     for (int i = 0; i < N; ++i) h[i] = d_h[i] * (A(1) - h[i] * h[i]);
-    put<N>(arguments.d_gates + p.at, h);
+    store<N>(arguments.d_gates + p.at, h);
 }
 #endif

@@ -6,7 +6,7 @@ A kernel is declared once (`Kernel`), launched with checked arguments, and compi
 
 from gpulayers.launch.elementwise import Elementwise
 from gpulayers.launch.keeping import Kept, keep, keeping
-from gpulayers.launch.kernel import Kernel, Specialisation, is_aligned, kernel_list, vector_width
+from gpulayers.launch.kernel import Kernel, Specialisation, alignment_of, is_aligned, kernel_list, vector_width
 from gpulayers.launch.launcher import (
     CupyLauncher,
     DeviceProperties,
@@ -36,6 +36,7 @@ __all__ = [
     "Place",
     "Prepared",
     "Specialisation",
+    "alignment_of",
     "contiguous",
     "device_properties",
     "forget_stream",

@@ -20,7 +20,7 @@ from gpulayers.launch.launcher import Geometry, Place, launcher_of, place_of
 from gpulayers.launch.packing import slots
 from gpulayers.launch.prepared import Prepared
 
-__all__ = ["Kernel", "Specialisation", "is_aligned", "kernel_list", "vector_width"]
+__all__ = ["Kernel", "Specialisation", "alignment_of", "is_aligned", "kernel_list", "vector_width"]
 
 _DEFINE_NAME = re.compile(r"[A-Z][A-Z0-9_]+")
 _GRID_LIMITS = (2**31 - 1, 65535, 65535)
@@ -244,14 +244,19 @@ def _prepared(
     return Prepared(specialisation, place, geometry, {})
 
 
+def alignment_of(*arrays: Any) -> int:
+    """Return the largest power of two, at most 16, that the addresses of all arrays are multiples of."""
+    bits = 16
+    if arrays:
+        pointer = launcher_of(arrays[0]).pointer
+        for array in arrays:
+            bits |= pointer(array)
+    return bits & -bits
+
+
 def is_aligned(*arrays: Any) -> bool:
     """Say whether the arrays start at multiples of 16 bytes, as 16-byte loads need."""
-    if not arrays:
-        return True
-    pointer, bits = launcher_of(arrays[0]).pointer, 0
-    for array in arrays:
-        bits |= pointer(array)
-    return bits % 16 == 0
+    return alignment_of(*arrays) == 16
 
 
 def vector_width(arrays: Sequence[Any], *lengths: int) -> int:

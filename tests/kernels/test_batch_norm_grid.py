@@ -11,7 +11,15 @@ from gpulayers.launch import DeviceProperties, register_launcher
 from gpulayers.launch import source as launch_source
 from gpulayers.ops.batch_norm import arrays as bn
 from gpulayers.ops.batch_norm import kernels as batch_norm_kernels
-from gpulayers.ops.batch_norm.plan import GRID_REGISTERS, GRID_RESIDENT, choose, collapse, plan_table, static_shared
+from gpulayers.ops.batch_norm.plan import (
+    GRID_REGISTERS,
+    GRID_RESIDENT,
+    Access,
+    choose,
+    collapse,
+    plan_table,
+    static_shared,
+)
 from tests.kernels.emulation import H200_LIKE, EmulatedLauncher, EmulationError
 from tests.kernels.emulation.build import compiler
 from tests.kernels.nvrtc import compile_for, supported, unusable_reason
@@ -67,7 +75,7 @@ def emulated_gpu():
 def plans(shape, axis, groups, dtype="float32", on=ROOMY):
     """Return the plans forward and backward."""
     itemsize = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}[dtype]
-    return [choose(collapse(shape, axis, groups), itemsize, True, on, kept) for kept in (1, 2)]
+    return [choose(collapse(shape, axis, groups), itemsize, 16, on, kept) for kept in (1, 2)]
 
 
 @pytest.mark.parametrize("on", [ROOMY, TIGHT], ids=lambda d: d.name)
@@ -161,16 +169,16 @@ def test_the_grid_is_resident_by_the_compilers_report():
 
 
 @pytest.mark.skipif(bool(unusable_reason()), reason=unusable_reason() or "NVRTC is there")
-@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(("last", "folded"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_the_plan_knows_how_much_shared_memory_is_taken(dtype, last):
+def test_the_plan_knows_how_much_shared_memory_is_taken(dtype, last, folded):
     itemsize = {"float64": 8, "float32": 4}.get(dtype, 2)
     parameter = "float64" if dtype == "float64" else "float32"
-    defines = {"STORAGE": dtype, "PARAMETER": parameter, "VECTOR": True, "CHANNELS_LAST": last}
+    how = Access(16 // itemsize, last, folded)
     for kernel in (batch_norm_kernels._forward_grid, batch_norm_kernels._backward_grid):
-        specialisation = kernel.specialise(defines)
+        specialisation = kernel.specialise(batch_norm_kernels._defines(how, dtype, parameter))
         found = compile_for(specialisation.text, specialisation.name, 90).shared
-        assert 0 < found <= static_shared(itemsize, 16 // itemsize if last else 1), found
+        assert 0 < found <= static_shared(itemsize, how), found
 
 
 # ---- the plan ------------------------------------------------------------------------------------------------------
@@ -206,21 +214,21 @@ def test_the_plan_knows_what_the_kernel_keeps_in_registers():
 def test_every_grid_fits_its_device(on):
     sizes, seen = [1, 3, 8, 31, 64, 100, 513, 2048, 100_000], 0
     for rows, channels, inner, groups in itertools.product(sizes, sizes, (1, 3, 8, 49, 3136), (1, 2, 16)):
-        for itemsize, aligned, kept in itertools.product((2, 4, 8), (False, True), (1, 2)):
+        for itemsize, alignment, kept in itertools.product((2, 4, 8), (8, 16), (1, 2)):
             if rows % groups:
                 continue
             layout = collapse((rows, channels, inner), (1,), groups)
-            plan = choose(layout, itemsize, aligned, on, kept)
+            plan = choose(layout, itemsize, alignment, on, kept)
             if plan.regime != "grid":
                 continue
             seen += 1
-            width = 16 // itemsize if plan.vector else 1
-            step = plan.lanes * plan.depth * width * itemsize * kept
+            packet, channels_last, folded = plan.access
+            step = plan.lanes * plan.depth * packet * itemsize * kept
             assert plan.slabs * plan.splits * groups <= GRID_RESIDENT * on.multiprocessors
             assert plan.shared == plan.kept_units * step
-            static = static_shared(itemsize, width if plan.channels_last else 1)
+            static = static_shared(itemsize, plan.access)
             assert GRID_RESIDENT * (plan.shared + static + 1024) <= on.shared_per_multiprocessor
-            units = layout.samples // (1 if plan.channels_last else width)
+            units = layout.samples // (inner if folded else 1 if channels_last else packet)
             held = (GRID_REGISTERS[kept] + plan.kept_units) * plan.depth * plan.splits
             assert plan.on_chip == min(1.0, held / units) >= 0.25
     assert seen > 100

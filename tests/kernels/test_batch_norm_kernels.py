@@ -74,10 +74,20 @@ def close(got, want, tolerance, what):
     assert error <= tolerance * scale, f"{what}: off by {error}, {tolerance * scale} allowed"
 
 
-def check(shape, axis, groups, dtype, residual=False, relu=False, seed=0):
-    """Run forward and backward of training and inference on the kernels and compare everything."""
+def at_offset(values, offset):
+    """Return a device array that lies `offset` elements behind a multiple of 16 bytes."""
+    memory = xp.empty(values.size + offset, values.dtype)
+    memory[offset:] = xp.asarray(values.ravel())
+    return memory[offset:].reshape(values.shape)
+
+
+def check(shape, axis, groups, dtype, residual=False, relu=False, seed=0, offset=0):
+    """Run forward and backward of training and inference on the kernels and compare everything.
+
+    x, dy and the residual begin `offset` elements behind a multiple of 16 bytes.
+    """
     values, exact = make(shape, axis, dtype, seed)
-    device = {name: xp.asarray(v) for name, v in values.items()}
+    device = {name: at_offset(v, offset if name in PEOPLE else 0) for name, v in values.items()}
     options = {"axis": axis, "activation": "relu" if relu else None}
     extra, exact_extra = (device["residual"], exact["residual"]) if residual else (None, None)
     tolerance = TOLERANCE[dtype]
@@ -190,16 +200,14 @@ def test_a_small_gpu_without_clusters():
 
 
 @pytest.mark.parametrize("shape", [(33, 16), (5000, 16)])
-@pytest.mark.parametrize("offset", [1, 4])
+@pytest.mark.parametrize("offset", [1, 2, 4])
 def test_addresses_that_are_not_aligned(shape, offset):
     values, exact = make(shape, (1,), "float32")
-    memory = xp.empty(values["x"].size + offset, "float32")
-    memory[offset:] = xp.asarray(values["x"].ravel())
-    x = memory[offset:].reshape(shape)
+    x = at_offset(values["x"], offset)
     y = bn.forward(x, None, None, axis=(1,)).y
     close(y, truth.forward(exact["x"], 1.0, 0.0, (1,), EPSILON).y, 1e-5, "y")
-    vectors = {specialisation.defines["VECTOR"] for specialisation, *_ in launcher.record}
-    assert vectors == {offset % 4 == 0}
+    packets = {specialisation.defines["PACKET"] for specialisation, *_ in launcher.record}
+    assert packets == {offset}
 
 
 CLIPS = [(None, None, None), (0.8, 1.2, 0.3)]
@@ -454,7 +462,7 @@ def test_the_plan_as_a_table():
     ]
     assert plan_table(shapes, 2, H200_LIKE).splitlines()[1].startswith("(256, 64), (1,), 1 | small")
     regimes = [
-        [choose(collapse(*case), 2, True, device).regime for case in shapes] for device in (H200_LIKE, A100_LIKE)
+        [choose(collapse(*case), 2, 16, device).regime for case in shapes] for device in (H200_LIKE, A100_LIKE)
     ]
     assert regimes == [["small", "cluster", "grid", "grid", "cluster"], ["small", *["grid"] * 4]]
 
@@ -462,21 +470,28 @@ def test_the_plan_as_a_table():
 @pytest.mark.parametrize("device", [H200_LIKE, A100_LIKE, SMALL], ids=lambda d: d.name)
 def test_every_plan_can_be_launched(device):
     sizes = [1, 2, 3, 7, 8, 31, 64, 100, 513, 2048, 8192, 100_000]
-    for rows, channels, inner in itertools.product(sizes, sizes, (1, 3, 8, 49, 3136)):
-        for itemsize, aligned, kept in itertools.product((2, 4, 8), (False, True), (1, 2)):
+    for rows, channels, inner in itertools.product(sizes, sizes, (1, 2, 3, 8, 49, 62, 65, 196, 3136)):
+        for itemsize, alignment, kept in itertools.product((2, 4, 8), (8, 16), (1, 2)):
             layout = collapse((rows, channels, inner), (1,))
-            plan = choose(layout, itemsize, aligned, device, kept)
-            columns = plan.lanes * (16 // itemsize if plan.vector and plan.channels_last else 1)
-            assert plan.lanes * plan.depth <= 256 and plan.depth >= columns // plan.lanes
+            plan = choose(layout, itemsize, alignment, device, kept)
+            packet, channels_last, folded = plan.access
+            assert plan.slab_channels <= plan.lanes * plan.depth <= 256
             assert plan.lanes & (plan.lanes - 1) == 0 and plan.depth & (plan.depth - 1) == 0
-            assert (plan.slabs - 1) * columns < channels <= plan.slabs * columns
-            assert plan.shared + static_shared(itemsize, columns // plan.lanes) <= device.shared_per_block
+            assert plan.slab_channels & (plan.slab_channels - 1) == 0
+            assert (plan.slabs - 1) * plan.slab_channels < channels <= plan.slabs * plan.slab_channels
+            if folded:  # as the kernel counts on it
+                columns = plan.slab_channels * inner
+                assert columns % packet == 0 and columns <= plan.lanes * packet < 2 * columns
+                assert plan.lanes <= 64 and plan.slab_channels <= 64
+            else:
+                assert plan.slab_channels == (plan.lanes * packet if channels_last else 1)
+                assert plan.lanes <= (1 if not channels_last else 16 if packet > 1 else 32)
+            assert plan.shared + static_shared(itemsize, plan.access) <= device.shared_per_block
             assert plan.regime != "cluster" or device.has_clusters
             if plan.regime == "cluster":
-                units = layout.samples // (16 // itemsize if plan.vector and not plan.channels_last else 1)
+                units = layout.samples // (inner if folded else 1 if channels_last else packet)
                 largest = -(-units // plan.splits)
-                width = 16 // itemsize if plan.vector else 1
-                assert -(-largest // plan.depth) * plan.lanes * plan.depth * width * itemsize * kept <= plan.shared
+                assert -(-largest // plan.depth) * plan.lanes * plan.depth * packet * itemsize * kept <= plan.shared
 
 
 # shape, axis, kept arrays, regime in float16 on a device of 132 multiprocessors, where 15 clusters of 8 have room
@@ -494,7 +509,7 @@ CLUSTER_PLANS = [
 
 @pytest.mark.parametrize(("shape", "axis", "kept", "regime"), CLUSTER_PLANS)
 def test_clusters_fill_their_waves(shape, axis, kept, regime):
-    assert choose(collapse(shape, (axis,)), 2, True, H200_LIKE, kept).regime == regime
+    assert choose(collapse(shape, (axis,)), 2, 16, H200_LIKE, kept).regime == regime
 
 
 RESNET_50 = [(112, 64), (56, 64), (56, 256), (28, 128), (28, 512), (14, 256), (14, 1024), (7, 512), (7, 2048)]
@@ -507,7 +522,7 @@ def test_sweeps_fill_the_gpu_and_leave_little_to_merge(device):
     for batch, (size, channels), itemsize, last in itertools.product((32, 256), RESNET_50, (2, 4), (True, False)):
         shape, axis = ((batch, size, size, channels), 3) if last else ((batch, channels, size, size), 1)
         layout = collapse(shape, (axis,))
-        plan = choose(layout, itemsize, True, device, 2)
+        plan = choose(layout, itemsize, 16, device, 2)
         if plan.regime != "sweeps" or layout.size * itemsize < 30e6:
             continue
         seen += 1
@@ -573,9 +588,7 @@ def bits_of(shape, axis, dtype):
     assert f.mask.dtype == np.uint8 and f.mask.nbytes == x.nbytes // 16
     unpacked = np.unpackbits(f.mask.get()[:, None], axis=1, bitorder="little")[:, :per_byte]
     np.testing.assert_array_equal(unpacked.reshape(shape), kept)
-    memory = xp.empty(dy.size + 1, dy.dtype)
-    memory[1:] = dy.reshape(-1)
-    for gradient in (dy, memory[1:].reshape(shape)):
+    for gradient in (dy, at_offset(values["dy"], 1), at_offset(values["dy"], per_byte // 2)):
         by_mask, by_output = (
             bn.backward(gradient, x, gamma, f.saved, residual=True, **given, **options)
             for given in ({"mask": f.mask}, {"y": f.y})
@@ -679,14 +692,14 @@ MUTANTS = {
         ("float16",),
     ),
     "the factors are not waited for": (
-        "make(column, channel);\n    __syncthreads();",
-        "make(column, channel);",
+        "leave(me, make(channel));\n    }\n    __syncthreads();",
+        "leave(me, make(channel));\n    }",
         signs_of,
         ("float32",),
     ),
     "the factors are written while the sums before are still read": (
-        "__syncthreads();\n    if (column < columns &&",
-        "if (column < columns &&",
+        "__syncthreads();\n    if constexpr (FOLDED) {  // once",
+        "if constexpr (FOLDED) {  // once",
         forward_of,
         ((48, 6), 4),
     ),

@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 
 from gpulayers.device import array_module
-from gpulayers.launch import Kernel, Place, Prepared, contiguous, is_aligned, place_of, remember, workspace_pieces
+from gpulayers.launch import Kernel, Place, Prepared, alignment_of, contiguous, place_of, remember, workspace_pieces
 from gpulayers.ops.batch_norm import plan as batch_norm_plan
 from gpulayers.ops.batch_norm.moving import MovingStatistics, Renorm
-from gpulayers.ops.batch_norm.plan import CLUSTER, Layout, Plan, choose, division
+from gpulayers.ops.batch_norm.plan import CLUSTER, Access, Layout, Plan, choose, division
 
 __all__ = ["backward", "forward", "inference", "inference_backward", "statistics"]
 
 _GEOMETRY = [
-    *[(name, "int64") for name in ("rows", "groups", "spread", "channels", "inner", "splits", "share")],
+    *[(name, "int64") for name in ("rows", "groups", "spread", "channels", "inner")],
+    *[(name, "int64") for name in ("slab_channels", "splits", "share")],
     *[(f"{name}_multiplier", "uint64") for name in ("spread", "inner")],
     *[(f"{name}_shift", "int32") for name in ("spread", "inner")],
 ]
@@ -66,9 +67,17 @@ _DTYPES = ("float16", "bfloat16", "float32", "float64")
 _DEFINES = {
     "STORAGE": _DTYPES,
     "PARAMETER": ("float32", "float64"),
-    "VECTOR": (False, True),
+    "PACKET": (1, 2, 4, 8),
     "CHANNELS_LAST": (False, True),
+    "FOLDED": (False, True),
 }
+
+
+def _exists(defines: dict[str, Any]) -> bool:
+    """Say whether there is a specialisation: packets of at most 16 bytes, and of 16 bytes where columns are folded."""
+    size = defines["PACKET"] * {"float64": 8, "float32": 4}.get(defines["STORAGE"], 2)
+    wide = (defines["PARAMETER"] == "float64") == (defines["STORAGE"] == "float64")
+    return wide and size <= 16 and (not defines["FOLDED"] or (defines["CHANNELS_LAST"] and size == 16))
 
 
 def _kernel(name: str, *fields: list[tuple[str, str]], one_launch: bool = False) -> Kernel:
@@ -78,7 +87,7 @@ def _kernel(name: str, *fields: list[tuple[str, str]], one_launch: bool = False)
         name,
         arguments=[*_GEOMETRY, *(field for part in fields for field in part)],
         defines={**_DEFINES, **extra},
-        where=lambda d: (d["PARAMETER"] == "float64") == (d["STORAGE"] == "float64"),
+        where=_exists,
     )
 
 
@@ -98,12 +107,14 @@ class _Launch:
     def __init__(self, place: Place, layout: Layout, storage: Any, dtype: Any, plan: Plan) -> None:
         self._place, self.plan = place, plan
         geometry = dict(zip(("rows", "groups", "spread", "channels", "inner"), layout, strict=False))
-        units_of_row = 1 if plan.channels_last else layout.inner // (16 // storage.itemsize if plan.vector else 1)
+        how = plan.access
+        units_of_row = 1 if how.channels_last else layout.inner // how.packet
         units = layout.samples // (layout.inner // units_of_row)
-        self._fixed: dict[str, Any] = {**geometry, "splits": plan.splits, "share": units // plan.splits}
-        for name, divisor in (("spread", layout.spread), ("inner", units_of_row)):
+        self._fixed: dict[str, Any] = {**geometry, "slab_channels": plan.slab_channels, "splits": plan.splits}
+        self._fixed["share"] = units // plan.splits
+        for name, divisor in (("spread", layout.spread), ("inner", layout.inner if how.folded else units_of_row)):
             self._fixed[f"{name}_multiplier"], self._fixed[f"{name}_shift"] = division(divisor)
-        self._defines = _defines(plan, storage, dtype)
+        self._defines = _defines(plan.access, storage, dtype)
         self._blocks = plan.slabs * plan.splits
         self._groups = layout.groups
         self._counters = plan.slabs * (layout.groups + 1)
@@ -159,21 +170,22 @@ class _Launch:
         )
 
 
-def _defines(plan: Plan, storage: Any, dtype: Any) -> dict[str, Any]:
-    return {"STORAGE": storage, "PARAMETER": dtype, "VECTOR": plan.vector, "CHANNELS_LAST": plan.channels_last}
+def _defines(access: Access, storage: Any, dtype: Any) -> dict[str, Any]:
+    how = {name.upper(): value for name, value in access._asdict().items()}
+    return {"STORAGE": storage, "PARAMETER": dtype, **how}
 
 
-def _plan(layout: Layout, dtype: Any, x: Any, aligned: bool, device: Any, kept: int, grid: Kernel | None) -> Plan:
+def _plan(layout: Layout, dtype: Any, x: Any, alignment: int, device: Any, kept: int, grid: Kernel | None) -> Plan:
     """Return the plan; a grid that waits for itself only where the device holds all its blocks at a time.
 
     The plan counts on the launch bounds, the occupancy of the specialisation has the last word: blocks that wait must
     not keep others from starting.
     """
-    question = layout, x.dtype.itemsize, aligned, device, kept, grid is not None
+    question = layout, x.dtype.itemsize, alignment, device, kept, grid is not None
     plan = choose(*question)
     if plan.regime != "grid" or grid is None:
         return plan
-    specialisation = grid.specialise(_defines(plan, x.dtype, dtype))
+    specialisation = grid.specialise(_defines(plan.access, x.dtype, dtype))
     held = specialisation.resident_blocks(x, plan.lanes * plan.depth, plan.shared) * device.multiprocessors
     return plan if plan.slabs * plan.splits * layout.groups <= held else choose(*question, grid=False)
 
@@ -188,11 +200,11 @@ def _launch(layout: Layout, dtype: Any, arrays: Sequence[Any], kept: int = 1, gr
     """
     x = arrays[0]
     place = place_of(x)
-    device, aligned = place.launcher.properties(x), is_aligned(*[array for array in arrays if array is not None])
-    key = place, device, layout, x.dtype, aligned, kept, grid, batch_norm_plan.forced
+    device, alignment = place.launcher.properties(x), alignment_of(*[array for array in arrays if array is not None])
+    key = place, device, layout, x.dtype, alignment, kept, grid, batch_norm_plan.forced
     found = _launches.get(key)
     if found is None:
-        plan = _plan(layout, dtype, x, aligned, device, kept, grid)
+        plan = _plan(layout, dtype, x, alignment, device, kept, grid)
         found = remember(_launches, key, _Launch(place, layout, x.dtype, dtype, plan))
     return found
 
@@ -296,7 +308,7 @@ def forward(
     if relu and residual is None and not only_y:
         given["affine"] = xp.ndarray((2 * layout.slots,), dtype)
         mask = given["affine"].view("uint8")
-    elif relu and residual is not None and launch.plan.vector:
+    elif relu and residual is not None and launch.plan.access.packet * x.itemsize == 16:
         mask = given["bits"] = xp.ndarray((x.nbytes // 16,), np.uint8)
     if launch.plan.regime == "sweeps":
         launch.run(_statistics, values)

@@ -136,6 +136,8 @@ CLUSTER_PLACES = 15, 132
 CLUSTER_WAVES = 3  # more of them wait more for each other than for memory, unless their blocks hold much
 THREADS = 256
 LANES_WIDE, LANES_NARROW = 16, 4  # 256 and 64 bytes of a row with 16-byte accesses
+LANES_FOLDED = 64  # the most that the columns of a channel may take where they are folded
+SHORT_BYTES = 64  # channels whose rows are shorter share the sectors and lines of memory with their neighbours
 AHEAD = 4  # accesses in flight per thread, as in batch_norm.cuh
 BUSY, BUSY_SMALL = 0.5, 0.45  # share of the multiprocessors that clusters keep busy; small parts save a launch
 RESIDENT = 3  # blocks that a multiprocessor holds at least in the sweeps: the launch bounds in batch_norm.cu
@@ -147,23 +149,65 @@ GRID_L2 = 32  # an input of a smaller part of the L2 cache is read from there a 
 BLOCK_SHARED = 1024  # what CUDA takes for itself from the shared memory of each block
 
 
+class Access(NamedTuple):
+    """How threads move the elements of a layout.
+
+    `packet`: neighbours that are moved at once, 16 bytes or a smaller power of two. `channels_last`: a thread has the
+    same `packet` columns of all its rows, else it has one channel. `folded`: several columns of a row make a channel.
+    """
+
+    packet: int
+    channels_last: bool
+    folded: bool
+
+
+def access(layout: Layout, itemsize: int, alignment: int = 16) -> Access:
+    """Choose the widest packets that a layout and addresses that are multiples of `alignment` bytes allow.
+
+    Packets of one channel end with its row, so `inner` is a multiple of them. Where that leaves less than 8 bytes, or
+    rows so short that neighbouring channels share the lines of memory, the row of all channels is read 16 bytes at a
+    time instead, if its length allows that: a packet's columns then belong to more than one channel, and the columns of
+    each channel are summed apart and folded. A block holds whole channels, the first of which begins with a packet; it
+    has the threads for that if their columns are at most 64 packets.
+
+    >>> for inner in (3136, 196, 49, 14, 5, 1):
+    ...     layout = Layout(32, 1, 1, 512, inner)
+    ...     print(inner, *(tuple(access(layout, size)) for size in (2, 4)))
+    3136 (8, False, False) (4, False, False)
+    196 (4, False, False) (4, False, False)
+    49 (8, True, True) (4, True, True)
+    14 (8, True, True) (4, True, True)
+    5 (8, True, True) (4, True, True)
+    1 (8, True, False) (4, True, False)
+    """
+    most = max(1, min(16, alignment) // itemsize)
+    if layout.inner == 1:
+        return Access(math.gcd(layout.channels, most), True, False)
+    packet = math.gcd(layout.inner, most)
+    whole_rows = most * itemsize == 16 and layout.channels * layout.inner % most == 0
+    narrow = packet * itemsize < 8 or layout.inner * itemsize < SHORT_BYTES
+    if whole_rows and narrow and layout.inner // math.gcd(layout.inner, most) <= LANES_FOLDED:
+        return Access(most, True, True)
+    return Access(packet, False, False)
+
+
 class Plan(NamedTuple):
     """How kernels work on a layout.
 
     `regime`: ``"small"`` (one launch, one block per slab), ``"cluster"`` (one launch, a cluster per slab, the input
     kept in shared memory), ``"grid"`` (one cooperative launch of resident blocks that keep what they can of the input)
-    or ``"sweeps"`` (two launches). `vector`: 16-byte accesses. `channels_last`: threads hold neighbouring channels.
-    `lanes`, `depth`: the block. `splits`: blocks per slab and group. `slabs`: slabs of channels. `shared`: dynamic
-    shared memory in bytes. `kept_units`: accesses per thread that a grid keeps there. `on_chip`: the share of the input
-    that the second pass finds on chip; a small slab is read again, from the caches.
+    or ``"sweeps"`` (two launches). `access`: what threads move. `lanes`, `depth`: the block. `slabs`: slabs of
+    `slab_channels` channels. `splits`: blocks per slab and group. `shared`: dynamic shared memory in bytes.
+    `kept_units`: accesses per thread that a grid keeps there. `on_chip`: the share of the input that the second pass
+    finds on chip; a small slab is read again, from the caches.
     """
 
     regime: str
-    vector: bool
-    channels_last: bool
+    access: Access
     lanes: int
     depth: int
     slabs: int
+    slab_channels: int
     splits: int
     shared: int
     kept_units: int = 0
@@ -173,7 +217,7 @@ class Plan(NamedTuple):
 def choose(
     layout: Layout,
     itemsize: int,
-    aligned: bool,
+    alignment: int,
     device: Any,
     kept: int = 1,
     one_launch: bool = True,
@@ -181,22 +225,22 @@ def choose(
 ) -> Plan:
     """Choose the regime, the block and the grid: a function of shape, dtype size, alignment and device alone.
 
-    Parameters: `aligned`, whether all addresses are multiples of 16; `device`, a `gpulayers.launch.DeviceProperties`;
-    `kept`, arrays that a cluster or grid would keep (1 forward, 2 backward); `one_launch`, whether the operation has
-    two sweeps at all (inference has one, and then nothing is gained by doing them in one launch); `grid`, whether all
-    blocks of a grid can be resident, which the compiled kernel decides.
+    Parameters: `alignment`, a number of bytes, at most 16, that all addresses are multiples of; `device`, a
+    `gpulayers.launch.DeviceProperties`; `kept`, arrays that a cluster or grid would keep (1 forward, 2 backward);
+    `one_launch`, whether the operation has two sweeps at all (inference has one, and then nothing is gained by doing
+    them in one launch); `grid`, whether all blocks of a grid can be resident, which the compiled kernel decides.
 
     >>> from gpulayers.launch import DeviceProperties
     >>> h200 = DeviceProperties("H200", 90, 132, 232448, 233472, 65536, 2048, 1024, 50 * 2**20)
     >>> for shape, axis in [((256, 64), 1), ((32, 14, 14, 1024), 3), ((32, 56, 56, 64), 3), ((32, 64, 56, 56), 1)]:
-    ...     p = choose(collapse(shape, (axis,)), 2, True, h200)
+    ...     p = choose(collapse(shape, (axis,)), 2, 16, h200)
     ...     print(p.regime, p.lanes, p.depth, p.slabs, p.splits)
     small 4 64 2 1
     cluster 8 32 16 8
     grid 4 64 2 132
     grid 1 256 64 4
     """
-    plan = _choose(layout, itemsize, aligned, device, kept, one_launch, grid)
+    plan = _choose(layout, itemsize, alignment, device, kept, one_launch, grid)
     return plan if forced is None else forced(plan)
 
 
@@ -218,47 +262,47 @@ def forcing(change: Callable[[Plan], Plan]) -> Iterator[None]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(layout: Layout, itemsize: int, aligned: bool, device: Any, kept: int, one_launch: bool, grid: bool) -> Plan:
-    channels_last = layout.inner == 1
-    along = layout.channels if channels_last else layout.inner
-    vector = aligned and along % (16 // itemsize) == 0
-    width = 16 // itemsize if vector else 1
+def _choose(
+    layout: Layout, itemsize: int, alignment: int, device: Any, kept: int, one_launch: bool, grid: bool
+) -> Plan:
+    how = access(layout, itemsize, alignment)
+    static = static_shared(itemsize, how)
     for lanes_limit in (LANES_NARROW, LANES_WIDE // 2, LANES_WIDE):
-        lanes, depth, slabs, units = _block(layout, vector, width, lanes_limit)
-        columns = lanes * (width if channels_last else 1)
-        slab_bytes = layout.samples * columns * itemsize
-        small = layout.groups <= SMALL_GROUPS and slab_bytes * layout.groups <= SMALL_BYTES
-        if one_launch and small:
-            return Plan("small", vector, channels_last, lanes, depth, slabs, 1, 0)
+        lanes, depth, slabs, slab_channels, units = _block(layout, itemsize, how, lanes_limit)
+        slab_bytes = layout.samples * layout.groups * slab_channels * itemsize
+        if one_launch and layout.groups <= SMALL_GROUPS and slab_bytes <= SMALL_BYTES:
+            return Plan("small", how, lanes, depth, slabs, slab_channels, 1, 0)
         per_thread = -(-(-(-units // CLUSTER) + 1) // depth)
-        shared = per_thread * lanes * depth * width * itemsize * kept
-        wide_enough = not channels_last or lanes_limit > LANES_NARROW
+        shared = per_thread * lanes * depth * how.packet * itemsize * kept
+        wide_enough = not how.channels_last or lanes_limit > LANES_NARROW
         possible = one_launch and device.has_clusters and layout.groups == 1 and wide_enough
-        if possible and _clusters_pay(slabs, shared, static_shared(itemsize, width if channels_last else 1), device):
-            return Plan("cluster", vector, channels_last, lanes, depth, slabs, CLUSTER, shared, 0, 1.0)
+        if possible and _clusters_pay(slabs, shared, static, device):
+            return Plan("cluster", how, lanes, depth, slabs, slab_channels, CLUSTER, shared, 0, 1.0)
     # After all others have ended, one block merges what the splits of a slab leave. A narrow slab has fewer channels
     # and (as there are more slabs) fewer splits; where rows are short it still reads whole neighbourhoods of memory.
-    short = layout.channels <= LANES_WIDE * width
-    lanes_limit = (LANES_NARROW if short else LANES_WIDE // 2) if vector else LANES_WIDE
-    lanes, depth, slabs, units = _block(layout, vector, width, lanes_limit)
+    short = layout.channels * (layout.inner if how.folded else 1) <= LANES_WIDE * how.packet
+    lanes_limit = (LANES_NARROW if short else LANES_WIDE // 2) if how.packet > 1 else LANES_WIDE
+    lanes, depth, slabs, slab_channels, units = _block(layout, itemsize, how, lanes_limit)
     if one_launch and grid and device.cooperative_launch:
-        static = static_shared(itemsize, width if channels_last else 1)
-        row_bytes = lanes * width * itemsize
+        row_bytes = lanes * how.packet * itemsize
         splits, kept_units, shared, on_chip = _grid(layout, slabs, units, depth, row_bytes, static, device, kept)
         if on_chip >= GRID_SHARE and layout.size * itemsize * GRID_L2 >= device.l2_bytes:
-            return Plan("grid", vector, channels_last, lanes, depth, slabs, splits, shared, kept_units, on_chip)
+            return Plan("grid", how, lanes, depth, slabs, slab_channels, splits, shared, kept_units, on_chip)
     splits = min(_splits(slabs * layout.groups, RESIDENT * device.multiprocessors), -(-units // (depth * AHEAD)))
-    return Plan("sweeps", vector, channels_last, lanes, depth, slabs, splits, 0)
+    return Plan("sweeps", how, lanes, depth, slabs, slab_channels, splits, 0)
 
 
-def static_shared(itemsize: int, held: int) -> int:
-    """Return an upper bound of what the kernels use beside their copies, with `held` channels per thread, in bytes.
+def static_shared(itemsize: int, how: Access) -> int:
+    """Return an upper bound of what the kernels use beside their copies, in bytes.
 
-    >>> static_shared(2, 8), static_shared(4, 1)
-    (8960, 4352)
+    >>> static_shared(2, Access(8, True, False)), static_shared(2, Access(8, True, True))
+    (8960, 17664)
+    >>> static_shared(4, Access(4, False, False))
+    4352
     """
-    accumulated = 8 if itemsize == 8 else 4
-    merged = THREADS // 2 if held > 1 else THREADS  # threads that still have sums of their own after a warp's shuffles
+    accumulated, held = 8 if itemsize == 8 else 4, how.packet if how.channels_last else 1
+    # Threads that still have sums of their own after a warp's shuffles.
+    merged = THREADS // 2 if held > 1 and not how.folded else THREADS
     return max(accumulated * (2 * held + 1) * merged, 16 * THREADS) + 256
 
 
@@ -320,16 +364,27 @@ def _splits(count: int, resident: int) -> int:
     return least
 
 
-def _block(layout: Layout, vector: bool, width: int, lanes_limit: int) -> tuple[int, int, int, int]:
-    """Return lanes, depth, slabs, and the units of a slab, for slabs of at most `lanes_limit` 16-byte accesses."""
-    channels_last = layout.inner == 1
-    held = width if channels_last else 1
-    lanes = min(lanes_limit if vector else 2 * lanes_limit, _power_of_two(-(-layout.channels // held)))
-    lanes = lanes if channels_last else 1
-    units = layout.samples // (1 if channels_last else width)
-    least = max(held, 32 // lanes)
+def _block(layout: Layout, itemsize: int, how: Access, lanes_limit: int) -> tuple[int, int, int, int, int]:
+    """Return lanes, depth, slabs, the channels of a slab and its units, for lanes of `lanes_limit` 16-byte accesses.
+
+    Narrower accesses take more lanes, single elements twice as many; folded columns as many as a whole number of
+    channels needs that ends with a packet.
+    """
+    lanes = slab_channels = 1
+    units = layout.samples // how.packet
+    if how.folded:
+        shared = math.gcd(layout.inner, how.packet)
+        packets, slab_channels, units = layout.inner // shared, how.packet // shared, layout.samples // layout.inner
+        while 2 * packets <= lanes_limit and slab_channels < layout.channels:
+            packets, slab_channels = 2 * packets, 2 * slab_channels
+        lanes = _power_of_two(packets)
+    elif how.channels_last:
+        most = min(LANES_WIDE, lanes_limit * 16 // (how.packet * itemsize)) if how.packet > 1 else 2 * lanes_limit
+        lanes = min(most, _power_of_two(-(-layout.channels // how.packet)))
+        slab_channels, units = lanes * how.packet, layout.samples
+    least = max(1, 32 // lanes, slab_channels // lanes)
     depth = max(least, min(THREADS // lanes, _power_of_two(units)))
-    return lanes, depth, -(-layout.channels // (lanes * held)), units
+    return lanes, depth, -(-layout.channels // slab_channels), slab_channels, units
 
 
 def _power_of_two(value: int) -> int:
@@ -346,7 +401,7 @@ def plan_table(cases: list[tuple[tuple[int, ...], tuple[int, ...], int]], itemsi
     lines = ["shape, axis, groups | forward | backward"]
     for shape, axis, groups in cases:
         layout = collapse(shape, axis, groups)
-        plans = [choose(layout, itemsize, True, device, kept) for kept in (1, 2)]
+        plans = [choose(layout, itemsize, 16, device, kept) for kept in (1, 2)]
         texts = [f"{p.regime} {p.slabs}x{p.splits} blocks of {p.lanes}x{p.depth}{_share(p)}" for p in plans]
         lines.append(" | ".join([f"{shape}, {axis}, {groups}", *texts]))
     return "\n".join(lines)
