@@ -7,10 +7,10 @@ import itertools
 import numpy as np
 import pytest
 
-from gpulayers.launch import register_launcher
+from gpulayers.launch import alignment_of, register_launcher
 from gpulayers.launch import source as launch_source
 from gpulayers.ops.batch_norm import arrays as bn
-from gpulayers.ops.batch_norm.plan import Layout, access, choose, collapse
+from gpulayers.ops.batch_norm.plan import LANES_FOLDED, LANES_WIDE, Layout, access, choose, collapse
 from tests.kernels.emulation import H200_LIKE, EmulatedLauncher, EmulationError
 from tests.kernels.strict_array import launcher, xp
 from tests.kernels.test_batch_norm_grid import ROOMY, TIGHT
@@ -95,6 +95,18 @@ def test_accesses_fit_every_row_and_address():
         assert how.packet * itemsize <= alignment
         assert (channels * inner if how.folded or inner == 1 else inner) % how.packet == 0
         assert how.channels_last == (how.folded or inner == 1)
+
+
+def test_addresses_are_asked_for_what_all_of_them_are_multiples_of():
+    values = np.zeros(32, np.float16)
+    offsets = [alignment_of(at_offset(values, 0), at_offset(values, offset)) for offset in (0, 1, 2, 3, 4, 8, 12)]
+    assert offsets == [16, 2, 4, 2, 8, 16, 8] and alignment_of() == 16
+
+
+def test_the_plan_knows_the_limits_of_the_kernels():
+    text = "".join(launch_source.read_source("batch_norm.cu"))
+    assert f"widest = FOLDED ? {LANES_FOLDED} : {LANES_WIDE};" in text
+    assert f"most_folded = {LANES_WIDE * 8 // 2};" in text
 
 
 # ---- what they compute ---------------------------------------------------------------------------------------------
