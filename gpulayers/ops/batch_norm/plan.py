@@ -373,8 +373,8 @@ def _block(layout: Layout, itemsize: int, how: Access, lanes_limit: int) -> tupl
     lanes = slab_channels = 1
     units = layout.samples // how.packet
     if how.folded:
-        shared = math.gcd(layout.inner, how.packet)
-        packets, slab_channels, units = layout.inner // shared, how.packet // shared, layout.samples // layout.inner
+        common, units = math.gcd(layout.inner, how.packet), layout.samples // layout.inner
+        packets, slab_channels = layout.inner // common, how.packet // common
         while 2 * packets <= lanes_limit and slab_channels < layout.channels:
             packets, slab_channels = 2 * packets, 2 * slab_channels
         lanes = _power_of_two(packets)
