@@ -471,7 +471,7 @@ def test_the_plan_as_a_table():
 def test_every_plan_can_be_launched(device):
     sizes = [1, 2, 3, 7, 8, 31, 64, 100, 513, 2048, 8192, 100_000]
     for rows, channels, inner in itertools.product(sizes, sizes, (1, 2, 3, 8, 49, 62, 65, 196, 3136)):
-        for itemsize, alignment, kept in itertools.product((2, 4, 8), (8, 16), (1, 2)):
+        for itemsize, alignment, kept in itertools.product((2, 4, 8), (1, 8, 16), (1, 2)):
             layout = collapse((rows, channels, inner), (1,))
             plan = choose(layout, itemsize, alignment, device, kept)
             packet, channels_last, folded = plan.access
