@@ -22,9 +22,7 @@ __all__ = ["LONG_ROW", "Block", "Operand", "View", "blocks_of", "series_of", "th
 
 ELEMENTS = 2 * 1024 * 1024 // 4  # of a block
 ELEMENTS_READ = 2 * ELEMENTS  # of a block that is only read
-TABLE = 256 * 1024 // 4  # elements of one row of a block with several rows channels first: its tables stay in the cache
 FOLDED = 64 * 1024  # elements of a row with all sub-batches and their places: more make good blocks by themselves
-LINE = 16  # slots: a multiple of it begins on a cache line, whatever `inner` is
 WIDE = 2048  # elements of a wide row: enough to hide a loop's start, and a row of sums stays in the first-level cache
 NARROW_INNER = 64  # below this, channels-first rows are too short for a loop of their own
 LONG_ROW = 1024  # from here on a row's constants can be single numbers, and its sums taken by einsum
@@ -78,6 +76,11 @@ class View(NamedTuple):
         return rows * (block.right - block.left) * self.inner
 
     @property
+    def whole(self) -> bool:
+        """Whether all blocks span everything that varies along a row: the same part of a table fits them all."""
+        return self.span == self.slots and self.stretch == self.inner
+
+    @property
     def even(self) -> int:
         """The number of rows that fill whole tiles."""
         return self.length - self.length % self.tile
@@ -107,7 +110,8 @@ class Operand:
 def view_of(layout: Layout, read: bool = False) -> View:
     """Choose the view for a layout: sub-batches are extra channels, small ones with all their places, or segments.
 
-    `read`: for sums that copy nothing; their blocks are larger and contiguous as far as can be.
+    `read`: for sums that copy nothing; their blocks are larger. A block is contiguous: one that spans few channels of
+    many rows, so that its factors stay in the cache, is slower to walk through than the factors are to read again.
     """
     rows, groups, spread, channels, inner = layout[:5]
     segments, length, tables, slots = rows * groups, spread, groups, channels
@@ -121,18 +125,10 @@ def view_of(layout: Layout, read: bool = False) -> View:
     if columns:
         while tile * 2 * slots * inner <= WIDE and tile * 2 <= length:
             tile *= 2
-    span = _slots_at_once(slots, inner, columns or read or inner >= LONG_ROW, elements)
+    span = max(1, min(slots, elements // inner))
     stretch = min(inner, elements)
     at_once = max(1, min(elements // (span * stretch), length) // tile)
     return View(segments, length, tables, slots, inner, columns, tile, at_once, span, stretch, folded)
-
-
-def _slots_at_once(slots: int, inner: int, contiguous: bool, elements: int) -> int:
-    """Return how many slots a block spans: all that it can hold, or as many as keep their tables in the cache."""
-    if contiguous:
-        return max(1, min(slots, elements // inner))
-    limit = max(1, TABLE // inner)
-    return slots if slots <= limit else limit - limit % LINE if limit > LINE else limit
 
 
 @functools.lru_cache(maxsize=256)

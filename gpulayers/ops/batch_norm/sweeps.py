@@ -15,21 +15,20 @@ import numpy as np
 
 from gpulayers.ops.batch_norm.blocks import LONG_ROW, Block, Operand, View, blocks_of, series_of, threaded, view_of
 from gpulayers.ops.batch_norm.plan import Layout
-from gpulayers.ops.host.buffers import aligned
+from gpulayers.ops.host.buffers import aligned, recycled
 from gpulayers.ops.host.threads import run_tasks
 
 __all__ = ["Affine", "backward_apply", "backward_sums", "clear", "moments", "near_zero", "normalise"]
 
-FAR_PIVOT = 16.0  # (mean - pivot)^2 / variance above which float32 factors lose digits: keep the pivot
-FAR_SUMS = 4.0  # and above which float32 sums do: take them again around the mean
+FAR_PIVOT = 4.0  # |mean - pivot| / sqrt(variance) above which float32 factors lose digits: keep the pivot
+FAR_SUMS = 4.0  # and (mean - pivot)^2 / variance above which float32 sums do: take them again around the mean
 REPEATED = 1 << 20  # elements that a table may be blown up to
 PIECE = 2048  # elements of a row summed at once, where it has two of them
-ROWS = 128  # rows of a column summed at once: longer running float32 sums lose digits
-ROWS_FAR = 64  # and around a pivot, where values that come in coarse steps make their rounding one-sided
+ROWS = 64  # rows of a column summed at once: longer running float32 sums lose digits
 
 
 class Affine(NamedTuple):
-    """``y = (x - pivot) * a + b``; every member has shape (groups, channels)."""
+    """``y = (x - pivot) * a + b``; every member has shape (groups, channels). `pivot` None stands for zeros."""
 
     pivot: Any
     a: Any
@@ -54,17 +53,19 @@ class _Tables:
     def cut(self, block: Block) -> Any:
         """Return the block's part."""
         view, table = self.view, self.main[block.segment % self.view.tables]
+        if view.whole and not block.rest:
+            return table
         if not view.columns:
             rows = table[block.left : block.right]
             return rows if rows.shape[1] == 1 else rows[:, block.begin : block.end]
         if block.rest:
             return table[: (view.length - view.even) * view.slots * view.inner]
-        return table if view.span == view.slots else table[block.left * view.inner : block.right * view.inner]
+        return table[block.left * view.inner : block.right * view.inner]
 
 
 def _filled(shape: tuple[int, ...], values: Any) -> Any:
     """Return an aligned array of this shape with `values` broadcast into it."""
-    array = aligned(shape, values.dtype)
+    array = recycled(shape, values.dtype)
     array[...] = values
     return array
 
@@ -138,18 +139,18 @@ def _sum_and_dot(u: Any, v: Any, ones: Any, into: Any) -> None:
 
 def _column_sums(view: View, operands: Sequence[Any], pair: Callable[..., Any], dtype: Any, itemsize: int) -> Any:
     """Channels last: a sum for every column of a block, folded for all blocks of the same statistics at once."""
-    scratch, rows = _Scratch(dtype), ROWS if operands[-1] is None else ROWS_FAR
+    scratch = _Scratch(dtype)
 
     def work(task: tuple[Any, tuple[Any, ...]]) -> None:
         into, parts = task
         u, v = pair(*parts)
-        whole, columns = len(u) // rows, u.shape[1]
-        sums = scratch.of((2, -(-len(u) // rows), columns), "sums")
+        whole, columns = len(u) // ROWS, u.shape[1]
+        sums = scratch.of((2, -(-len(u) // ROWS), columns), "sums")
         if whole:
-            cut = (whole, rows, columns)
-            _sums_of_rows(u[: whole * rows].reshape(cut), v[: whole * rows].reshape(cut), sums[:, :whole])
-        if whole * rows < len(u):
-            _sums_of_rows(u[None, whole * rows :], v[None, whole * rows :], sums[:, whole:])
+            cut = (whole, ROWS, columns)
+            _sums_of_rows(u[: whole * ROWS].reshape(cut), v[: whole * ROWS].reshape(cut), sums[:, :whole])
+        if whole * ROWS < len(u):
+            _sums_of_rows(u[None, whole * ROWS :], v[None, whole * ROWS :], sums[:, whole:])
         np.add.reduce(sums.astype(np.float64), axis=1, out=into)
 
     series = series_of(view)
@@ -193,11 +194,11 @@ def _shifted(part: Any, pivot: Any, scratch: _Scratch) -> Any:
 
 
 def _pivot_table(view: View, pivot: Any, dtype: Any) -> _Tables | None:
-    return _Tables(view, pivot, dtype) if pivot.any() else None
+    return None if pivot is None or not pivot.any() else _Tables(view, pivot, dtype)
 
 
 def _power_sums(x: Any, layout: Layout, pivot: Any, dtype: Any) -> Any:
-    view = view_of(layout, read=x.dtype == dtype and not pivot.any())
+    view = view_of(layout, read=pivot is None and x.dtype == dtype)
     scratch = _Scratch(dtype)
 
     def pair(part: Any, shift: Any) -> Any:
@@ -213,8 +214,8 @@ def moments(x: Any, layout: Layout, dtype: Any) -> tuple[Any, Any, Any]:
     `x` is contiguous. `pivot` has `dtype`, which the arithmetic is done in (float32 or float64); the others are
     float64.
     """
+    offset, variance = _from_sums(_power_sums(x, layout, None, dtype), layout)
     pivot = np.zeros((layout.groups, layout.channels), dtype)
-    offset, variance = _from_sums(_power_sums(x, layout, pivot, dtype), layout)
     near = offset * offset <= FAR_SUMS * variance
     if not (near & np.isfinite(variance)).all():
         mean = offset.astype(dtype)
@@ -231,8 +232,8 @@ def _from_sums(sums: Any, layout: Layout) -> tuple[Any, Any]:
 def near_zero(pivot: Any, a: Any, b: Any, inverse: Any) -> Affine:
     """Return the factors with the pivot folded into b where every channel's is near 0 beside its deviation."""
     b = np.zeros_like(a) if b is None else b
-    if (pivot * pivot * inverse * inverse <= FAR_PIVOT).all():
-        return Affine(np.zeros_like(a), a, b - pivot.astype(np.float64) * a)
+    if (abs(pivot * inverse) <= FAR_PIVOT).all():
+        return Affine(None, a, b - np.multiply(pivot, a, dtype=np.float64))
     return Affine(pivot, a, b)
 
 
