@@ -18,7 +18,17 @@ from typing import Any, NamedTuple
 
 from gpulayers.ops.batch_norm.plan import Layout
 
-__all__ = ["LONG_ROW", "Block", "Operand", "View", "blocks_of", "series_of", "threaded", "view_of"]
+__all__ = [
+    "LONG_ROW",
+    "Block",
+    "View",
+    "blocks_of",
+    "parts_of",
+    "series_of",
+    "table_parts_of",
+    "threaded",
+    "view_of",
+]
 
 ELEMENTS = 2 * 1024 * 1024 // 4  # of a block
 ELEMENTS_READ = 2 * ELEMENTS  # of a block that is only read
@@ -76,34 +86,9 @@ class View(NamedTuple):
         return rows * (block.right - block.left) * self.inner
 
     @property
-    def whole(self) -> bool:
-        """Whether all blocks span everything that varies along a row: the same part of a table fits them all."""
-        return self.span == self.slots and self.stretch == self.inner
-
-    @property
     def even(self) -> int:
         """The number of rows that fill whole tiles."""
         return self.length - self.length % self.tile
-
-
-class Operand:
-    """An array seen through a view, to be cut into blocks: (rows, columns), or channels first (rows, slots, inner)."""
-
-    def __init__(self, view: View, array: Any) -> None:
-        self.view = view
-        self.main = self.rest = array.reshape(view.shape)
-        if view.columns:
-            width, even = view.slots * view.inner, view.even
-            self.rest = self.main[:, even:].reshape(view.segments, 1, (view.length - even) * width)
-            self.main = self.main[:, :even].reshape(view.segments, even // view.tile, view.tile * width)
-
-    def cut(self, block: Block) -> Any:
-        """Return the block as a view of the array."""
-        segment, rest, first, last, left, right, begin, end = block
-        if not self.view.columns:
-            return self.main[segment, first:last, left:right, begin:end]
-        rows = (self.rest if rest else self.main)[segment, first:last]
-        return rows if self.view.span == self.view.slots else rows[:, left * self.view.inner : right * self.view.inner]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -156,6 +141,50 @@ def _blocks(view: View) -> Iterator[Block]:
 
 def _pieces(length: int, step: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + step, length)) for start in range(0, length, step))
+
+
+def parts_of(view: View, array: Any) -> list[Any]:
+    """Cut an array into the blocks of its view: (rows, columns), or channels first (rows, slots, inner)."""
+    main = rest = array.reshape(view.shape)
+    if view.columns:
+        width, even = view.slots * view.inner, view.even
+        rest = main[:, even:].reshape(view.segments, 1, (view.length - even) * width)
+        main = main[:, :even].reshape(view.segments, even // view.tile, view.tile * width)
+    return [(rest if of_rest else main)[index] for of_rest, index in _indices_of(view)]
+
+
+@functools.lru_cache(maxsize=256)
+def _indices_of(view: View) -> tuple[tuple[bool, tuple[Any, ...]], ...]:
+    return tuple((block.rest, _index(view, block)) for block in blocks_of(view))
+
+
+def _index(view: View, block: Block) -> tuple[Any, ...]:
+    segment, _, first, last, left, right, begin, end = block
+    if not view.columns:
+        return segment, slice(first, last), slice(left, right), slice(begin, end)
+    if view.span == view.slots:
+        return segment, slice(first, last)
+    return segment, slice(first, last), slice(left * view.inner, right * view.inner)
+
+
+def table_parts_of(view: View, table: Any) -> list[Any]:
+    """Cut a table, (tables, columns) or (tables, slots, 1 or inner), into what each block needs of it."""
+    return [table[index] for index in _table_indices_of(view)]
+
+
+@functools.lru_cache(maxsize=256)
+def _table_indices_of(view: View) -> tuple[tuple[Any, ...], ...]:
+    return tuple(_table_index(view, block) for block in blocks_of(view))
+
+
+def _table_index(view: View, block: Block) -> tuple[Any, ...]:
+    row = block.segment % view.tables
+    if block.rest:
+        return row, slice(view.columns_of(block))
+    if view.span == view.slots:
+        return (row,)
+    factor = view.inner if view.columns else 1
+    return row, slice(block.left * factor, block.right * factor)
 
 
 def threaded(view: View, itemsize: int) -> bool:
