@@ -752,17 +752,46 @@ def test_the_sanitizer_is_used_where_it_runs(tmp_path, runs):
     status, summary, _ = run_pretending(tmp_path, text, "--full", "sanitizer", PATH=path)
     assert status == 0
     if runs:
-        assert "== memcheck: passed" in summary and "== racecheck: passed" in summary
+        assert "== memcheck: passed" in summary and "== racecheck: passed" in summary and "not run" not in summary
     else:
         assert "compute-sanitizer does not run here: no access" in summary and "memcheck:" not in summary
 
 
 def test_the_steps_of_a_quick_run_fit_its_five_minutes():
-    """Every step's limit, the sanitizer's two tools and the question whether it runs among them."""
-    text = SCRIPT.read_text().split("    quick)")[1].split(";;")[0]
+    """Every step's limit, with the grace of one that hangs, and something left for the sanitizer."""
+    script = SCRIPT.read_text()
+    text = script.split("    quick)")[1].split(";;")[0]
     limits = [int(found) for found in re.findall(r"^ +(?:(?:step|report) \w+|gpu_tests) (\d+)", text, re.MULTILINE)]
-    assert len(limits) == 4
-    assert sum(limits) + 2 * int(re.search(r"sanitize (\d+)", text)[1]) + 20 <= 290
+    limit, grace = (int(re.search(pattern, script)[1]) for pattern in (r"quick limit=(\d+)", r"kill-after=(\d+) \"\$s"))
+    assert len(limits) == 4 and sum(limits) + 40 <= limit and limit + grace <= 290
+    full = int(re.search(r"\} limit=(\d+)", script)[1])
+    assert full + grace <= 480 and all(int(n) < full for n in re.findall(r"report \S+ (\d+) ", script))
+
+
+def test_the_most_important_comes_first(tmp_path):
+    """A machine may go at any time: the tests, the list beside PyTorch, and only then what explains them."""
+    python = FAKE_PYTHON.replace("sleep 60", "echo probed")
+    _, summary, _ = run_pretending(tmp_path, python, "--quick", PATH="/usr/bin:/bin")
+    steps = re.findall(r"^== (\w+): ", summary, re.MULTILINE)
+    assert steps == ["report", "gpu_tests", "resnet50", "probe", "sanitizer", "quick"]
+
+
+def test_a_killed_run_leaves_an_archive_of_the_steps_before(tmp_path):
+    python, out = tmp_path / "python", tmp_path / "out"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    environment = {**os.environ, "OUT": str(out), "PYTHON": str(python)}
+    with subprocess.Popen(["bash", SCRIPT, "--quick"], env=environment, start_new_session=True) as process:
+        text = out / "summary.txt"
+        while not (text.exists() and "== resnet50" in text.read_text() and not (out / "part.tar.gz").exists()):
+            assert process.poll() is None
+            time.sleep(0.02)
+        time.sleep(0.5)
+        os.killpg(process.pid, 9)
+    with tarfile.open(out / "run.tar.gz") as archive:
+        names = archive.getnames()
+        kept = archive.extractfile("run/summary.txt").read().decode()
+    assert "run/resnet50.txt" in names and "run/gpu_tests.txt" in names and "gpu_tests: FAILED" in kept
 
 
 def test_the_probes_kernels_do_what_they_say():
