@@ -56,17 +56,21 @@ say() { printf '%s\n' "$*" | tee -a "$summary"; }
 
 left() { echo $((limit - (SECONDS - started))); }
 
-# Put everything that there is into the archive; one that is half written never takes the place of a whole one.
+# Put everything that there is into the archive; one that is half written never takes the place of a whole one. Status
+# 1 of tar is a file that was written to meanwhile.
 pack() {
     cp "$summary" "$work/"
-    tar -czf "$out/part.tar.gz" -C "$out" run && mv "$out/part.tar.gz" "$out/run.tar.gz"
+    { tar -cf - -C "$out" run || [ $? -eq 1 ]; } | gzip >"$out/part.tar.gz" && mv "$out/part.tar.gz" "$out/run.tar.gz"
 }
 
 # The end of the summary and the archive, whatever happened before; runs when the script is stopped, too.
 finish() {
     local status=$?
     trap - EXIT INT TERM
-    [ -z "$child" ] || kill "$child" 2>/dev/null
+    [ "$BASHPID" = $$ ] || exit # a child that was stopped before it became a command has the trap, too
+    if [ -n "$child" ] && kill "$child" 2>/dev/null; then # which gets a moment to say what it has
+        for _ in {1..50}; do kill -0 "$child" 2>/dev/null && sleep 0.1; done
+    fi
     say "== $part: $((SECONDS - started)) s, $failed steps failed, exit status $((status ? status : failed > 0)); $out"
     if [ "$(wc -l <"$summary")" -gt 100 ]; then # the summary is at most 100 lines: its beginning and its end
         { head -n 60 "$summary"; echo "..."; tail -n 39 "$summary"; } >"$work/short" && mv "$work/short" "$summary"

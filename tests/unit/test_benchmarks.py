@@ -518,6 +518,27 @@ def test_the_command_line(tmp_path, capsys):
     assert "batch_norm forward NHWC 32x112x112x64 float32" in capsys.readouterr().out
 
 
+def test_a_row_that_fails_is_named_and_the_others_are_measured(tmp_path, capsys, monkeypatch):
+    """Whatever the error is: CuPy's compiler, for one, has a type of its own."""
+    prepare = own.prepare
+
+    def failing(case, given, xp):
+        if case.mode == "forward":
+            raise type("CompileError", (Exception,), {})("no such instruction")
+        return prepare(case, given, xp)
+
+    monkeypatch.setattr(own, "prepare", failing)
+    arguments = ["--device", "cpu", "--only", "8x16", "--peers", "none", "--seconds", "0.01", "--out", str(tmp_path)]
+    assert main(arguments) == 1
+    printed, errors = capsys.readouterr()
+    name = "batch_norm forward NC 8x16 float32"
+    written = report.load(tmp_path)
+    assert [row["mode"] for row in written["rows"]] == ["inference", "backward", "step"]
+    assert written["failed"] == {name: "CompileError: no such instruction"}
+    line = f"failed: {name}: CompileError: no such instruction"
+    assert line in printed and line in (tmp_path / "report.txt").read_text() and "Traceback" in errors
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["--peers", "nosuch"], ["--peers", "torch,nosuch"], ["--peers", ""], ["--peer-python", "nosuch=python"]],
@@ -679,6 +700,26 @@ def test_the_gpu_script_keeps_what_it_has(tmp_path, stop):
     assert len(summary.splitlines()) <= 100
     if not stop:
         assert "== gpu_tests: FAILED with status 1" in summary and "3 failed" in summary
+
+
+def test_a_step_that_is_stopped_says_what_it_has(tmp_path):
+    """As pytest does, which then needs a moment."""
+    python, out = tmp_path / "python", tmp_path / "out"
+    python.write_text("""#!/usr/bin/env bash
+case "$*" in
+    *unavailable*) ;;
+    *) trap 'sleep 0.7; echo so far; exit' TERM; echo begun; while true; do sleep 0.1; done ;;
+esac
+""")
+    python.chmod(0o755)
+    environment = {**os.environ, "OUT": str(out), "PYTHON": str(python)}
+    process = subprocess.Popen(["bash", SCRIPT, "--full", "probes"], env=environment, stdout=subprocess.DEVNULL)
+    text = out / "run" / "design.txt"
+    while not (text.exists() and "begun" in text.read_text()):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(30) == 130 and "so far" in (unpacked(out) / "design.txt").read_text()
 
 
 def run_pretending(tmp_path, text, *arguments, **environment):
@@ -955,6 +996,47 @@ def test_samples_are_interleaved_and_cold(monkeypatch):
     assert first_rounds != sorted(first_rounds), "variants take turns"
 
 
+def test_the_host_is_ahead_of_what_is_timed(monkeypatch):
+    """A launch that takes the host longer than the kernel runs: the device is kept busy meanwhile."""
+    from benchmarks import gpu_probe
+
+    log = []
+
+    class Event:
+        def record(self):
+            log.append("event")
+
+        def synchronize(self):
+            pass
+
+    cuda = types.SimpleNamespace(
+        Event=Event,
+        Device=lambda: types.SimpleNamespace(synchronize=lambda: None),
+        get_elapsed_time=lambda start, end: 3.0,
+    )
+    monkeypatch.setattr(_cupy, "cupy", lambda: types.SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(gpu_probe, "_flush", lambda: lambda: log.append("flush"))
+
+    def work():
+        time.sleep(1e-3)
+        log.append("work")
+
+    assert gpu_probe._elapsed(work, 2) == pytest.approx(1500)
+    ends = [i for i, what in enumerate(log) if what == "event"][1::2]
+    assert len(ends) == 7
+    for end in ends:
+        assert log[end - 3 : end] == ["event", "work", "work"] and set(log[end - 33 : end - 3]) == {"flush"}
+
+
+def test_the_hosts_time_is_taken_of_few_calls_where_each_launches_much(monkeypatch):
+    log = []
+    monkeypatch.setattr(timing_gpu, "_wait", lambda: log.append("wait"))
+    for launches, calls in ((0, 50), (1, 50), (100, 2), (10_000, 1)):
+        log.clear()
+        timing_gpu.host_seconds(lambda: log.append("call"), 0.0, launches)
+        assert log == ["wait", *["call"] * calls] * 5 + ["wait"]
+
+
 def test_a_peer_in_another_process_is_timed_by_its_own_clock(monkeypatch):
     """Nothing of its results is fetched for a sample or for warming up."""
     from benchmarks.peers.remote import RemoteFunction
@@ -1109,3 +1191,22 @@ def test_a_whole_row_on_an_emulated_gpu(emulated_gpu, case, launches, plain):
     assert one["methods"] == {"gpulayers": "graph", "copy": "graph", "plain": plain, "jax_jit": "clock"}
     assert set(one["ratios"]) == {"plain", "jax_jit"} and not one["skipped"]
     assert emulated_gpu.pools and all(pool.freed for pool in emulated_gpu.pools)
+
+
+def test_the_sanitizer_sees_every_family_and_regime(emulated_gpu, monkeypatch, capsys):
+    from benchmarks import gpu_probe
+    from gpulayers.ops.batch_norm.plan import choose, collapse
+    from tests.kernels.emulation import H200_LIKE
+    from tests.kernels.strict_array import launcher
+
+    for regime, shape in gpu_probe.LARGE:
+        plans = [choose(collapse(shape, (1,)), 2, True, H200_LIKE, kept) for kept in (1, 2)]
+        assert [plan.regime for plan in plans] == [regime] * 2
+    monkeypatch.setattr(gpu_probe, "LARGE", (("sweeps", (5000, 16)),))  # the emulation of others takes minutes
+    launcher.record.clear()
+    with gl.device("emulated"):
+        gpu_probe.sanitizer_subset()
+    names = {specialisation.name for specialisation, *_ in launcher.record}
+    for part in ("bn_sums", "bn_forward", "residual", "lstm", "gru", "momentum", "adam"):
+        assert any(part in name for name in names), part
+    assert re.search(r"^\d\d calls$", capsys.readouterr().out.strip())
