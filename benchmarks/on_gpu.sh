@@ -140,8 +140,8 @@ gpu_tests() {
 }
 
 sanitize() { # each tool gets its share of the time that is left
-    local tools=(memcheck racecheck) tool why status=0
-    if ! command -v compute-sanitizer >/dev/null; then
+    local tools=(memcheck racecheck) tool why status=0 sanitizer
+    if ! sanitizer=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer" 2>/dev/null); then
         say "== sanitizer: compute-sanitizer is not installed here"
         return
     fi
@@ -150,7 +150,7 @@ sanitize() { # each tool gets its share of the time that is left
         return
     fi
     # Containers and drivers may refuse it altogether: that says nothing about the kernels.
-    why=$(timeout --kill-after=5 20 compute-sanitizer --tool memcheck --error-exitcode 9 \
+    why=$(timeout --kill-after=5 20 "$sanitizer" --tool memcheck --error-exitcode 9 \
         "$python" -c 'import cupy; cupy.zeros(4) + 1' 2>&1) || status=$?
     case $status in
         0) ;;
@@ -165,7 +165,7 @@ sanitize() { # each tool gets its share of the time that is left
     esac
     while [ ${#tools[@]} -gt 0 ]; do
         tool=${tools[0]}
-        step "$tool" $(($(left) / ${#tools[@]})) 3 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+        step "$tool" $(($(left) / ${#tools[@]})) 3 "$sanitizer" --tool "$tool" --error-exitcode 9 \
             --launch-timeout 120 "$python" -m benchmarks.gpu_probe --sanitizer-subset
         tools=("${tools[@]:1}")
     done

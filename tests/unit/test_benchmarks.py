@@ -781,16 +781,18 @@ esac
     assert status == 1 and "recurrent: FAILED with status 143" in summary and "the rows so far" in summary
 
 
-@pytest.mark.parametrize("runs", [False, True])
-def test_the_sanitizer_is_used_where_it_runs(tmp_path, runs):
-    tools = tmp_path / "tools"
-    tools.mkdir()
+@pytest.mark.parametrize(("runs", "on_path"), [(False, True), (True, True), (True, False)])
+def test_the_sanitizer_is_used_where_it_runs(tmp_path, runs, on_path):
+    tools = tmp_path / "cuda" / "bin"
+    tools.mkdir(parents=True)
     tool = tools / "compute-sanitizer"
     tool.write_text("#!/usr/bin/env bash\n" + ("echo no errors\n" if runs else "echo no access; exit 1\n"))
     tool.chmod(0o755)
-    path = f"{tools}:{os.environ['PATH']}"
+    path = f"{tools}:{os.environ['PATH']}" if on_path else os.environ["PATH"]
     text = "#!/usr/bin/env bash\necho\n"
-    status, summary, _ = run_pretending(tmp_path, text, "--full", "sanitizer", PATH=path)
+    status, summary, _ = run_pretending(
+        tmp_path, text, "--full", "sanitizer", PATH=path, CUDA_HOME=str(tools.parent)
+    )
     assert status == 0
     if runs:
         assert "== memcheck: passed" in summary and "== racecheck: passed" in summary and "not run" not in summary
@@ -812,7 +814,7 @@ def test_the_steps_of_a_quick_run_fit_its_five_minutes():
 def test_the_most_important_comes_first(tmp_path):
     """A machine may go at any time: the tests, the list beside PyTorch, and only then what explains them."""
     python = FAKE_PYTHON.replace("sleep 60", "echo probed")
-    _, summary, _ = run_pretending(tmp_path, python, "--quick", PATH="/usr/bin:/bin")
+    _, summary, _ = run_pretending(tmp_path, python, "--quick", PATH="/usr/bin:/bin", CUDA_HOME="/none")
     steps = re.findall(r"^== (\w+): ", summary, re.MULTILINE)
     assert steps == ["report", "gpu_tests", "resnet50", "probe", "sanitizer", "quick"]
 
