@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from tests.kernels.cache import cache_folder
 
-_OPTIONS = ("-std=c++17", "--device-as-default-execution-space", "-ftz=true")  # of the launcher, and those that CuPy adds
+_OPTIONS = ("-std=c++17", "--device-as-default-execution-space", "-ftz=true")  # the launcher's and CuPy's own
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 103, 110, 120)
 
 
