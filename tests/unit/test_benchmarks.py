@@ -216,6 +216,16 @@ def test_a_missing_peer_is_a_reason(monkeypatch):
     assert report.record(row)["skipped"] == {"tensorflow": peer.reason}
 
 
+def test_a_peer_that_cannot_begin_is_a_reason(monkeypatch):
+    """JAX, for one, has its GPU library raise when it is first asked for it."""
+    def broken(on_gpu):
+        raise RuntimeError("Unable to initialize backend 'cuda'")
+
+    monkeypatch.setitem(sys.modules, "benchmarks.peers.jax_jit_peer", types.SimpleNamespace(unavailable=broken))
+    (peer,) = peers.find(["jax_jit"])
+    assert peer.module is None and peer.reason == "RuntimeError: Unable to initialize backend 'cuda'"
+
+
 def test_a_peer_that_fails_or_has_no_such_row_is_skipped_with_its_reason():
     def failing(case, given, on_gpu):
         raise RuntimeError("out of luck")
