@@ -160,7 +160,8 @@ def _report(options: argparse.Namespace, chosen: list[Any], found: list[Any], on
         report.write(folder, header, records, skipped, failed)
 
     records, failed = _measure_all(chosen, found, on_gpu, options.seconds, save)
-    print(report.text_report(header, records, skipped, failed))
+    if records or failed:
+        print(report.text_report(header, records, skipped, failed))
     if not records:
         print("benchmarks: no row was measured. Look at --list and --only.", file=sys.stderr)
         return 1
