@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,25 +90,29 @@ class _Progress:
             self._bar.close()
 
 
-def _measure_all(chosen: list[Any], peers: list[Any], on_gpu: bool, seconds: float, save: Any) -> tuple[list[Any], int]:
+def _measure_all(
+    chosen: list[Any], peers: list[Any], on_gpu: bool, seconds: float, save: Callable[[list[Any], dict[str, str]], None]
+) -> tuple[list[Any], dict[str, str]]:
+    """Return the records, and the reasons of rows that failed; `save` is given both after every row."""
     from benchmarks.machine import on_chip_bytes
     from benchmarks.measure import measure
+    from benchmarks.peers import said
     from benchmarks.report import record
 
-    records, failures, on_chip = [], 0, on_chip_bytes(on_gpu)
-    progress = _Progress(len(chosen))
+    records: list[Any] = []
+    failed: dict[str, str] = {}
+    on_chip, progress = on_chip_bytes(on_gpu), _Progress(len(chosen))
     for case in chosen:
         progress.begin(case.name)
         try:
             records.append(record(measure(case, peers, on_gpu, on_chip, seconds)))
-        except (ValueError, MemoryError, RuntimeError) as error:  # a wrong row is named and fails the run at its end
-            failures += 1
-            print(f"\nfailed: {case.name}: {error}", file=sys.stderr)
-        else:
-            save(records)
+        except Exception as error:  # of any library: the row is named, and fails the run at its end
+            failed[case.name] = said(error)
+            print(f"\nfailed: {case.name}\n{traceback.format_exc()}", file=sys.stderr)
+        save(records, failed)
         progress.end()
     progress.close()
-    return records, failures
+    return records, failed
 
 
 def _copy_seconds(on_gpu: bool) -> float:
@@ -151,21 +156,22 @@ def _report(options: argparse.Namespace, chosen: list[Any], found: list[Any], on
     skipped = {peer.name: peer.reason for peer in found if peer.module is None}
     folder = options.out or Path(__file__).parent / "results" / machine.class_name(on_gpu)
 
-    def save(records: list[Any]) -> None:  # after every row: a run that is cut off keeps what it has
-        report.write(folder, header, records, skipped)
+    def save(records: list[Any], failed: dict[str, str]) -> None:  # so that a run that is cut off keeps what it has
+        report.write(folder, header, records, skipped, failed)
 
-    records, failures = _measure_all(chosen, found, on_gpu, options.seconds, save)
+    records, failed = _measure_all(chosen, found, on_gpu, options.seconds, save)
+    if records or failed:
+        print(report.text_report(header, records, skipped, failed))
     if not records:
         print("benchmarks: no row was measured. Look at --list and --only.", file=sys.stderr)
         return 1
-    print(report.text_report(header, records, skipped))
     try:
         made = picture.draw(folder, header, records)
     except ImportError as error:
         print(f"no pictures: {error}. Install gpulayers[plot].", file=sys.stderr)
         made = []
     print(f"written to {folder}: report.json, report.csv, report.txt{''.join(f', {path.name}' for path in made)}")
-    return 1 if failures else 0
+    return 1 if failed else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

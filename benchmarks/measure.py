@@ -174,7 +174,7 @@ def measure(case: Case, peers: list[Peer], on_gpu: bool, on_chip: int, seconds: 
         capturers = measure_gpu.capturers(case, host, functions["gpulayers"], modules)
         row_bytes = sum(value.nbytes for value in host.values())
         ways, uncaptured = measure_gpu.timed(functions, capturers, modules, (row_bytes, minimum), seconds, least)
-        host_times = timing_gpu.host_seconds(functions["gpulayers"])
+        host_times = timing_gpu.host_seconds(functions["gpulayers"], launches=launches)
     else:
         finish = {name: module.finish for name, module in modules.items() if hasattr(module, "finish")}
         times = timing_cpu.interleaved(functions, finish, seconds, least)

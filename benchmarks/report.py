@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from benchmarks.measure import Row
@@ -14,6 +15,7 @@ from benchmarks.measure import Row
 __all__ = ["columns", "load", "markdown", "record", "table", "text_report", "totals", "write"]
 
 _OURS = ("gpulayers", "copy")
+NONE: Mapping[str, str] = MappingProxyType({})
 
 
 def _peer_names(rows: Sequence[Row]) -> list[str]:
@@ -167,8 +169,10 @@ def markdown(records: Sequence[dict[str, Any]], peers: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def text_report(header: dict[str, str], records: Sequence[dict[str, Any]], skipped: dict[str, str]) -> str:
-    """Return the whole report as text."""
+def text_report(
+    header: dict[str, str], records: Sequence[dict[str, Any]], skipped: dict[str, str], failed: Mapping[str, str] = NONE
+) -> str:
+    """Return the whole report as text; `failed` has the rows that are missing, and why."""
     peers = list(dict.fromkeys(name for one in records for name in one["ratios"]))
     lines = [f"{name}: {value}" for name, value in header.items()]
     lines += [f"skipped: {name}: {reason}" for name, reason in skipped.items()]
@@ -177,6 +181,8 @@ def text_report(header: dict[str, str], records: Sequence[dict[str, Any]], skipp
         lines += ["Totals, each shape weighted by how often the network has it:", total, ""]
     if ways := methods_text(records):
         lines += ["Timed by (benchmarks/timing_gpu.py), a ratio being of times by one method:", ways, ""]
+    if failed:
+        lines += [*(f"failed: {name}: {reason}" for name, reason in failed.items()), ""]
     lines.append(
         "Columns: min MB, the bytes that must be moved; % copy, the time of a copy of as many bytes in the same run "
         "over ours; % floor, the same for the bytes of the regime; launches, of our own kernels: those of cuBLAS and "
@@ -186,19 +192,24 @@ def text_report(header: dict[str, str], records: Sequence[dict[str, Any]], skipp
     return "\n".join(lines) + "\n"
 
 
-def write(folder: Path, header: dict[str, str], records: Sequence[dict[str, Any]], skipped: dict[str, str]) -> None:
+def write(
+    folder: Path, header: dict[str, str], records: Sequence[dict[str, Any]], skipped: dict[str, str],
+    failed: Mapping[str, str] = NONE,
+) -> None:  # fmt: skip
     """Write report.json, report.csv and report.txt into `folder`, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
-    everything = {"header": header, "skipped": skipped, "totals": totals(records), "rows": list(records)}
+    everything = {
+        "header": header, "skipped": skipped, "failed": dict(failed), "totals": totals(records), "rows": list(records),
+    }  # fmt: skip
     (folder / "report.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
     peers = list(dict.fromkeys(name for one in records for name in one["ratios"]))
     with (folder / "report.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([title for title, _ in columns(peers)])
         writer.writerows([[text(one) for _, text in columns(peers)] for one in records])
-    (folder / "report.txt").write_text(text_report(header, records, skipped), encoding="utf-8")
+    (folder / "report.txt").write_text(text_report(header, records, skipped, failed), encoding="utf-8")
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """Return what `write` wrote: header, skipped, totals, rows."""
+    """Return what `write` wrote: header, skipped, failed, totals, rows."""
     return json.loads((folder / "report.json").read_text(encoding="utf-8"))

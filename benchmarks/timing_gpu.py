@@ -25,13 +25,14 @@ from benchmarks.timing_cpu import Quantiles, quantiles, time_once
 from gpulayers import _cupy
 
 __all__ = [
-    "CALLS_PER_GRAPH", "Graph", "capture", "chosen_ways", "copies_needed", "host_seconds", "interleaved", "make_flush",
-    "samples_flushed",
+    "CALLS_PER_GRAPH", "Graph", "capture", "chosen_ways", "copies_needed", "flushes_needed", "host_seconds",
+    "interleaved", "make_flush", "samples_flushed",
 ]  # fmt: skip
 
 FLUSH_BYTES = 256 << 20
 WARM_UP = 0.1  # seconds, of all variants of a row in turn: clocks rise by then
 CALLS_PER_GRAPH = 64  # at least as many as sets of arrays, so that each has its turn
+MOST_QUEUED = 256  # launches of ours; other libraries' come on top, and the driver blocks after a thousand or so
 WAYS = ("graph", "flushed", "clock")  # the best first
 
 
@@ -58,6 +59,15 @@ def make_flush() -> Callable[[], None]:
     cupy = _cupy.cupy()
     buffer = cupy.empty(FLUSH_BYTES, dtype="uint8")
     return lambda: buffer.data.memset_async(0, FLUSH_BYTES)
+
+
+def flushes_needed(host: float) -> int:
+    """Return how many flushes keep the device busy while the host spends so many seconds: each takes 50 us or more.
+
+    >>> flushes_needed(1e-6), flushes_needed(200e-6), flushes_needed(1.0)
+    (1, 5, 40)
+    """
+    return max(1, min(40, round(host / 50e-6) + 1))
 
 
 class Graph:
@@ -167,18 +177,20 @@ def _wait(result: Any = None) -> None:
     _cupy.cupy().cuda.Device().synchronize()
 
 
-def host_seconds(function: Callable[[], Any], seconds: float = 0.1) -> Quantiles:
+def host_seconds(function: Callable[[], Any], seconds: float = 0.1, launches: int = 1) -> Quantiles:
     """Return what the host spends on a call, without waiting for the device inside a batch of calls.
 
-    A batch is at most 50 calls, fewer than the driver queues before it blocks; the device is drained between batches.
+    A batch is at most 50 calls, and of functions with many `launches` fewer than the driver queues before it blocks;
+    the device is drained between batches.
     """
+    calls = max(1, min(50, MOST_QUEUED // max(1, launches)))
     found, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end or len(found) < 5:
         _wait()
         start = time.perf_counter()
-        for _ in range(50):
+        for _ in range(calls):
             function()
-        found.append((time.perf_counter() - start) / 50)
+        found.append((time.perf_counter() - start) / calls)
     _wait()
     return quantiles(found)
 
@@ -237,8 +249,7 @@ def interleaved(
             finish = clocked.get(name, _wait)
             samplers[name, way] = functools.partial(_sample_by_clock, function, flush, finish)
         else:
-            host = host_seconds(function, 0.02).p50
-            flushes = max(1, min(40, round(host / 50e-6) + 1))  # a flush keeps the device busy for 50 us or more
+            flushes = flushes_needed(host_seconds(function, 0.02, MOST_QUEUED // 5).p50)
             samplers[name, way] = functools.partial(samples_flushed, function, flush, flushes, 5)
     samples: dict[tuple[str, str], list[float]] = {turn: [] for turn in turns}
     shuffle, rounds, end = random.Random(0).shuffle, 0, time.perf_counter() + seconds * len(turns)

@@ -254,8 +254,10 @@ __device__ __forceinline__ void apply_split(const Arguments& arguments, const Pl
     factors.own();
     corrections.own();
     // The first pass of the same launch has left the masked gradient there: one array instead of two.
-    bool masked_before = false;
-    if constexpr (Keeper::one_launch) masked_before = arguments.dresidual != nullptr;
+    // NVRTC before CUDA 12.4 looks at what `if constexpr` leaves out in a lambda, so the field is named out here.
+    decltype(arguments.dy) masked_gradients = nullptr;
+    if constexpr (Keeper::one_launch) masked_gradients = arguments.dresidual;
+    const bool masked_before = masked_gradients != nullptr;
     Packet x[Keeper::second_ahead], g[Keeper::second_ahead], y[Keeper::second_ahead];
     uint32 bits[Keeper::second_ahead];
     keeper.second_pass(
@@ -268,7 +270,7 @@ __device__ __forceinline__ void apply_split(const Arguments& arguments, const Pl
                 x[slot] = take<last_touch>(arguments.x + offset);
                 if constexpr (Keeper::one_launch) {
                     if (masked_before) {
-                        g[slot] = take(arguments.dresidual + offset);
+                        g[slot] = take(masked_gradients + offset);
                         return;
                     }
                 }

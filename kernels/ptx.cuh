@@ -11,9 +11,11 @@
 #define GL_PTX(device_code, host_code) device_code
 #endif
 
-// Whether a field of a struct lies at an offset. NVRTC before CUDA 13 has no offsetof: there the struct's size is checked
-// alone, and the same struct's offsets in the other builds.
-#if defined(GL_HOST) || __CUDACC_VER_MAJOR__ >= 13
+// Whether a field of a struct lies at an offset. NVRTC before CUDA 13.4 has no offsetof: there the struct's size is
+// checked alone, and the same struct's offsets in the other builds.
+#ifdef GL_HOST
+#define GL_LIES_AT(type, field, offset) (__builtin_offsetof(type, field) == (offset))
+#elif __has_builtin(__builtin_offsetof)
 #define GL_LIES_AT(type, field, offset) (__builtin_offsetof(type, field) == (offset))
 #else
 #define GL_LIES_AT(type, field, offset) true

@@ -6,6 +6,8 @@ import functools
 import importlib.util
 import os
 import re
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,12 @@ if settings is not None:
     settings.register_profile("default", deadline=None, derandomize=True, max_examples=40, database=None)
     settings.register_profile("search", deadline=None, max_examples=1000)
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_configure() -> None:
+    """Let whoever stops the run, such as `timeout`, do so as Ctrl-C does: what failed so far is reported."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @functools.cache

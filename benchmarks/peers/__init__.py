@@ -32,29 +32,26 @@ def said(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def _known(name: str) -> str:
-    if name not in NAMES:
-        raise ValueError(f"benchmarks: no such peer. Expected some of {', '.join(NAMES)}; got {name!r}.")
-    return name
-
-
 def find(
     names: Sequence[str] = NAMES, on_gpu: bool = False, pythons: Mapping[str, str] = MappingProxyType({})
 ) -> list[Peer]:
     """Return a peer for each name, in order; those in `pythons` run in that Python. Raises ValueError for others."""
-    for name in pythons:
-        _known(name)
+    for name in (*names, *pythons):
+        if name not in NAMES:
+            raise ValueError(f"benchmarks: no such peer. Expected some of {', '.join(NAMES)}; got {name!r}.")
     found = []
     for name in names:
         module: Any = None
         try:
-            if _known(name) in pythons:
+            if name in pythons:
                 module = Remote(name, pythons[name])
             else:
                 module = importlib.import_module(f"benchmarks.peers.{name}_peer")
             reason = module.unavailable(on_gpu)
         except ImportError as error:
             reason = f"not installed ({error})"
+        except Exception as error:  # libraries fail by errors of their own when they look for a GPU
+            reason = said(error)
         found.append(Peer(name, None if reason else module, reason))
     return found
 

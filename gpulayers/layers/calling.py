@@ -89,8 +89,8 @@ def learning_phase() -> Any:
     """Return what `training` is where a layer is told None: what was set; else in a `Graph` its own tensor; else None.
 
     The tensor is False unless a session is fed another value for it, ``session.run(y, {learning_phase(): 1})``; each
-    graph has one. Batch normalisation and dropout follow it. In eager mode and in `function` there is None, which means
-    False (TensorFlow: 0). Source: ``tf.keras.backend.learning_phase``.
+    graph has one. Batch normalisation, dropout and the dropout of cells follow it. In eager mode and in `function`
+    there is None, which means False (TensorFlow: 0). Source: ``tf.keras.backend.learning_phase``.
 
     >>> import gpulayers as gl
     >>> gl.keras.backend.learning_phase() is None

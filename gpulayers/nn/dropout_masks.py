@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from gpulayers import ops
+from gpulayers.layers.calling import learning_phase
 from gpulayers.ops.random import dropout_mask
 from gpulayers.trace import GraphTensor
 
@@ -27,16 +28,25 @@ class _Held(threading.local):
 _held = _Held()
 
 
+def _told(training: Any) -> Any:
+    return learning_phase() if training is None else training
+
+
 def may_drop(training: Any) -> bool:
-    """Say whether dropout acts with this `training`. A tensor decides when it runs, so it may."""
+    """Say whether dropout acts with this `training`, the learning phase where it is None.
+
+    A tensor decides when it runs, so it may.
+    """
+    training = _told(training)
     return isinstance(training, GraphTensor) or (training is not None and bool(training))
 
 
 def draw_masks(inputs: Any, state: Any, training: Any, rate: float, recurrent_rate: float) -> Masks:
     """Draw masks shaped as `inputs` (N, D) and `state` (N, U), already scaled by ``1 / (1 - rate)``.
 
-    `training` false or None: no masks. A tensor decides when it runs.
+    `training` false, or None and the learning phase is: no masks. A tensor decides when it runs.
     """
+    training = _told(training)
     if not may_drop(training):
         return None, None
     deciding = isinstance(training, GraphTensor)

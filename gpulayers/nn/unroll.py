@@ -289,7 +289,8 @@ def _all_masks(cell: Any, x: Any, training: Any, looped: bool) -> list[tuple[Any
     """Draw the dropout masks of all cells inside `cell`, for one layer call.
 
     Cells that are not built yet, or may be called with a `training` of their own, get a place for masks of their first
-    step. A recorded loop has no first step: such cells then draw at every step, and have to be built for training.
+    step. A recorded loop has no first step: such cells then draw at every step, and have to be built where `training`
+    asks for dropout (where it is None, the learning phase may ask at each step).
     """
     found: list[tuple[Any, Any]] = []
     for one in _inside(cell):
@@ -301,7 +302,7 @@ def _all_masks(cell: Any, x: Any, training: Any, looped: bool) -> list[tuple[Any
             found.append((one, draw_masks(x_nd, h_nu, training, one.dropout, one.recurrent_dropout)))
         elif not looped:
             found.append((one, None))
-        elif may_drop(training):
+        elif training is not None and may_drop(training):
             wrong = f"the cell {one.name} inside it drops, and is not built before the loop"
             raise LayerError(message(cell_name(cell), wrong, do="Build it in the build method of the cell around it."))
     return found

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from tests.kernels.cache import cache_folder
 
+OPTIONS = ("-std=c++17", "--device-as-default-execution-space", "-ftz=true")  # the launcher's and CuPy's own
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 103, 110, 120)
 
 
@@ -52,7 +53,7 @@ def compile_for(text: str, name: str, architecture: int) -> Resources:
     Reports are kept by the hash of the text, the options and the compiler's version, so that only what changed is
     compiled again.
     """
-    options = ("-std=c++17", f"-arch=sm_{architecture}", "--ptxas-options=-v", "-ftz=true")
+    options = (*OPTIONS, f"-arch=sm_{architecture}", "--ptxas-options=-v")
     key = "\n".join((text, name, *options, str(_nvrtc().getVersion())))
     kept = cache_folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
     if not kept.exists():
@@ -69,7 +70,7 @@ def _compile(text: str, name: str, options: tuple[str, ...]) -> Resources:
 
 def ptx_for(text: str, name: str, architecture: int) -> str:
     """Return what the compiler makes of the text before ptxas; AssertionError with the log."""
-    ptx = _compiled(text, name, ("-std=c++17", f"-arch=sm_{architecture}", "-ftz=true"), _nvrtc().getPTX)
+    ptx = _compiled(text, name, (*OPTIONS, f"-arch=sm_{architecture}"), _nvrtc().getPTX)
     return ptx.decode() if isinstance(ptx, bytes) else str(ptx)
 
 

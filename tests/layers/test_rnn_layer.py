@@ -349,6 +349,40 @@ def test_dropout_uses_one_mask_for_all_steps():
     np.testing.assert_array_equal(layer(x), layer(x, training=False))
 
 
+@pytest.mark.parametrize("unroll", [False, True])
+@pytest.mark.parametrize("around", [None, RNNCellResidualWrapper, "stack", "own step"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_dropout_in_a_graph_follows_its_learning_phase(cell, around, unroll):
+    class OwnStep(cell):
+        def call(self, inputs, states, training=None):
+            return super().call(inputs, states, training)
+
+    x = np.ones((2, 3, 4), "float32")
+    with Graph().as_default():
+        inner = OwnStep(4, dropout=0.5) if around == "own step" else cell(4, dropout=0.5)
+        wrapped = layers.StackedRNNCells([inner]) if around == "stack" else around(inner) if callable(around) else inner
+        layer = layers.RNN(wrapped, unroll=unroll)
+        inputs = placeholder("float32", x.shape)
+        y, told = layer(inputs), layer(inputs, training=False)
+        phase = gl.keras.backend.learning_phase()
+        with Session() as session:
+            session.run(global_variables_initializer())
+            for fed in ({}, {phase: 0}, {phase: 1}):
+                got, calm = session.run([y, told], {inputs: x, **fed})
+                assert np.array_equal(got, calm) == (fed.get(phase, 0) == 0)
+
+
+def test_a_dropping_cell_by_itself_follows_the_learning_phase():
+    with Graph().as_default():
+        x, h = numbers(2, 4, dtype=np.float32), np.zeros((2, 4), "float32")
+        y, _ = layers.GRUCell(4, dropout=1.0, bias_initializer="ones")(x, [h])
+        phase = gl.keras.backend.learning_phase()
+        with Session() as session:
+            session.run(global_variables_initializer())
+            calm, dropped = session.run(y), session.run(y, {phase: 1})
+    assert not np.array_equal(calm, dropped) and np.array_equal(dropped[0], dropped[1])
+
+
 @pytest.mark.parametrize("kind", CELLS)
 @pytest.mark.parametrize("general", [False, True], ids=["fused", "general"])
 def test_gradient_under_dropout_matches_the_drawn_masks(kind, general):

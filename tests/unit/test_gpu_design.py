@@ -207,6 +207,7 @@ def test_design_questions_are_asked_by_name(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu_design, "MEASURES", (good, bad))
     assert gpu_probe.main(["--design", "--out", str(tmp_path / "design.json")]) == 1
     printed = capsys.readouterr().out
+    assert printed.splitlines().index("GB/s: a thing: 12.5") == 1, "shown before the next is asked"
     assert printed.splitlines()[-1] == "answer: a thing: it is" and "bad failed: RuntimeError: no such luck" in printed
     assert json.loads((tmp_path / "design.json").read_text())["GB/s: a thing"] == 12.5
     assert asked == [gpu_probe._elapsed]

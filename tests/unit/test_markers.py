@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,35 @@ def test_slow_tests_run_when_asked(tmp_path):
     (tmp_path / "b").mkdir()
     assert "1 passed, 1 deselected" in run(tmp_path / "a", text)[1]
     assert "1 passed, 1 deselected" in run(tmp_path / "b", text, "-m", "slow")[1]
+
+
+@pytest.mark.parametrize("more", [[], ["-p", "xdist.plugin", "-n", "2"]], ids=["alone", "workers"])
+def test_a_run_that_is_stopped_says_what_failed(tmp_path, more):
+    """By `timeout`, or by whoever lent the machine: as by Ctrl-C."""
+    if more:
+        pytest.importorskip("xdist")
+    text = (
+        "import pathlib, time\ndef test_bad():\n    assert 1 == 2, 'the reason'\n"
+        "def test_slow():\n    time.sleep(1)\n    pathlib.Path('under way').touch()\n    time.sleep(60)\n"
+    )
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path / "tests")
+    (tmp_path / "tests" / "test_one.py").write_text(text)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *more, "tests"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not (tmp_path / "under way").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    printed = process.communicate(timeout=30)[0]
+    assert process.returncode == 2 and "the reason" in printed and "1 failed" in printed, printed
 
 
 def test_files_that_need_a_missing_package_are_left_out_with_the_reason(tmp_path):

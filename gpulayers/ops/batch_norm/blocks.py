@@ -18,13 +18,21 @@ from typing import Any, NamedTuple
 
 from gpulayers.ops.batch_norm.plan import Layout
 
-__all__ = ["LONG_ROW", "Block", "Operand", "View", "blocks_of", "series_of", "threaded", "view_of"]
+__all__ = [
+    "LONG_ROW",
+    "Block",
+    "View",
+    "blocks_of",
+    "parts_of",
+    "series_of",
+    "table_parts_of",
+    "threaded",
+    "view_of",
+]
 
 ELEMENTS = 2 * 1024 * 1024 // 4  # of a block
 ELEMENTS_READ = 2 * ELEMENTS  # of a block that is only read
-TABLE = 256 * 1024 // 4  # elements of one row of a block with several rows channels first: its tables stay in the cache
 FOLDED = 64 * 1024  # elements of a row with all sub-batches and their places: more make good blocks by themselves
-LINE = 16  # slots: a multiple of it begins on a cache line, whatever `inner` is
 WIDE = 2048  # elements of a wide row: enough to hide a loop's start, and a row of sums stays in the first-level cache
 NARROW_INNER = 64  # below this, channels-first rows are too short for a loop of their own
 LONG_ROW = 1024  # from here on a row's constants can be single numbers, and its sums taken by einsum
@@ -83,31 +91,12 @@ class View(NamedTuple):
         return self.length - self.length % self.tile
 
 
-class Operand:
-    """An array seen through a view, to be cut into blocks: (rows, columns), or channels first (rows, slots, inner)."""
-
-    def __init__(self, view: View, array: Any) -> None:
-        self.view = view
-        self.main = self.rest = array.reshape(view.shape)
-        if view.columns:
-            width, even = view.slots * view.inner, view.even
-            self.rest = self.main[:, even:].reshape(view.segments, 1, (view.length - even) * width)
-            self.main = self.main[:, :even].reshape(view.segments, even // view.tile, view.tile * width)
-
-    def cut(self, block: Block) -> Any:
-        """Return the block as a view of the array."""
-        segment, rest, first, last, left, right, begin, end = block
-        if not self.view.columns:
-            return self.main[segment, first:last, left:right, begin:end]
-        rows = (self.rest if rest else self.main)[segment, first:last]
-        return rows if self.view.span == self.view.slots else rows[:, left * self.view.inner : right * self.view.inner]
-
-
 @functools.lru_cache(maxsize=4096)
 def view_of(layout: Layout, read: bool = False) -> View:
     """Choose the view for a layout: sub-batches are extra channels, small ones with all their places, or segments.
 
-    `read`: for sums that copy nothing; their blocks are larger and contiguous as far as can be.
+    `read`: for sums that copy nothing; their blocks are larger. A block is contiguous: one that spans few channels of
+    many rows, so that its factors stay in the cache, is slower to walk through than the factors are to read again.
     """
     rows, groups, spread, channels, inner = layout[:5]
     segments, length, tables, slots = rows * groups, spread, groups, channels
@@ -121,18 +110,10 @@ def view_of(layout: Layout, read: bool = False) -> View:
     if columns:
         while tile * 2 * slots * inner <= WIDE and tile * 2 <= length:
             tile *= 2
-    span = _slots_at_once(slots, inner, columns or read or inner >= LONG_ROW, elements)
+    span = max(1, min(slots, elements // inner))
     stretch = min(inner, elements)
     at_once = max(1, min(elements // (span * stretch), length) // tile)
     return View(segments, length, tables, slots, inner, columns, tile, at_once, span, stretch, folded)
-
-
-def _slots_at_once(slots: int, inner: int, contiguous: bool, elements: int) -> int:
-    """Return how many slots a block spans: all that it can hold, or as many as keep their tables in the cache."""
-    if contiguous:
-        return max(1, min(slots, elements // inner))
-    limit = max(1, TABLE // inner)
-    return slots if slots <= limit else limit - limit % LINE if limit > LINE else limit
 
 
 @functools.lru_cache(maxsize=256)
@@ -160,6 +141,50 @@ def _blocks(view: View) -> Iterator[Block]:
 
 def _pieces(length: int, step: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + step, length)) for start in range(0, length, step))
+
+
+def parts_of(view: View, array: Any) -> list[Any]:
+    """Cut an array into the blocks of its view: (rows, columns), or channels first (rows, slots, inner)."""
+    main = rest = array.reshape(view.shape)
+    if view.columns:
+        width, even = view.slots * view.inner, view.even
+        rest = main[:, even:].reshape(view.segments, 1, (view.length - even) * width)
+        main = main[:, :even].reshape(view.segments, even // view.tile, view.tile * width)
+    return [(rest if of_rest else main)[index] for of_rest, index in _indices_of(view)]
+
+
+@functools.lru_cache(maxsize=256)
+def _indices_of(view: View) -> tuple[tuple[bool, tuple[Any, ...]], ...]:
+    return tuple((block.rest, _index(view, block)) for block in blocks_of(view))
+
+
+def _index(view: View, block: Block) -> tuple[Any, ...]:
+    segment, _, first, last, left, right, begin, end = block
+    if not view.columns:
+        return segment, slice(first, last), slice(left, right), slice(begin, end)
+    if view.span == view.slots:
+        return segment, slice(first, last)
+    return segment, slice(first, last), slice(left * view.inner, right * view.inner)
+
+
+def table_parts_of(view: View, table: Any) -> list[Any]:
+    """Cut a table, (tables, columns) or (tables, slots, 1 or inner), into what each block needs of it."""
+    return [table[index] for index in _table_indices_of(view)]
+
+
+@functools.lru_cache(maxsize=256)
+def _table_indices_of(view: View) -> tuple[tuple[Any, ...], ...]:
+    return tuple(_table_index(view, block) for block in blocks_of(view))
+
+
+def _table_index(view: View, block: Block) -> tuple[Any, ...]:
+    row = block.segment % view.tables
+    if block.rest:
+        return row, slice(view.columns_of(block))
+    if view.span == view.slots:
+        return (row,)
+    factor = view.inner if view.columns else 1
+    return row, slice(block.left * factor, block.right * factor)
 
 
 def threaded(view: View, itemsize: int) -> bool:

@@ -226,7 +226,7 @@ def inference_backward(
             first, second = sweeps.backward_sums(dy, x, layout, mean, y, dtype)
             dx = recycled(x.shape, x.dtype)
             dresidual = recycled(x.shape, x.dtype) if own_residual else None
-            affine = sweeps.Affine(np.zeros_like(a), a, np.zeros_like(a))
+            affine = sweeps.Affine(None, a, np.zeros_like(a))
             sweeps.backward_apply(dy, x, dx, dresidual, layout, affine, None, y, dtype)
             dresidual = dresidual if own_residual else dy
         dgamma, dbeta = second[0] * inverse[0], first[0]

@@ -8,65 +8,70 @@ are taken again with the means as pivots, which then stay in the normalise step,
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpulayers.ops.batch_norm.blocks import LONG_ROW, Block, Operand, View, blocks_of, series_of, threaded, view_of
+from gpulayers.ops.batch_norm.blocks import (
+    LONG_ROW,
+    Block,
+    View,
+    blocks_of,
+    parts_of,
+    series_of,
+    table_parts_of,
+    threaded,
+    view_of,
+)
 from gpulayers.ops.batch_norm.plan import Layout
-from gpulayers.ops.host.buffers import aligned
+from gpulayers.ops.host.buffers import aligned, recycled
 from gpulayers.ops.host.threads import run_tasks
 
 __all__ = ["Affine", "backward_apply", "backward_sums", "clear", "moments", "near_zero", "normalise"]
 
-FAR_PIVOT = 16.0  # (mean - pivot)^2 / variance above which float32 factors lose digits: keep the pivot
-FAR_SUMS = 4.0  # and above which float32 sums do: take them again around the mean
+FAR_PIVOT = 4.0  # |mean - pivot| / sqrt(variance) above which float32 factors lose digits: keep the pivot
+FAR_SUMS = 4.0  # and (mean - pivot)^2 / variance above which float32 sums do: take them again around the mean
 REPEATED = 1 << 20  # elements that a table may be blown up to
 PIECE = 2048  # elements of a row summed at once, where it has two of them
-ROWS = 128  # rows of a column summed at once: longer running float32 sums lose digits
-ROWS_FAR = 64  # and around a pivot, where values that come in coarse steps make their rounding one-sided
+ROWS = 64  # rows of a column summed at once: longer running float32 sums lose digits
 
 
 class Affine(NamedTuple):
-    """``y = (x - pivot) * a + b``; every member has shape (groups, channels)."""
+    """``y = (x - pivot) * a + b``; every member has shape (groups, channels). `pivot` None stands for zeros."""
 
     pivot: Any
     a: Any
     b: Any
 
 
-class _Tables:
-    """Per-channel rows for the blocks of a view, laid out to broadcast against them."""
-
-    def __init__(self, view: View, values: Any, dtype: Any) -> None:
-        self.view = view
-        if view.folded is not None:
-            values = np.broadcast_to(values.reshape(view.folded[0], 1, view.folded[2]), view.folded)
-        shaped = values.astype(dtype, copy=False).reshape(view.tables, 1, view.slots, 1)
-        if view.columns:
-            shape = view.tables, view.tile, view.slots, view.inner
-            self.main = _filled(shape, shaped).reshape(view.tables, -1)
-        else:
-            repeat = view.inner if view.inner < LONG_ROW and shaped.size * view.inner <= REPEATED else 1
-            self.main = _filled((view.tables, view.slots, repeat), shaped[:, 0])
-
-    def cut(self, block: Block) -> Any:
-        """Return the block's part."""
-        view, table = self.view, self.main[block.segment % self.view.tables]
-        if not view.columns:
-            rows = table[block.left : block.right]
-            return rows if rows.shape[1] == 1 else rows[:, block.begin : block.end]
-        if block.rest:
-            return table[: (view.length - view.even) * view.slots * view.inner]
-        return table if view.span == view.slots else table[block.left * view.inner : block.right * view.inner]
+def _table_parts(view: View, values: Any, dtype: Any) -> list[Any]:
+    """Lay out per-channel values in a table that broadcasts against the blocks of a view, and cut it for them."""
+    if view.folded is not None:
+        values = np.broadcast_to(values.reshape(view.folded[0], 1, view.folded[2]), view.folded)
+    values = values.astype(dtype, copy=False).reshape(view.tables, 1, view.slots, 1)
+    if view.columns:
+        shape: tuple[int, ...] = view.tables, view.tile, view.slots, view.inner
+    else:
+        repeat = view.inner if view.inner < LONG_ROW and values.size * view.inner <= REPEATED else 1
+        shape, values = (view.tables, view.slots, repeat), values[:, 0]
+    table = recycled(shape, dtype)
+    table[...] = values
+    return table_parts_of(view, table.reshape(view.tables, -1) if view.columns else table)
 
 
-def _filled(shape: tuple[int, ...], values: Any) -> Any:
-    """Return an aligned array of this shape with `values` broadcast into it."""
-    array = aligned(shape, values.dtype)
-    array[...] = values
-    return array
+def _pivot_parts(view: View, pivot: Any, dtype: Any) -> list[Any] | None:
+    return None if pivot is None or not pivot.any() else _table_parts(view, pivot, dtype)
+
+
+def _tasks(view: View, operands: Sequence[list[Any] | None]) -> list[tuple[Any, ...]]:
+    """Return for each block what it needs of every operand; None stays None.
+
+    All is cut before any thread begins: a thread that cuts holds the interpreter lock, and another that finishes a call
+    then goes to sleep.
+    """
+    missing = [None] * len(blocks_of(view))
+    return list(zip(*[missing if each is None else each for each in operands], strict=True))
 
 
 class _Scratch(threading.local):
@@ -84,15 +89,6 @@ class _Scratch(threading.local):
         if key not in self.buffers:
             self.buffers[key] = aligned(shape, self.dtype)
         return self.buffers[key]
-
-
-def _parts(blocks: Iterable[Block], operands: Sequence[Any]) -> list[tuple[Any, ...]]:
-    """Cut every operand (None stays None) into the blocks.
-
-    Done before any thread begins: a thread that cuts holds the interpreter lock, and another that finishes a call then
-    goes to sleep.
-    """
-    return [tuple([None if each is None else each.cut(block) for each in operands]) for block in blocks]
 
 
 def _row_sums(view: View, operands: Sequence[Any], pair: Callable[..., Any], dtype: Any, itemsize: int) -> Any:
@@ -120,8 +116,7 @@ def _row_sums(view: View, operands: Sequence[Any], pair: Callable[..., Any], dty
 
     blocks = blocks_of(view)
     into = [sums[:, block.segment, block.first : block.last, block.left : block.right] for block in blocks]
-    tasks = list(zip(into, blocks, _parts(blocks, operands), strict=True))
-    run_tasks(work, tasks, threaded(view, itemsize))
+    run_tasks(work, list(zip(into, blocks, _tasks(view, operands), strict=True)), threaded(view, itemsize))
     folded = np.add.reduce(sums, axis=(2, 4), dtype=np.float64)
     return np.add.reduce(folded.reshape(2, -1, view.tables, view.slots), axis=1)
 
@@ -138,24 +133,24 @@ def _sum_and_dot(u: Any, v: Any, ones: Any, into: Any) -> None:
 
 def _column_sums(view: View, operands: Sequence[Any], pair: Callable[..., Any], dtype: Any, itemsize: int) -> Any:
     """Channels last: a sum for every column of a block, folded for all blocks of the same statistics at once."""
-    scratch, rows = _Scratch(dtype), ROWS if operands[-1] is None else ROWS_FAR
+    scratch = _Scratch(dtype)
 
     def work(task: tuple[Any, tuple[Any, ...]]) -> None:
         into, parts = task
         u, v = pair(*parts)
-        whole, columns = len(u) // rows, u.shape[1]
-        sums = scratch.of((2, -(-len(u) // rows), columns), "sums")
+        whole, columns = len(u) // ROWS, u.shape[1]
+        sums = scratch.of((2, -(-len(u) // ROWS), columns), "sums")
         if whole:
-            cut = (whole, rows, columns)
-            _sums_of_rows(u[: whole * rows].reshape(cut), v[: whole * rows].reshape(cut), sums[:, :whole])
-        if whole * rows < len(u):
-            _sums_of_rows(u[None, whole * rows :], v[None, whole * rows :], sums[:, whole:])
+            cut = (whole, ROWS, columns)
+            _sums_of_rows(u[: whole * ROWS].reshape(cut), v[: whole * ROWS].reshape(cut), sums[:, :whole])
+        if whole * ROWS < len(u):
+            _sums_of_rows(u[None, whole * ROWS :], v[None, whole * ROWS :], sums[:, whole:])
         np.add.reduce(sums.astype(np.float64), axis=1, out=into)
 
     series = series_of(view)
     sums = [np.empty((2, len(blocks), view.columns_of(blocks[0]))) for blocks in series]
     into = [each[:, index] for each in sums for index in range(each.shape[1])]
-    run_tasks(work, list(zip(into, _parts(blocks_of(view), operands), strict=True)), threaded(view, itemsize))
+    run_tasks(work, list(zip(into, _tasks(view, operands), strict=True)), threaded(view, itemsize))
     totals = np.zeros((2, view.tables, view.slots))
     for blocks, each in zip(series, sums, strict=True):
         left, right = blocks[0].left, blocks[0].right
@@ -192,19 +187,15 @@ def _shifted(part: Any, pivot: Any, scratch: _Scratch) -> Any:
     return shifted
 
 
-def _pivot_table(view: View, pivot: Any, dtype: Any) -> _Tables | None:
-    return _Tables(view, pivot, dtype) if pivot.any() else None
-
-
 def _power_sums(x: Any, layout: Layout, pivot: Any, dtype: Any) -> Any:
-    view = view_of(layout, read=x.dtype == dtype and not pivot.any())
+    view = view_of(layout, read=pivot is None and x.dtype == dtype)
     scratch = _Scratch(dtype)
 
     def pair(part: Any, shift: Any) -> Any:
         shifted = _shifted(part, shift, scratch)
         return shifted, shifted
 
-    return _two_sums(view, (Operand(view, x), _pivot_table(view, pivot, dtype)), pair, dtype, x.itemsize)
+    return _two_sums(view, (parts_of(view, x), _pivot_parts(view, pivot, dtype)), pair, dtype, x.itemsize)
 
 
 def moments(x: Any, layout: Layout, dtype: Any) -> tuple[Any, Any, Any]:
@@ -213,8 +204,8 @@ def moments(x: Any, layout: Layout, dtype: Any) -> tuple[Any, Any, Any]:
     `x` is contiguous. `pivot` has `dtype`, which the arithmetic is done in (float32 or float64); the others are
     float64.
     """
+    offset, variance = _from_sums(_power_sums(x, layout, None, dtype), layout)
     pivot = np.zeros((layout.groups, layout.channels), dtype)
-    offset, variance = _from_sums(_power_sums(x, layout, pivot, dtype), layout)
     near = offset * offset <= FAR_SUMS * variance
     if not (near & np.isfinite(variance)).all():
         mean = offset.astype(dtype)
@@ -231,8 +222,8 @@ def _from_sums(sums: Any, layout: Layout) -> tuple[Any, Any]:
 def near_zero(pivot: Any, a: Any, b: Any, inverse: Any) -> Affine:
     """Return the factors with the pivot folded into b where every channel's is near 0 beside its deviation."""
     b = np.zeros_like(a) if b is None else b
-    if (pivot * pivot * inverse * inverse <= FAR_PIVOT).all():
-        return Affine(np.zeros_like(a), a, b - pivot.astype(np.float64) * a)
+    if (abs(pivot * inverse) <= FAR_PIVOT).all():
+        return Affine(None, a, b - np.multiply(pivot, a, dtype=np.float64))
     return Affine(pivot, a, b)
 
 
@@ -258,11 +249,10 @@ def normalise(x: Any, y: Any, layout: Layout, factors: Affine, residual: Any, re
         if not direct:
             np.copyto(target, result, casting="unsafe")
 
-    scale, bias = (_Tables(view, table, dtype) for table in (factors.a, factors.b))
-    arrays = Operand(view, x), Operand(view, y)
-    added = None if residual is None else Operand(view, residual)
-    operands = *arrays, _pivot_table(view, factors.pivot, dtype), scale, bias, added
-    run_tasks(work, _parts(blocks_of(view), operands), threaded(view, x.itemsize), backwards=True)
+    scale, bias = (_table_parts(view, table, dtype) for table in (factors.a, factors.b))
+    added = None if residual is None else parts_of(view, residual)
+    operands = parts_of(view, x), parts_of(view, y), _pivot_parts(view, factors.pivot, dtype), scale, bias, added
+    run_tasks(work, _tasks(view, operands), threaded(view, x.itemsize), backwards=True)
 
 
 def backward_sums(dy: Any, x: Any, layout: Layout, pivot: Any, y: Any, dtype: Any) -> tuple[Any, Any]:
@@ -276,8 +266,8 @@ def backward_sums(dy: Any, x: Any, layout: Layout, pivot: Any, y: Any, dtype: An
     def pair(dy_part: Any, y_part: Any, x_part: Any, shift: Any) -> Any:
         return _gradient(dy_part, y_part, scratch), _shifted(x_part, shift, scratch)
 
-    outputs = None if y is None else Operand(view, y)
-    operands = Operand(view, dy), outputs, Operand(view, x), _pivot_table(view, pivot, dtype)
+    outputs = None if y is None else parts_of(view, y)
+    operands = parts_of(view, dy), outputs, parts_of(view, x), _pivot_parts(view, pivot, dtype)
     sums = _two_sums(view, operands, pair, dtype, x.itemsize)
     first, second = sums.reshape(2, layout.groups, layout.channels)
     return first, second
@@ -332,7 +322,7 @@ def backward_apply(
         if not direct:
             np.copyto(target, result, casting="unsafe")
 
-    arrays = (None if each is None else Operand(view, each) for each in (dy, y, x, dx, dresidual))
-    tables = (None if each is None else _Tables(view, each, dtype) for each in (slope, factors.b, factors.a))
-    operands = *arrays, _pivot_table(view, factors.pivot, dtype), *tables
-    run_tasks(work, _parts(blocks_of(view), operands), threaded(view, x.itemsize), backwards=True)
+    arrays = (None if each is None else parts_of(view, each) for each in (dy, y, x, dx, dresidual))
+    tables = (None if each is None else _table_parts(view, each, dtype) for each in (slope, factors.b, factors.a))
+    operands = *arrays, _pivot_parts(view, factors.pivot, dtype), *tables
+    run_tasks(work, _tasks(view, operands), threaded(view, x.itemsize), backwards=True)

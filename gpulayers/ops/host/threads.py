@@ -3,8 +3,8 @@
 Two things decide whether a second thread helps at all:
 
 * The length of a call, and what is done between calls. A thread that finds the interpreter lock taken sleeps, and
-  waking it takes some 50 us. So calls should last longer than that, and everything that can be prepared (cutting
-  arrays, above all) should be, before any thread begins.
+  waking it takes tens of microseconds. So calls should last longer than that, and everything that can be prepared
+  (cutting arrays, above all) should be, before any thread begins.
 * The processor. Linux likes to wake a thread where it ran last, or on the processor of the thread that woke it; with
   few processors it may leave both on one for seconds while the other idles. Libraries whose threads spin while they
   wait never meet this. A Python thread cannot spin without the lock, so the pool's threads are told to keep off the
@@ -17,14 +17,12 @@ import collections
 import contextvars
 import functools
 import os
+import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from concurrent.futures import Future, ThreadPoolExecutor
 
 __all__ = ["InOrder", "run_ahead", "run_tasks"]
 
@@ -39,68 +37,98 @@ Result = TypeVar("Result")
 
 
 class _Submitted:
-    """Work for a thread of the pool, which runs it with the caller's NumPy error state."""
-
-    future: Future[None]
+    """Work for a thread of the pool, which runs it with the caller's NumPy settings: they belong to the context."""
 
     def __init__(self, work: Callable[[], object]) -> None:
-        self.work = [work]
+        self._work, self._context = work, contextvars.copy_context()
+        self._claimed, self._unfinished = threading.Lock(), threading.Lock()
+        self._unfinished.acquire()
+        self._error: BaseException | None = None
 
     def run(self) -> None:
-        for work in self.work:
-            work()
+        """Do the work, unless it has been taken back. For the threads."""
+        if not self._claimed.acquire(blocking=False):
+            return
+        try:
+            self._context.run(self._work)
+        except BaseException as error:
+            self._error = error
+        finally:
+            del self._work, self._context
+            self._unfinished.release()
 
     def take_back(self) -> bool:
         """Return whether no thread has begun; none will then, nor keep alive what the work refers to."""
-        if self.future.cancel():
-            self.work.clear()  # the cancelled future itself waits for a thread that throws it away
-            return True
-        return False
+        if not self._claimed.acquire(blocking=False):
+            return False
+        del self._work, self._context  # the rest stays in the queue until a thread throws it away
+        return True
 
     def wait(self) -> None:
         """Return when it is done. Raises what it raised."""
-        self.future.result()
+        with self._unfinished:
+            if self._error is not None:
+                raise self._error
 
 
 class _Pool:
-    """The sleeping threads, one fewer than there are processors to use."""
+    """The sleeping threads, one fewer than there are processors to use.
+
+    They wait at one queue. An executor of the standard library would do, but makes a future and its condition for every
+    piece of work, and most of that on the caller's way to its own share.
+    """
 
     def __init__(self, processors: set[int]) -> None:
-        import ctypes  # these two cost a tenth of the package's import time, for large arrays only
-        from concurrent.futures import ThreadPoolExecutor
+        import ctypes  # a twentieth of the package's import time, for large arrays only
 
         movable = hasattr(os, "sched_setaffinity")  # Linux
 
         self.workers = min(len(processors), THREADS) - 1
         self._processors = processors
-        self._identities: list[int] = []
         self._avoided = -1
         self._current_processor = getattr(ctypes.CDLL(None), "sched_getcpu", None) if movable else None
-        self._executor: ThreadPoolExecutor = ThreadPoolExecutor(
-            self.workers, "gpulayers", initializer=lambda: self._identities.append(threading.get_native_id())
-        )
+        self._queue: queue.SimpleQueue[_Submitted] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._starting = threading.Lock()
 
     def submit(self, work: Callable[[], object]) -> _Submitted | None:
         """Start `work` on a thread, away from the caller's processor; None where no thread can be had any more."""
+        if len(self._threads) < self.workers and not self._start():
+            return None
         if self._current_processor is not None:
             self._avoid(self._current_processor())
         submitted = _Submitted(work)
-        try:
-            submitted.future = self._executor.submit(contextvars.copy_context().run, submitted.run)
-        except RuntimeError:  # the interpreter is shutting down, or the system gives no more threads
-            submitted.work.clear()
-            return None
+        self._queue.put(submitted)
         return submitted
 
+    def _start(self) -> bool:
+        """Start one more thread, and return whether there is any."""
+        with self._starting:
+            if len(self._threads) < self.workers:
+                thread = threading.Thread(target=_serve, args=(self._queue,), name="gpulayers", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:  # the interpreter is shutting down, or the system gives no more threads
+                    return bool(self._threads)
+                self._threads.append(thread)
+                self._avoided = -1
+        return True
+
     def _avoid(self, processor: int) -> None:
-        if processor == self._avoided or len(self._identities) < self.workers:
+        if processor == self._avoided:
             return
         try:
-            for identity in self._identities:
-                os.sched_setaffinity(identity, self._processors - {processor})
+            for thread in self._threads:
+                os.sched_setaffinity(thread.native_id or 0, self._processors - {processor})
             self._avoided = processor
         except OSError:  # the system forbids it, or the processors have changed: threads run where it puts them
             self._current_processor = None
+
+
+def _serve(waiting: queue.SimpleQueue[_Submitted]) -> None:
+    """Work off a queue for ever. The interpreter, when it ends, does not wait for a thread that does."""
+    while True:
+        waiting.get().run()
 
 
 @functools.cache
@@ -129,24 +157,23 @@ def run_tasks(
     take = waiting.pop if backwards else waiting.popleft
 
     def work_off() -> None:
-        # NumPy keeps both settings per thread. Infinities and NaN pass through silently.
-        buffer = np.setbufsize(BUFFER)
-        try:
-            with np.errstate(all="ignore"):
-                while True:
-                    try:
-                        index = take()
-                    except IndexError:
-                        return
-                    results[index] = work(tasks[index])
-        finally:
-            np.setbufsize(buffer)
+        while True:
+            try:
+                index = take()
+            except IndexError:
+                return
+            results[index] = work(tasks[index])
 
     pool = _pool() if threaded and len(tasks) > 1 else None
-    submitted = [] if pool is None else [pool.submit(work_off) for _ in range(pool.workers)]
+    submitted: list[_Submitted | None] = []
+    buffer = np.setbufsize(BUFFER)  # belongs to the context, like the error state: the pool's threads have it too
     try:
-        work_off()
+        with np.errstate(all="ignore"):
+            if pool is not None:
+                submitted += [pool.submit(work_off) for _ in range(pool.workers)]
+            work_off()
     finally:
+        np.setbufsize(buffer)
         waiting.clear()  # after an error nobody begins another task
         for each in submitted:
             if each is not None and not each.take_back():  # one that has not begun would find nothing to do
