@@ -1212,7 +1212,7 @@ def test_the_sanitizer_sees_every_family_and_regime(emulated_gpu, monkeypatch, c
     from tests.kernels.strict_array import launcher
 
     for regime, shape in gpu_probe.LARGE:
-        plans = [choose(collapse(shape, (1,)), 2, True, H200_LIKE, kept) for kept in (1, 2)]
+        plans = [choose(collapse(shape, (1,)), 2, 16, H200_LIKE, kept) for kept in (1, 2)]
         assert [plan.regime for plan in plans] == [regime] * 2
     monkeypatch.setattr(gpu_probe, "LARGE", (("sweeps", (5000, 16)),))  # the emulation of others takes minutes
     launcher.record.clear()
