@@ -310,7 +310,10 @@ MUTANTS = {
 WATCHED = {"the lanes behind the columns work": "address", "the last slab is whole": "address"}
 
 
-@pytest.mark.parametrize("case", [(f, a) for f, a in dict.fromkeys((m[2], m[3]) for m in MUTANTS.values())], ids=str)
+CHECKS = [(f, a) for f, a in dict.fromkeys((m[2], m[3]) for m in MUTANTS.values())]
+
+
+@pytest.mark.parametrize("case", CHECKS, ids=lambda case: f"{case[0].__name__} {case[1]}")
 def test_the_right_text_passes_the_mutants_checks(case):
     case[0](*case[1])
 

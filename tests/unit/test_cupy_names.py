@@ -57,7 +57,7 @@ def calls() -> Iterator[Call]:
                 yield Call(".".join(name[1:]), None, frozenset(), where)
 
 
-FOUND = sorted(set(calls()), key=str)
+FOUND = sorted(set(calls()), key=lambda c: (c.name, c.where, str(c.positional), sorted(c.keywords)))
 
 
 def find(name: str) -> Any:
