@@ -631,8 +631,7 @@ def test_the_gpu_script_explains_itself(arguments, tmp_path):
 def unpacked(out):
     """Return the folder that a run of the script has packed, its summary being the one beside it."""
     assert sorted(path.name for path in out.iterdir()) == ["run.tar.gz", "summary.txt"]
-    with tarfile.open(out / "run.tar.gz") as archive:
-        archive.extractall(out, filter="data")
+    subprocess.run(["tar", "-xzf", out / "run.tar.gz", "-C", out], check=True)
     assert (out / "run" / "summary.txt").read_text() == (out / "summary.txt").read_text()
     return out / "run"
 
