@@ -37,7 +37,10 @@ struct InRegisters {
 template <int32 packets> struct KeepOnChip {
     static constexpr int32 units = register_units<packets>;
     static constexpr bool one_launch = true;
-    static constexpr int32 first_ahead = 4 / packets, second_ahead = 2;
+    static constexpr int32 first_ahead = 4 / packets;
+    // Of what is not kept; the factors take registers, too.
+    static constexpr int32 second_ahead = packets == 2 || width == 8 ? 2 : whole_words ? 3 : 4;
+    static constexpr int32 recall_ahead = 2 / packets;  // on chip all is near but a residual
     unsigned char* memory;
     int64 shared_units;
     Packet registers[units][packets];
@@ -81,7 +84,7 @@ template <int32 packets> struct KeepOnChip {
     template <typename Fetch, typename Body>
     __device__ __forceinline__ void second_pass(const Place& p, Fetch fetch, Body body) {
         not_kept<second_ahead>(p, true, fetch, body);
-        kept<second_ahead / packets>(p, fetch, body);  // shared memory is near
+        kept<recall_ahead>(p, fetch, body);
     }
 };
 

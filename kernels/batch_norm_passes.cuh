@@ -69,7 +69,7 @@ template <int32 packets> constexpr bool full_apart = packets == 1 || (held < 8 &
 // `second_ahead` are the most units in flight in a pass; `one_launch` says that the same launch does both passes.
 
 // The second pass reads everything again, backwards: what was read last may still be in the L2 cache. A block of one launch
-// has a multiprocessor nearly for itself, so it has more in flight; so have threads that load 4 bytes or less.
+// has a multiprocessor nearly for itself, so it has more in flight; so have threads that load less than 16 bytes.
 template <int32 packets> struct KeepNothing {
     static constexpr bool one_launch = false;
     // Forward, with all factors in registers, these leave few of them.
@@ -77,7 +77,7 @@ template <int32 packets> struct KeepNothing {
 #if defined(GL_ENTRY_gl_bn_forward) || defined(GL_ENTRY_gl_bn_backward)
     static constexpr int32 first_ahead = (scarce ? 4 : held == 8 ? 6 : 8) / packets, second_ahead = 4;
 #else
-    static constexpr int32 first_ahead = (!narrow_words || packets == 2 ? 4 : 6) / packets;
+    static constexpr int32 first_ahead = (narrow_words ? 8 : whole_words ? 4 : 6) / packets;
     static constexpr int32 second_ahead = scarce ? 3 : first_ahead;
 #endif
 
@@ -91,10 +91,11 @@ template <int32 packets> struct KeepNothing {
     }
 };
 
-// The whole split stays in dynamic shared memory. Such blocks fill a multiprocessor alone, so more loads are in flight.
+// The whole split stays in dynamic shared memory. Such blocks fill a multiprocessor alone, so more loads are in flight; in
+// the second pass they are those of a residual.
 template <int32 packets> struct KeepShared {
     static constexpr bool one_launch = true;
-    static constexpr int32 first_ahead = 8 / packets, second_ahead = 2;
+    static constexpr int32 first_ahead = 8 / packets, second_ahead = 4 / packets;
     unsigned char* memory;
 
     template <typename Fetch, typename Body>
