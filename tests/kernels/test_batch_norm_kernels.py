@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 
 import numpy as np
@@ -510,6 +511,33 @@ CLUSTER_PLANS = [
 @pytest.mark.parametrize(("shape", "axis", "kept", "regime"), CLUSTER_PLANS)
 def test_clusters_fill_their_waves(shape, axis, kept, regime):
     assert choose(collapse(shape, (axis,)), 2, 16, H200_LIKE, kept).regime == regime
+
+
+# Slabs of less than 64 KiB on 132 multiprocessors: by one block, unless it would need long for them while others idle.
+# shape, axis, sub-batches | plan in float16 | plan in float32
+SMALL_SLABS = """\
+(32, 128, 28, 28), (1,), 1 | small 128x1, 16 bytes | grid 128x2, 16 bytes
+(32, 512, 7, 7), (1,), 1 | small 64x1, 16 bytes | small 128x1, 16 bytes
+(32, 64, 14, 14), (1,), 1 | small 64x1, 8 bytes | small 64x1, 16 bytes
+(64, 64, 21, 21), (1,), 1 | grid 64x4, 2 bytes | grid 64x4, 4 bytes
+(64, 16, 17, 17), (1,), 1 | cluster 16x8, 2 bytes | cluster 16x8, 4 bytes
+(32, 48, 17, 17), (1,), 1 | small 48x1, 2 bytes | small 48x1, 4 bytes
+(64, 192, 21, 21), (1,), 1 | small 192x1, 2 bytes | grid 192x1, 4 bytes
+(64, 48, 17, 17), (1,), 4 | grid 48x1, 2 bytes | grid 48x1, 4 bytes
+(8, 64, 17, 17), (1,), 1 | small 64x1, 2 bytes | small 64x1, 4 bytes"""
+
+
+def test_small_slabs_as_a_table():
+    lines = []
+    for line in SMALL_SLABS.splitlines():
+        shape, axis, groups = ast.literal_eval(line.split(" | ")[0])
+        plans = [choose(collapse(shape, axis, groups), itemsize, 16, H200_LIKE) for itemsize in (2, 4)]
+        texts = [
+            f"{p.regime} {p.slabs}x{p.splits}, {p.access.packet * size} bytes"
+            for p, size in zip(plans, (2, 4), strict=True)
+        ]
+        lines.append(" | ".join([f"{shape}, {axis}, {groups}", *texts]))
+    assert "\n".join(lines) == SMALL_SLABS
 
 
 RESNET_50 = [(112, 64), (56, 64), (56, 256), (28, 128), (28, 512), (14, 256), (14, 1024), (7, 512), (7, 2048)]

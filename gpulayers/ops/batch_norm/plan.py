@@ -128,6 +128,7 @@ def division(divisor: int) -> tuple[int, int]:
 
 
 SMALL_BYTES = 64 * 1024  # a slab of this size is summed and normalised by one block before the caches forget it
+SMALL_ACCESSES = 64  # of a thread: a slab's by 4 bytes; more of them, narrower, only where no multiprocessor is idle
 SMALL_GROUPS = 16  # one block takes the groups one after another
 CLUSTER = 8  # the largest cluster that every device with clusters can place
 # Clusters lie inside a processing cluster, and those are not equally large: on 132 multiprocessors there is room for 15
@@ -138,7 +139,7 @@ THREADS = 256
 LANES_WIDE, LANES_NARROW = 16, 4  # 256 and 64 bytes of a row with 16-byte accesses
 LANES_FOLDED = 64  # the most that the columns of a channel may take where they are folded
 SHORT_BYTES = 64  # channels whose rows are shorter share the sectors and lines of memory with their neighbours
-AHEAD = 4  # accesses in flight per thread, as in batch_norm.cuh
+AHEAD = 4  # accesses in flight per thread at least, as in batch_norm_passes.cuh
 BUSY, BUSY_SMALL = 0.5, 0.45  # share of the multiprocessors that clusters keep busy; small parts save a launch
 RESIDENT = 3  # blocks that a multiprocessor holds at least in the sweeps: the launch bounds in batch_norm.cu
 GRID_RESIDENT = 2  # the same of the one-launch kernels: clusters, and the grid that waits for itself
@@ -269,8 +270,7 @@ def _choose(
     static = static_shared(itemsize, how)
     for lanes_limit in (LANES_NARROW, LANES_WIDE // 2, LANES_WIDE):
         lanes, depth, slabs, slab_channels, units = _block(layout, itemsize, how, lanes_limit)
-        slab_bytes = layout.samples * layout.groups * slab_channels * itemsize
-        if one_launch and layout.groups <= SMALL_GROUPS and slab_bytes <= SMALL_BYTES:
+        if one_launch and _one_block_pays(layout, itemsize, slabs, slab_channels, -(-units // depth), device):
             return Plan("small", how, lanes, depth, slabs, slab_channels, 1, 0)
         per_thread = -(-(-(-units // CLUSTER) + 1) // depth)
         shared = per_thread * lanes * depth * how.packet * itemsize * kept
@@ -304,6 +304,13 @@ def static_shared(itemsize: int, how: Access) -> int:
     # Threads that still have sums of their own after a warp's shuffles.
     merged = THREADS // 2 if held > 1 and not how.folded else THREADS
     return max(accumulated * (2 * held + 1) * merged, 16 * THREADS) + 256
+
+
+def _one_block_pays(layout: Layout, itemsize: int, slabs: int, slab_channels: int, accesses: int, device: Any) -> bool:
+    """Say whether a slab is so small that one block should do all of it; `accesses` are a thread's per group."""
+    if layout.groups > SMALL_GROUPS or layout.samples * layout.groups * slab_channels * itemsize > SMALL_BYTES:
+        return False
+    return accesses * layout.groups <= SMALL_ACCESSES or slabs >= device.multiprocessors
 
 
 def _clusters_pay(slabs: int, shared: int, static: int, device: Any) -> bool:
