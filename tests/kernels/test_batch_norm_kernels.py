@@ -540,6 +540,23 @@ def test_small_slabs_as_a_table():
     assert "\n".join(lines) == SMALL_SLABS
 
 
+# shape, sub-batches, whether there are two sweeps; splits of a channel in float16 on 132 multiprocessors
+WAVES = [
+    ((32, 512, 14, 14), 1, False, 2),
+    ((32, 1024, 14, 14), 1, False, 1),  # as full as with 2, and half the blocks
+    ((4096, 100, 14, 14), 4, True, 7),  # 400 blocks would be one wave and four blocks
+    ((256, 1024, 14, 14), 1, True, 3),
+    ((256, 64, 112, 112), 1, True, 6),
+    ((256, 2048, 7, 7), 1, False, 3),
+]
+
+
+@pytest.mark.parametrize(("shape", "groups", "two", "splits"), WAVES)
+def test_sweeps_fill_their_waves(shape, groups, two, splits):
+    plan = choose(collapse(shape, (1,), groups), 2, 16, H200_LIKE, one_launch=two)
+    assert (plan.regime, plan.splits) == ("sweeps", splits)
+
+
 RESNET_50 = [(112, 64), (56, 64), (56, 256), (28, 128), (28, 512), (14, 256), (14, 1024), (7, 512), (7, 2048)]
 
 

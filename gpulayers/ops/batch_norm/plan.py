@@ -288,7 +288,7 @@ def _choose(
         splits, kept_units, shared, on_chip = _grid(layout, slabs, units, depth, row_bytes, static, device, kept)
         if on_chip >= GRID_SHARE and layout.size * itemsize * GRID_L2 >= device.l2_bytes:
             return Plan("grid", how, lanes, depth, slabs, slab_channels, splits, shared, kept_units, on_chip)
-    splits = min(_splits(slabs * layout.groups, RESIDENT * device.multiprocessors), -(-units // (depth * AHEAD)))
+    splits = _splits(slabs * layout.groups, RESIDENT * device.multiprocessors, -(-units // (depth * AHEAD)))
     return Plan("sweeps", how, lanes, depth, slabs, slab_channels, splits, 0)
 
 
@@ -356,19 +356,19 @@ def _grid(
     return splits, kept_units, kept_units * step, min(1.0, (registers + kept_units) * depth * splits / units)
 
 
-def _splits(count: int, resident: int) -> int:
-    """Return how many blocks work on each of `count` slabs, so that waves of `resident` blocks are full.
+def _splits(count: int, resident: int, most: int) -> int:
+    """Return how many blocks, at most `most`, work on each of `count` slabs, so that waves of `resident` are full.
 
-    One wave if it can be nine tenths full, else the first number of splits that fills the last wave so, up to eight.
+    One wave if it can be nine tenths full, else the first number of splits that fills the last wave so, up to eight. If
+    none does, the first that fills its waves best: what a block does before its first access is done by fewer of them.
 
-    >>> _splits(2, 396), _splits(256, 396)
-    (198, 3)
+    >>> _splits(2, 396, 1000), _splits(256, 396, 1000), _splits(1024, 396, 2), _splits(512, 396, 2)
+    (198, 3, 1, 2)
     """
-    least = max(1, resident // count)
-    for splits in range(least, max(least, 8 * resident // count) + 1):
-        if _full(splits * count, resident):
-            return splits
-    return least
+    least = min(most, max(1, resident // count))
+    options = range(least, min(most, max(least, 8 * resident // count)) + 1)
+    full = (splits for splits in options if _full(splits * count, resident))
+    return next(full, None) or max(options, key=lambda splits: splits * count / -(-splits * count // resident))
 
 
 def _block(layout: Layout, itemsize: int, how: Access, lanes_limit: int) -> tuple[int, int, int, int, int]:
