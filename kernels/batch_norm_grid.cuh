@@ -83,6 +83,7 @@ template <int32 packets> struct KeepOnChip {
     }
     template <typename Fetch, typename Body>
     __device__ __forceinline__ void second_pass(const Place& p, Fetch fetch, Body body) {
+        static_assert(recall_ahead <= second_ahead, "a pass has slots for second_ahead units");
         not_kept<second_ahead>(p, true, fetch, body);
         kept<recall_ahead>(p, fetch, body);
     }
