@@ -77,7 +77,9 @@ template <int32 packets> struct KeepNothing {
 #if defined(GL_ENTRY_gl_bn_forward) || defined(GL_ENTRY_gl_bn_backward)
     static constexpr int32 first_ahead = (scarce ? 4 : held == 8 ? 6 : 8) / packets, second_ahead = 4;
 #else
-    static constexpr int32 first_ahead = (narrow_words ? 8 : whole_words ? 4 : 6) / packets;
+    // Fewer where the walk through the units of rows takes registers.
+    static constexpr int32 more = CHANNELS_LAST ? (whole_words ? 0 : narrow_words ? 4 : 2) : narrow_words ? 2 : 0;
+    static constexpr int32 first_ahead = (4 + more) / packets;
     static constexpr int32 second_ahead = scarce ? 3 : first_ahead;
 #endif
 
