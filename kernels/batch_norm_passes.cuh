@@ -77,8 +77,13 @@ template <int32 packets> struct KeepNothing {
 #if defined(GL_ENTRY_gl_bn_forward) || defined(GL_ENTRY_gl_bn_backward)
     static constexpr int32 first_ahead = (scarce ? 4 : held == 8 ? 6 : 8) / packets, second_ahead = 4;
 #else
-    // Fewer where the walk through the units of rows takes registers.
-    static constexpr int32 more = CHANNELS_LAST ? (whole_words ? 0 : narrow_words ? 4 : 2) : narrow_words ? 2 : 0;
+    // Fewer where the walk through the units of rows takes registers, and fewest where statistics take them, too.
+#if defined(GL_ENTRY_gl_bn_statistics)
+    static constexpr int32 more_of_rows = width == 2 && sizeof(STORAGE) == 4 ? -1 : 0;
+#else
+    static constexpr int32 more_of_rows = narrow_words ? 2 : 0;
+#endif
+    static constexpr int32 more = CHANNELS_LAST ? (whole_words ? 0 : narrow_words ? 4 : 2) : more_of_rows;
     static constexpr int32 first_ahead = (4 + more) / packets;
     static constexpr int32 second_ahead = scarce ? 3 : first_ahead;
 #endif
