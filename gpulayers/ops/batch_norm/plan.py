@@ -340,8 +340,7 @@ def _grid(
     """Return splits, units per thread in shared memory, its bytes, and the share of the input that stays on chip.
 
     `units` are a slab's, `row_bytes` those that the block's lanes move at once, `static` the block's other shared
-    memory. The share is 0 where the slabs and
-    groups do not leave enough of the resident blocks busy.
+    memory. The share is 0 where the slabs and groups do not leave enough of the resident blocks busy.
     """
     resident, count = GRID_RESIDENT * device.multiprocessors, slabs * layout.groups
     splits = min(resident // count, -(-units // depth))
