@@ -19,6 +19,7 @@ from gpulayers.launch import Kernel, device_properties, launcher_of
 from gpulayers.ops.batch_norm import arrays as batch_norm_arrays
 from gpulayers.ops.batch_norm import plan as batch_norm_plan
 from gpulayers.ops.batch_norm.arrays import MovingStatistics
+from gpulayers.ops.batch_norm.layout import collapse
 
 __all__ = ["KERNELS", "MEASURES"]
 
@@ -391,7 +392,7 @@ def _plans(shape: tuple[int, ...], axis: int, x: Any, kept: int) -> dict[str, An
 
     Only `batch_norm.plan.choose` is asked, for a device with and without clusters, with and without grids that wait.
     """
-    layout, device = batch_norm_plan.collapse(shape, (axis,)), device_properties(x)
+    layout, device = collapse(shape, (axis,)), device_properties(x)
     choose = functools.partial(batch_norm_plan.choose, layout, x.dtype.itemsize, 16, kept=kept)
     without_clusters = device._replace(compute_capability=80)
     others = [choose(without_clusters), choose(without_clusters, grid=False), choose(device, one_launch=False)]

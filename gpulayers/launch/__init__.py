@@ -4,6 +4,7 @@ A kernel is declared once (`Kernel`), launched with checked arguments, and compi
 ``kernels/`` in a checkout and in ``gpulayers/_kernels/`` in an installed package.
 """
 
+from gpulayers.launch.division import division
 from gpulayers.launch.elementwise import Elementwise
 from gpulayers.launch.keeping import Kept, keep, keeping
 from gpulayers.launch.kernel import Kernel, Specialisation, alignment_of, is_aligned, kernel_list, vector_width
@@ -39,6 +40,7 @@ __all__ = [
     "alignment_of",
     "contiguous",
     "device_properties",
+    "division",
     "forget_stream",
     "has_kernels",
     "is_aligned",

@@ -11,15 +11,8 @@ from gpulayers.launch import DeviceProperties, register_launcher
 from gpulayers.launch import source as launch_source
 from gpulayers.ops.batch_norm import arrays as bn
 from gpulayers.ops.batch_norm import kernels as batch_norm_kernels
-from gpulayers.ops.batch_norm.plan import (
-    GRID_REGISTERS,
-    GRID_RESIDENT,
-    Access,
-    choose,
-    collapse,
-    plan_table,
-    static_shared,
-)
+from gpulayers.ops.batch_norm.layout import collapse
+from gpulayers.ops.batch_norm.plan import GRID_REGISTERS, GRID_RESIDENT, Access, choose, plan_table, static_shared
 from tests.kernels.emulation import H200_LIKE, EmulatedLauncher, EmulationError
 from tests.kernels.emulation.build import compiler
 from tests.kernels.nvrtc import compile_for, supported, unusable_reason

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from gpulayers.errors import ShapeError
-from gpulayers.launch import DeviceProperties, Kernel, register_launcher
+from gpulayers.launch import DeviceProperties, Kernel, division, register_launcher
 from gpulayers.launch import source as launch_source
 from gpulayers.ops.batch_norm import arrays as bn
 from gpulayers.ops.batch_norm import kernels as batch_norm_kernels
-from gpulayers.ops.batch_norm.plan import choose, collapse, division, plan_table, static_shared
+from gpulayers.ops.batch_norm.layout import collapse
+from gpulayers.ops.batch_norm.plan import choose, plan_table, static_shared
 from tests.kernels.bfloat16 import BFLOAT16, finfo
 from tests.kernels.emulation import H200_LIKE, SMALL, EmulatedLauncher, EmulationError
 from tests.kernels.strict_array import launcher, xp

@@ -6,7 +6,8 @@ import pytest
 
 from gpulayers import _cupy
 from gpulayers.ops.batch_norm import arrays as bn
-from gpulayers.ops.batch_norm.plan import choose, collapse
+from gpulayers.ops.batch_norm.layout import collapse
+from gpulayers.ops.batch_norm.plan import choose
 from tests.kernels import test_batch_norm_kernels as emulated
 from tests.kernels.emulation import H200_LIKE
 

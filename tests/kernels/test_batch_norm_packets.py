@@ -10,7 +10,8 @@ import pytest
 from gpulayers.launch import alignment_of, register_launcher
 from gpulayers.launch import source as launch_source
 from gpulayers.ops.batch_norm import arrays as bn
-from gpulayers.ops.batch_norm.plan import LANES_FOLDED, LANES_WIDE, Layout, access, choose, collapse
+from gpulayers.ops.batch_norm.layout import Layout, collapse
+from gpulayers.ops.batch_norm.plan import LANES_FOLDED, LANES_WIDE, access, choose
 from tests.kernels.emulation import H200_LIKE, EmulatedLauncher, EmulationError
 from tests.kernels.strict_array import launcher, xp
 from tests.kernels.test_batch_norm_grid import ROOMY, TIGHT

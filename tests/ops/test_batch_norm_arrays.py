@@ -15,7 +15,7 @@ from gpulayers.ops.batch_norm import arrays as bn
 from gpulayers.ops.batch_norm import blocks as batch_norm_blocks
 from gpulayers.ops.batch_norm import direct as batch_norm_direct
 from gpulayers.ops.batch_norm import weighted as batch_norm_weighted
-from gpulayers.ops.batch_norm.plan import collapse
+from gpulayers.ops.batch_norm.layout import collapse
 from gpulayers.ops.host import buffers as host_buffers
 from gpulayers.ops.host import threads as host_threads
 from tests.ops import batch_norm_truth as truth

@@ -1206,7 +1206,8 @@ def test_a_whole_row_on_an_emulated_gpu(emulated_gpu, case, launches, plain):
 
 def test_the_sanitizer_sees_every_family_and_regime(emulated_gpu, monkeypatch, capsys):
     from benchmarks import gpu_probe
-    from gpulayers.ops.batch_norm.plan import choose, collapse
+    from gpulayers.ops.batch_norm.layout import collapse
+    from gpulayers.ops.batch_norm.plan import choose
     from tests.kernels.emulation import H200_LIKE
     from tests.kernels.strict_array import launcher
 

@@ -28,8 +28,8 @@ from gpulayers.dtypes import is_floating, parameter_dtype
 from gpulayers.errors import DTypeError, ShapeError, message
 from gpulayers.ops.batch_norm import numpy_body
 from gpulayers.ops.batch_norm import weighted as batch_norm_weighted
+from gpulayers.ops.batch_norm.layout import Layout, collapse
 from gpulayers.ops.batch_norm.moving import MovingStatistics, Renorm
-from gpulayers.ops.batch_norm.plan import Layout, collapse
 
 __all__ = [
     "Forward",

@@ -16,7 +16,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from gpulayers.ops.batch_norm.plan import Layout
+from gpulayers.ops.batch_norm.layout import Layout
 
 __all__ = [
     "LONG_ROW",

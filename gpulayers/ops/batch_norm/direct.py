@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gpulayers.ops.batch_norm.plan import Layout
+from gpulayers.ops.batch_norm.layout import Layout
 from gpulayers.ops.batch_norm.sweeps import clear
 
 __all__ = ["backward_apply", "backward_sums", "clear", "moments", "normalise", "suits"]

@@ -13,10 +13,21 @@ from typing import Any
 import numpy as np
 
 from gpulayers.device import array_module
-from gpulayers.launch import Kernel, Place, Prepared, alignment_of, contiguous, place_of, remember, workspace_pieces
+from gpulayers.launch import (
+    Kernel,
+    Place,
+    Prepared,
+    alignment_of,
+    contiguous,
+    division,
+    place_of,
+    remember,
+    workspace_pieces,
+)
 from gpulayers.ops.batch_norm import plan as batch_norm_plan
+from gpulayers.ops.batch_norm.layout import Layout
 from gpulayers.ops.batch_norm.moving import MovingStatistics, Renorm
-from gpulayers.ops.batch_norm.plan import CLUSTER, Access, Layout, Plan, choose, division
+from gpulayers.ops.batch_norm.plan import CLUSTER, Access, Plan, choose
 
 __all__ = ["backward", "forward", "inference", "inference_backward", "statistics"]
 

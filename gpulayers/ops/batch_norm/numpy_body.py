@@ -12,8 +12,8 @@ import numpy as np
 
 from gpulayers.ops.batch_norm import direct, sweeps
 from gpulayers.ops.batch_norm import moving as batch_norm_moving
+from gpulayers.ops.batch_norm.layout import Layout
 from gpulayers.ops.batch_norm.moving import MovingStatistics, Renorm
-from gpulayers.ops.batch_norm.plan import Layout
 from gpulayers.ops.host.buffers import recycled
 
 __all__ = ["Tables", "backward", "channel_tables", "forward", "gradient_tables", "inference", "inference_backward"]

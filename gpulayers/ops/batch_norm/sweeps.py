@@ -24,7 +24,7 @@ from gpulayers.ops.batch_norm.blocks import (
     threaded,
     view_of,
 )
-from gpulayers.ops.batch_norm.plan import Layout
+from gpulayers.ops.batch_norm.layout import Layout
 from gpulayers.ops.host.buffers import aligned, recycled
 from gpulayers.ops.host.threads import run_tasks
 

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gpulayers.errors import ShapeError, message
-from gpulayers.launch import Kernel, Prepared, device_properties, launcher_of, place_of, remember
-from gpulayers.ops.batch_norm.plan import division
+from gpulayers.launch import Kernel, Prepared, device_properties, division, launcher_of, place_of, remember
 
 __all__ = ["DTYPES", "KERNELS", "packet_width", "prepare_step", "threads_per_block"]
 
