@@ -11,10 +11,17 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from gpulayers.launch import Specialisation, kernel_list
 from tests.kernels.cache import cache_folder
 
 OPTIONS = ("-std=c++17", "--device-as-default-execution-space", "-ftz=true")  # the launcher's and CuPy's own
-ARCHITECTURES = (75, 80, 86, 89, 90, 100, 103, 110, 120)
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+RELATIVES = 103, 110  # of 100, whose registers and instructions they have
+
+
+def one_of_each() -> list[Specialisation]:
+    """Return of each kernel the specialisation with the largest text."""
+    return list({s.name: s for s in sorted(kernel_list(), key=lambda s: len(s.text))}.values())
 
 
 class Resources(NamedTuple):

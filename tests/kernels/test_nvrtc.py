@@ -7,11 +7,20 @@ import re
 import pytest
 
 from gpulayers.launch import kernel_list
-from tests.kernels.nvrtc import ARCHITECTURES, compile_for, parse, ptx_for, supported, unusable_reason
+from tests.kernels.nvrtc import (
+    ARCHITECTURES,
+    RELATIVES,
+    compile_for,
+    one_of_each,
+    parse,
+    ptx_for,
+    supported,
+    unusable_reason,
+)
 
 pytestmark = pytest.mark.skipif(bool(unusable_reason()), reason=unusable_reason() or "NVRTC is there")
 
-SPECIALISATIONS = kernel_list()
+SPECIALISATIONS, ONE_OF_EACH = kernel_list(), one_of_each()
 
 
 def check(specialisation, architecture):
@@ -24,15 +33,22 @@ def check(specialisation, architecture):
     assert found.shared <= 48 * 1024, found  # what a launch without the opt-in gets
 
 
-@pytest.mark.parametrize("specialisation", SPECIALISATIONS, ids=repr)
+@pytest.mark.parametrize("specialisation", ONE_OF_EACH, ids=repr)
 def test_compiles_without_spills(specialisation):
     check(specialisation, 90)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a != 90])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("specialisation", SPECIALISATIONS, ids=repr)
-def test_compiles_without_spills_elsewhere(specialisation, architecture):
+def test_every_specialisation_compiles_without_spills(specialisation, architecture):
+    check(specialisation, architecture)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", RELATIVES)
+@pytest.mark.parametrize("specialisation", ONE_OF_EACH, ids=repr)
+def test_compiles_without_spills_for_relatives(specialisation, architecture):
     check(specialisation, architecture)
 
 

@@ -8,12 +8,9 @@ import sys
 
 import pytest
 
-from gpulayers.launch import kernel_list
-from tests.kernels.nvrtc import OPTIONS
+from tests.kernels.nvrtc import OPTIONS, one_of_each
 
 VERSIONS = {"12.0": "nvidia-cuda-nvrtc-cu12==12.0.*", "13.0": "nvidia-cuda-nvrtc==13.0.*"}
-# One of each kernel, that of the largest text: what a compiler does not know is seldom in one dtype alone.
-SPECIALISATIONS = list({s.name: s for s in sorted(kernel_list(), key=lambda s: len(s.text))}.values())
 
 
 @pytest.fixture(scope="module", params=VERSIONS)
@@ -43,8 +40,9 @@ def log_of(library, text, options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("specialisation", SPECIALISATIONS, ids=lambda s: s.name)
+@pytest.mark.parametrize("specialisation", one_of_each(), ids=lambda s: s.name)
 def test_compiles(compiler, specialisation):
+    """What a compiler does not know is seldom in one dtype alone, so one of each kernel is enough."""
     status, log = log_of(compiler, specialisation.text, (*OPTIONS, "-arch=sm_90"))
     assert status == 0, log
     assert log_of(compiler, specialisation.text + "undefined_name", (*OPTIONS, "-arch=sm_90"))[0] != 0
