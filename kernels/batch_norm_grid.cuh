@@ -37,7 +37,9 @@ struct InRegisters {
 template <int32 packets> struct KeepOnChip {
     static constexpr int32 units = register_units<packets>;
     static constexpr bool one_launch = true;
-    static constexpr int32 first_ahead = 4 / packets;
+    // Pairs of doubles, and the walk through the units of rows beside them, take many registers.
+    static constexpr bool scarce = packets == 2 && sizeof(STORAGE) == 8 && width == 1 && !CHANNELS_LAST;
+    static constexpr int32 first_ahead = scarce ? 1 : 4 / packets;
     // Of what is not kept; the factors take registers, too.
     static constexpr int32 second_ahead = packets == 2 || width == 8 ? 2 : whole_words ? 3 : 4;
     static constexpr int32 recall_ahead = 2 / packets;  // on chip all is near but a residual

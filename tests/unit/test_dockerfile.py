@@ -234,7 +234,8 @@ class CleanRoot:
     def run(self, script: str, workdir: str = "/", user: str = "0:0", **environment: str) -> str:
         """Run a line of shell in the root, as RUN does; return what it printed."""
         command = ["chroot", f"--userspec={user}", str(self.folder), "/bin/sh", "-c", f"cd {workdir} && {script}"]
-        done = subprocess.run(command, env=self.environment | environment, capture_output=True, text=True, timeout=1500)
+        output = {"capture_output": True, "encoding": "utf-8", "errors": "replace"}  # whatever the locale here is
+        done = subprocess.run(command, env=self.environment | environment, timeout=1500, **output)
         assert done.returncode == 0, f"{script}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done.stdout
 
