@@ -12,7 +12,7 @@ from gpulayers.launch import source as launch_source
 from gpulayers.ops.batch_norm import arrays as bn
 from gpulayers.ops.batch_norm.layout import Layout, collapse
 from gpulayers.ops.batch_norm.plan import LANES_FOLDED, LANES_WIDE, access, choose
-from tests.kernels.emulation import H200_LIKE, EmulatedLauncher, EmulationError
+from tests.kernels.emulation import H200_LIKE, EmulatedLauncher
 from tests.kernels.strict_array import launcher, xp
 from tests.kernels.test_batch_norm_grid import ROOMY, TIGHT
 from tests.kernels.test_batch_norm_kernels import (
@@ -21,11 +21,13 @@ from tests.kernels.test_batch_norm_kernels import (
     at_offset,
     bits_of,
     check,
+    check_is_failed,
     check_renorm,
+    checks_of,
     close,
     make,
     regimes,
-    with_mutant,
+    times_in_the_kernels,
 )
 from tests.ops import batch_norm_truth as truth
 
@@ -311,10 +313,7 @@ MUTANTS = {
 WATCHED = {"the lanes behind the columns work": "address", "the last slab is whole": "address"}
 
 
-CHECKS = [(f, a) for f, a in dict.fromkeys((m[2], m[3]) for m in MUTANTS.values())]
-
-
-@pytest.mark.parametrize("case", CHECKS, ids=lambda case: f"{case[0].__name__} {case[1]}")
+@pytest.mark.parametrize("case", checks_of(MUTANTS))
 def test_the_right_text_passes_the_mutants_checks(case):
     case[0](*case[1])
 
@@ -322,16 +321,8 @@ def test_the_right_text_passes_the_mutants_checks(case):
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_mutants_are_caught(monkeypatch, mutant):
     """Each broken copy fails a check that the right text passes."""
-    right, wrong, run, arguments = MUTANTS[mutant]
-    read = launch_source.read_source
-    assert "".join(read("batch_norm.cu")).count(right) == 1, "the kernel changed: change the mutant too"
-    with_mutant(
-        monkeypatch,
-        lambda name: tuple(part.replace(right, wrong) for part in read(name)),
-        WATCHED.get(mutant, "fibers"),
-    )
-    with pytest.raises((AssertionError, EmulationError)):
-        run(*arguments)
+    assert times_in_the_kernels(MUTANTS[mutant]) == 1, "the kernel changed: change the mutant too"
+    check_is_failed(monkeypatch, MUTANTS[mutant], WATCHED.get(mutant, "fibers"))
 
 
 # ---- sanitizers ----------------------------------------------------------------------------------------------------
