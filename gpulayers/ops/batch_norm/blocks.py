@@ -95,8 +95,8 @@ class View(NamedTuple):
 def view_of(layout: Layout, read: bool = False) -> View:
     """Choose the view for a layout: sub-batches are extra channels, small ones with all their places, or segments.
 
-    `read`: for sums that copy nothing; their blocks are larger. A block is contiguous: one that spans few channels of
-    many rows, so that its factors stay in the cache, is slower to walk through than the factors are to read again.
+    `read`: for sums that copy nothing; their blocks are larger. A block is contiguous where it spans all slots: memory
+    is walked through in one direction, and the factors are read again for each block.
     """
     rows, groups, spread, channels, inner = layout[:5]
     segments, length, tables, slots = rows * groups, spread, groups, channels
