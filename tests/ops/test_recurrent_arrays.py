@@ -373,7 +373,7 @@ def test_kept_memory_is_bounded(monkeypatch):
     host_buffers.release()
     monkeypatch.setattr(host_buffers, "KEPT_BYTES", 1 << 20)
     held = [host_buffers.recycled((1 << 18,), np.uint8) for _ in range(20)]
-    assert sum(block.size for block in host_buffers._blocks) <= 1 << 20
+    assert sum(block.size for block, _ in host_buffers._blocks) <= 1 << 20
     for index, array in enumerate(held):
         array[...] = index
     assert [int(array[-1]) for array in held] == list(range(20))

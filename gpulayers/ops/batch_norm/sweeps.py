@@ -222,7 +222,7 @@ def _from_sums(sums: Any, layout: Layout) -> tuple[Any, Any]:
 def near_zero(pivot: Any, a: Any, b: Any, inverse: Any) -> Affine:
     """Return the factors with the pivot folded into b where every channel's is near 0 beside its deviation."""
     b = np.zeros_like(a) if b is None else b
-    if (abs(pivot * inverse) <= FAR_PIVOT).all():
+    if np.maximum.reduce(abs(pivot * inverse), axis=None) <= FAR_PIVOT:
         return Affine(None, a, b - np.multiply(pivot, a, dtype=np.float64))
     return Affine(pivot, a, b)
 

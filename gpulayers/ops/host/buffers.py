@@ -28,7 +28,7 @@ _SMALL = 1 << 16  # below this the allocator's own lists serve better
 _LINE = 64  # bytes of a cache line, and of the widest vectors
 _KEPT = 256  # blocks at most: looking at thousands costs more than fresh memory
 _lock = threading.Lock()
-_blocks: list[np.ndarray] = []
+_blocks: list[tuple[np.ndarray, int]] = []  # and where each one's first cache line begins
 
 
 def _new_lock() -> None:
@@ -40,12 +40,12 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_new_lock)  # another thread of the parent may have held it
 
 
-def _holders(blocks: list[np.ndarray], index: int) -> int:
+def _holders(blocks: list[tuple[np.ndarray, int]], index: int) -> int:
     """Return the number of references to one block, seen from here. Views of an array refer to the array itself."""
-    return sys.getrefcount(blocks[index])
+    return sys.getrefcount(blocks[index][0])
 
 
-_UNUSED = _holders([np.empty(0, np.uint8)], 0)  # what it is for a block that only the list holds, on this Python
+_UNUSED = _holders([(np.empty(0, np.uint8), 0)], 0)  # what it is for a block that only the list holds, on this Python
 
 
 def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -58,7 +58,7 @@ def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
-    return _array_in(np.empty(size + _LINE, np.uint8), shape, dtype, size)
+    return np.ndarray(shape, dtype, *_new(size))
 
 
 def recycled(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -74,27 +74,27 @@ def recycled(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     if size < _SMALL:
         return aligned(shape, dtype)
     with _lock:
-        return _array_in(_take(size + _LINE), shape, dtype, size)
+        return np.ndarray(shape, dtype, *_take(size))
 
 
-def _array_in(block: np.ndarray, shape: tuple[int, ...], dtype: np.dtype, size: int) -> np.ndarray:
-    """Return the array that begins at the first cache line of `block`."""
-    start = -block.ctypes.data % _LINE
-    return block[start : start + size].view(dtype).reshape(shape)
+def _new(size: int) -> tuple[np.ndarray, int]:
+    """Return a fresh block with room for `size` bytes from a cache line on, and where that line begins."""
+    block = np.empty(size + _LINE, np.uint8)
+    return block, -block.ctypes.data % _LINE
 
 
-def _take(size: int) -> np.ndarray:
-    """Return a block of at least `size` bytes that nobody uses; keep a new one if it fits the limit. Needs the lock."""
+def _take(size: int) -> tuple[np.ndarray, int]:
+    """Return such a block that nobody uses; keep a new one if it fits the limit. Needs the lock."""
     for index in reversed(range(len(_blocks))):  # the last used is the likeliest to be in a cache
-        if size <= _blocks[index].size <= 2 * size and _holders(_blocks, index) == _UNUSED:
+        if size + _LINE <= _blocks[index][0].size <= 2 * (size + _LINE) and _holders(_blocks, index) == _UNUSED:
             _blocks.append(_blocks.pop(index))  # the front of the list is what was used longest ago
             return _blocks[-1]
-    block = np.empty(size, np.uint8)
-    _blocks.append(block)
-    kept = sum(each.size for each in _blocks)
+    fresh = _new(size)
+    _blocks.append(fresh)
+    kept = sum(block.size for block, _ in _blocks)
     while kept > KEPT_BYTES or len(_blocks) > _KEPT:  # dropped blocks live on for those who use them
-        kept -= _blocks.pop(0).size
-    return block
+        kept -= _blocks.pop(0)[0].size
+    return fresh
 
 
 def release() -> None:
