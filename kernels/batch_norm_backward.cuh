@@ -76,9 +76,77 @@ template <typename Arguments> __device__ __forceinline__ void fold_sums(const Ar
         *part_of(arguments, p, p.split, channel.channel) = Part{static_cast<A>(sums[0]), static_cast<A>(sums[1])};
 }
 
-// Leaves this block's sums of g and g * (x - pivot) in arguments.parts. g is dy, with a ReLU where its output is > 0:
-// the bits or y are read unless null, else x tells. Writes g to arguments.dresidual unless null and, in inference,
-// g * gamma / s to dx.
+// How a pass learns where a ReLU let the gradient pass. What is asked for at every packet costs as many instructions as the
+// arithmetic, so the common cases have loops of their own.
+enum class Signs {
+    all,       // there was no ReLU, and the pass does what it is for, no more
+    of_input,  // x tells, by the forward's factors; else as `all`
+    any        // whatever the arguments say
+};
+
+template <Signs signs> struct Case {
+    static constexpr Signs value = signs;
+};
+
+// Calls use(case) with the case at hand; `more`: the pass has more to do.
+template <typename Arguments, typename Use>
+__device__ __forceinline__ void for_signs(const Arguments& arguments, bool more, Use use) {
+    if (more || arguments.bits || arguments.y) {
+        use(Case<Signs::any>{});
+    } else if (arguments.recompute) {
+        use(Case<Signs::of_input>{});
+    } else {
+        use(Case<Signs::all>{});
+    }
+}
+
+// Adds up g and g * (x - pivot) over a split. g is dy, with a ReLU where its output is > 0: the bits or y are read unless
+// null, else x tells. Writes g to arguments.dresidual unless null and, where `ends_here`, g * a to dx.
+template <Signs signs, typename Arguments, typename Keeper>
+__device__ __forceinline__ void sum_packets(
+    const Arguments& arguments, const Place& p, Keeper& keeper, bool ends_here, const A* pivots, const Factors& factors,
+    A (&pivot)[held], A (&sum)[held], A (&product)[held]) {
+    constexpr bool any = signs == Signs::any;
+    const bool by_bits = any && arguments.bits, by_output = any && arguments.y;
+    const bool by_input = any ? static_cast<bool>(arguments.recompute) : signs == Signs::of_input;
+    Packet x[Keeper::first_ahead], g[Keeper::first_ahead], y[any ? Keeper::first_ahead : 1];
+    uint32 bits[Keeper::first_ahead];
+    keeper.first_pass(
+        p,
+        [&](int32 slot, int64 offset, auto place) {
+            x[slot] = take_first(place, arguments.x + offset);
+            g[slot] = take_first(place, arguments.dy + offset);
+            if (by_bits) bits[slot] = take_bits(arguments.bits, offset);
+            if (by_output) {
+                y[any ? slot : 0] = take_first(place, arguments.y + offset);
+                if (!signs_late) bits[slot] = bits_of(y[any ? slot : 0]);
+            }
+        },
+        [&](int32 slot, int64 offset, auto place) {
+            if (held > 1) reload_channels(pivots, pivot);
+            if (signs_late && by_output) bits[slot] = bits_of(y[any ? slot : 0]);
+            if (by_input) bits[slot] = bits_of(x[slot], pivot, factors);
+            if (by_input || by_bits || by_output) mask(g[slot], bits[slot]);
+            place.keep(0, x[slot]);
+            place.keep(1, g[slot]);
+            if (any && arguments.dresidual) put(arguments.dresidual + offset, g[slot]);
+#pragma unroll
+            for (int32 i = 0; i < width; ++i) {
+                const int32 c = CHANNELS_LAST ? i : 0;
+                const A gradient = widen(g[slot].values[i]);
+                sum[c] += gradient;
+                product[c] += gradient * (widen(x[slot].values[i]) - pivot[c]);
+            }
+            if (!any || !ends_here) return;
+            Packet& scaled = g[slot];
+            factors.for_each(pivot, [&](int32 i, const Affine& affine) {
+                scaled.values[i] = narrow<STORAGE>(widen(scaled.values[i]) * affine.a);
+            });
+            put(arguments.dx + offset, scaled);
+        });
+}
+
+// Leaves this block's sums of g and g * (x - pivot) in arguments.parts.
 template <typename Arguments, typename Keeper>
 __device__ __forceinline__ void sums_of_split(const Arguments& arguments, const Place& p, Keeper& keeper) {
     // The sign is found by the forward's factors: as it left them, or (in inference) as it made them. Inference's dx needs
@@ -106,41 +174,9 @@ __device__ __forceinline__ void sums_of_split(const Arguments& arguments, const 
     for (int32 i = 0; i < held; ++i) sum[i] = product[i] = A(0);
     own_channels(pivots, pivot);
     factors.own();
-    Packet x[Keeper::first_ahead], g[Keeper::first_ahead], y[Keeper::first_ahead];
-    uint32 bits[Keeper::first_ahead];
-    keeper.first_pass(
-        p,
-        [&](int32 slot, int64 offset, auto place) {
-            x[slot] = take_first(place, arguments.x + offset);
-            g[slot] = take_first(place, arguments.dy + offset);
-            if (arguments.bits) bits[slot] = take_bits(arguments.bits, offset);
-            if (arguments.y) {
-                y[slot] = take_first(place, arguments.y + offset);
-                if (!signs_late) bits[slot] = bits_of(y[slot]);
-            }
-        },
-        [&](int32 slot, int64 offset, auto place) {
-            if (held > 1) reload_channels(pivots, pivot);
-            if (signs_late && arguments.y) bits[slot] = bits_of(y[slot]);
-            if (arguments.recompute) bits[slot] = bits_of(x[slot], pivot, factors);
-            if (arguments.recompute || arguments.bits || arguments.y) mask(g[slot], bits[slot]);
-            place.keep(0, x[slot]);
-            place.keep(1, g[slot]);
-            if (arguments.dresidual) put(arguments.dresidual + offset, g[slot]);
-#pragma unroll
-            for (int32 i = 0; i < width; ++i) {
-                const int32 c = CHANNELS_LAST ? i : 0;
-                const A gradient = widen(g[slot].values[i]);
-                sum[c] += gradient;
-                product[c] += gradient * (widen(x[slot].values[i]) - pivot[c]);
-            }
-            if (!ends_here) return;
-            Packet& scaled = g[slot];
-            factors.for_each(pivot, [&](int32 i, const Affine& affine) {
-                scaled.values[i] = narrow<STORAGE>(widen(scaled.values[i]) * affine.a);
-            });
-            put(arguments.dx + offset, scaled);
-        });
+    for_signs(arguments, ends_here, [&](auto found) {
+        sum_packets<decltype(found)::value>(arguments, p, keeper, ends_here, pivots, factors, pivot, sum, product);
+    });
     A sums[2 * held];
 #pragma unroll
     for (int32 i = 0; i < held; ++i) {
@@ -226,6 +262,58 @@ __device__ __forceinline__ void finish_channel_sums(
 }
 
 // dx = g * a + (x - pivot) * slope + b over a split.
+template <Signs signs, typename Arguments, typename Keeper>
+__device__ __forceinline__ void apply_packets(
+    const Arguments& arguments, const Place& p, Keeper& keeper, const Factors& factors, const Factors& corrections,
+    const A (&pivot)[held]) {
+    constexpr bool any = signs == Signs::any;
+    // The first pass of the same launch has left the masked gradient there: one array instead of two.
+    // NVRTC before CUDA 12.4 looks at what `if constexpr` leaves out in a lambda, so the field is named out here.
+    decltype(arguments.dy) masked_gradients = nullptr;
+    if constexpr (Keeper::one_launch && any) masked_gradients = arguments.dresidual;
+    const bool masked_before = masked_gradients != nullptr;
+    const bool by_bits = any && !masked_before && arguments.bits, by_output = any && !masked_before && arguments.y;
+    const bool by_input = any ? static_cast<bool>(arguments.recompute) : signs == Signs::of_input;
+    Packet x[Keeper::second_ahead], g[Keeper::second_ahead], y[any ? Keeper::second_ahead : 1];
+    uint32 bits[Keeper::second_ahead];
+    keeper.second_pass(
+        p,
+        [&](int32 slot, int64 offset, auto place) {
+            if constexpr (decltype(place)::keeps) {
+                x[slot] = place.recall(0);
+                g[slot] = place.recall(1);
+            } else {
+                x[slot] = take<last_touch>(arguments.x + offset);
+                if (masked_before) {
+                    g[slot] = take(masked_gradients + offset);
+                    return;
+                }
+                g[slot] = take<last_touch>(arguments.dy + offset);
+                if (by_bits) bits[slot] = take_bits(arguments.bits, offset);
+                if (by_output) {
+                    y[any ? slot : 0] = take<last_touch>(arguments.y + offset);
+                    if (!signs_late) bits[slot] = bits_of(y[any ? slot : 0]);
+                }
+            }
+        },
+        [&](int32 slot, int64 offset, auto place) {
+            constexpr bool kept = decltype(place)::keeps;  // what was kept is masked
+            if constexpr (!kept) {
+                if (signs_late && by_output) bits[slot] = bits_of(y[any ? slot : 0]);
+                if (by_bits || by_output) mask(g[slot], bits[slot]);
+            }
+            A result[width];
+            factors.for_each(pivot, [&](int32 i, const Affine& affine) {
+                result[i] = widen(g[slot].values[i]) * affine.a;
+                if (!kept && by_input && !(affine.of(x[slot].values[i]) > underflow<STORAGE>)) result[i] = A(0);
+            });
+            corrections.for_each(
+                pivot, [&](int32 i, const Affine& affine) { result[i] += affine.of(x[slot].values[i]); });
+            store<width, last_touch>(arguments.dx + offset, result);
+        });
+}
+
+// dx over a split.
 template <typename Arguments, typename Keeper>
 __device__ __forceinline__ void apply_split(const Arguments& arguments, const Place& p, Keeper& keeper) {
     A* const pivots = reinterpret_cast<A*>(scratch());
@@ -253,48 +341,7 @@ __device__ __forceinline__ void apply_split(const Arguments& arguments, const Pl
     own_channels(pivots, pivot);
     factors.own();
     corrections.own();
-    // The first pass of the same launch has left the masked gradient there: one array instead of two.
-    // NVRTC before CUDA 12.4 looks at what `if constexpr` leaves out in a lambda, so the field is named out here.
-    decltype(arguments.dy) masked_gradients = nullptr;
-    if constexpr (Keeper::one_launch) masked_gradients = arguments.dresidual;
-    const bool masked_before = masked_gradients != nullptr;
-    Packet x[Keeper::second_ahead], g[Keeper::second_ahead], y[Keeper::second_ahead];
-    uint32 bits[Keeper::second_ahead];
-    keeper.second_pass(
-        p,
-        [&](int32 slot, int64 offset, auto place) {
-            if constexpr (decltype(place)::keeps) {
-                x[slot] = place.recall(0);
-                g[slot] = place.recall(1);
-            } else {
-                x[slot] = take<last_touch>(arguments.x + offset);
-                if constexpr (Keeper::one_launch) {
-                    if (masked_before) {
-                        g[slot] = take(masked_gradients + offset);
-                        return;
-                    }
-                }
-                g[slot] = take<last_touch>(arguments.dy + offset);
-                if (arguments.bits) bits[slot] = take_bits(arguments.bits, offset);
-                if (arguments.y) {
-                    y[slot] = take<last_touch>(arguments.y + offset);
-                    if (!signs_late) bits[slot] = bits_of(y[slot]);
-                }
-            }
-        },
-        [&](int32 slot, int64 offset, auto place) {
-            if constexpr (!decltype(place)::keeps) {
-                if (signs_late && !masked_before && arguments.y) bits[slot] = bits_of(y[slot]);
-                if (!masked_before && (arguments.bits || arguments.y)) mask(g[slot], bits[slot]);
-            }
-            constexpr bool masked = decltype(place)::keeps;  // what was kept has no need of it
-            A result[width];
-            factors.for_each(pivot, [&](int32 i, const Affine& affine) {
-                result[i] = widen(g[slot].values[i]) * affine.a;
-                if (!masked && arguments.recompute && !(affine.of(x[slot].values[i]) > underflow<STORAGE>)) result[i] = A(0);
-            });
-            corrections.for_each(
-                pivot, [&](int32 i, const Affine& affine) { result[i] += affine.of(x[slot].values[i]); });
-            store<width, last_touch>(arguments.dx + offset, result);
-        });
+    for_signs(arguments, false, [&](auto found) {
+        apply_packets<decltype(found)::value>(arguments, p, keeper, factors, corrections, pivot);
+    });
 }

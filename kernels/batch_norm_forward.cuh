@@ -198,6 +198,48 @@ __device__ __forceinline__ void finish_channels(const Arguments& arguments, cons
     if (column.part == 0 && column.inside) finish_channel(arguments, p, column.channel, sums[0], sums[1]);
 }
 
+// What the output of a ReLU, or without one any output, is not less than.
+template <typename Arguments> __device__ __forceinline__ A floor_of(const Arguments& arguments) {
+    return arguments.relu ? A(0) : static_cast<A>(__uint_as_float(0xff800000u));  // -infinity
+}
+
+// Writes y over a split, and the bits of a ReLU behind a residual unless null. `added`: there is a residual; options that
+// are asked for at every packet cost as many instructions as the arithmetic, so each case has a loop of its own.
+template <bool added, typename Arguments, typename Keeper>
+__device__ __forceinline__ void normalise_packets(
+    const Arguments& arguments, const Place& p, Keeper& keeper, const A (&pivot)[held], const A (&a)[held], const A (&b)[held]) {
+    const A floor = floor_of(arguments);
+    Packet values[Keeper::second_ahead], extra[added ? Keeper::second_ahead : 1];
+    keeper.second_pass(
+        p,
+        [&](int32 slot, int64 offset, auto place) {
+            if constexpr (decltype(place)::keeps) {
+                values[slot] = place.recall(0);
+            } else {
+                values[slot] = take<last_touch>(arguments.x + offset);
+            }
+            if (added) extra[added ? slot : 0] = take<last_touch>(arguments.residual + offset);
+        },
+        [&](int32 slot, int64 offset, auto) {
+            A result[width];
+#pragma unroll
+            for (int32 i = 0; i < width; ++i) {
+                const int32 c = CHANNELS_LAST ? i : 0;
+                A value = Affine{pivot[c], a[c], b[c]}.of(values[slot].values[i]);
+                if (added) value += widen(extra[added ? slot : 0].values[i]);
+                result[i] = at_least(value, floor);
+            }
+            if (added && whole_words && arguments.bits) {
+                uint32 bits = 0u;
+#pragma unroll
+                for (int32 i = 0; i < width; ++i)
+                    if (result[i] > underflow<STORAGE>) bits |= 1u << i;
+                arguments.bits[offset / width] = static_cast<uint8>(bits);
+            }
+            store<width, last_touch>(arguments.y + offset, result);
+        });
+}
+
 // Writes y, and for the backward of a ReLU, unless null: a and b of each channel to arguments.affine; arguments.bits.
 template <typename Arguments, typename Keeper>
 __device__ __forceinline__ void normalise_split(const Arguments& arguments, const Place& p, Keeper& keeper) {
@@ -222,34 +264,9 @@ __device__ __forceinline__ void normalise_split(const Arguments& arguments, cons
     own_channels(table, pivot);
     own_channels(table + widest_slab, a);
     own_channels(table + 2 * widest_slab, b);
-    Packet values[Keeper::second_ahead], extra[Keeper::second_ahead];
-    keeper.second_pass(
-        p,
-        [&](int32 slot, int64 offset, auto place) {
-            if constexpr (decltype(place)::keeps) {
-                values[slot] = place.recall(0);
-            } else {
-                values[slot] = take<last_touch>(arguments.x + offset);
-            }
-            if (arguments.residual) extra[slot] = take<last_touch>(arguments.residual + offset);
-        },
-        [&](int32 slot, int64 offset, auto) {
-            A result[width];
-#pragma unroll
-            for (int32 i = 0; i < width; ++i) {
-                const int32 c = CHANNELS_LAST ? i : 0;
-                A value = Affine{pivot[c], a[c], b[c]}.of(values[slot].values[i]);
-                if (arguments.residual) value += widen(extra[slot].values[i]);
-                if (arguments.relu && value < A(0)) value = A(0);
-                result[i] = value;
-            }
-            if (whole_words && arguments.bits) {
-                uint32 bits = 0u;
-#pragma unroll
-                for (int32 i = 0; i < width; ++i)
-                    if (result[i] > underflow<STORAGE>) bits |= 1u << i;
-                arguments.bits[offset / width] = static_cast<uint8>(bits);
-            }
-            store<width, last_touch>(arguments.y + offset, result);
-        });
+    if (arguments.residual) {
+        normalise_packets<true>(arguments, p, keeper, pivot, a, b);
+    } else {
+        normalise_packets<false>(arguments, p, keeper, pivot, a, b);
+    }
 }

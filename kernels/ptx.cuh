@@ -128,6 +128,18 @@ __device__ __forceinline__ unsigned short float_to_bfloat_bits(float value) {
 #endif
 }
 
+// The larger of a value and a floor that is a number; NaN stays NaN.
+__device__ __forceinline__ float at_least(float value, float floor) {
+#if !defined(GL_HOST) && __CUDA_ARCH__ >= 800
+    float result;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(value), "f"(floor));
+    return result;
+#else
+    return value <= floor ? floor : value;
+#endif
+}
+__device__ __forceinline__ double at_least(double value, double floor) { return value <= floor ? floor : value; }
+
 // ---- vector accesses and cache hints -------------------------------------------------------------------------------
 
 // 16 bytes from global memory. The address is a multiple of 16 (the host build checks it).
