@@ -59,23 +59,6 @@ __device__ __forceinline__ uint32 bits_of(const Packet& x, const A (&pivot)[held
     return bits;
 }
 
-// Adds up the columns of each channel, whose sums merge_columns has left in the scratch, and leaves the channel's in
-// arguments.parts.
-template <typename Arguments> __device__ __forceinline__ void fold_sums(const Arguments& arguments, const Place& p) {
-    const Column channel(p);
-    const A* const of_columns = reinterpret_cast<const A*>(scratch());
-    const int32 left = left_in_scratch(lanes());
-    double sums[2] = {0.0, 0.0};
-    __syncthreads();
-    for_folded(p, channel, [&](int32, int32 lane, int32 i) {
-        sums[0] += of_columns[i * left + lane];
-        sums[1] += of_columns[(held + i) * left + lane];
-    });
-    add_columns(sums, channel.columns);
-    if (channel.part == 0 && channel.inside)
-        *part_of(arguments, p, p.split, channel.channel) = Part{static_cast<A>(sums[0]), static_cast<A>(sums[1])};
-}
-
 // Leaves this block's sums of g and g * (x - pivot) in arguments.parts. g is dy, with a ReLU where its output is > 0:
 // the bits or y are read unless null, else x tells. Writes g to arguments.dresidual unless null and, in inference,
 // g * gamma / s to dx.
@@ -151,13 +134,13 @@ __device__ __forceinline__ void sums_of_split(const Arguments& arguments, const 
 #pragma unroll
         for (int32 i = 0; i < 2 * held; ++i) mine[i] += theirs(i);
     });
-    if constexpr (FOLDED) {
-        fold_sums(arguments, p);
-    } else if (threadIdx.y == 0 && p.inside) {
-#pragma unroll
-        for (int32 i = 0; i < held; ++i)
-            *part_of(arguments, p, p.split, first_channel(p) + i) = Part{sums[i], sums[held + i]};
-    }
+    leave_parts(
+        arguments, p, sums,
+        [](double (&of_channel)[2], int64, int32, A first, A second) {
+            of_channel[0] += first;
+            of_channel[1] += second;
+        },
+        [](const double (&of_channel)[2]) { return Part{static_cast<A>(of_channel[0]), static_cast<A>(of_channel[1])}; });
 }
 
 struct GroupSums {

@@ -11,28 +11,6 @@ __device__ __forceinline__ void merge(A count, A share, A& mean, A& square, A ot
     square += other_square + delta * delta * count * share;
 }
 
-// Folds the columns of each channel, whose moments merge_columns has left in the scratch, and leaves the channel's in
-// arguments.parts. All columns have the same number of values. Their means are relative to their own first values; the
-// channel's becomes relative to that of its first column, and double takes sums and differences as in finish_group.
-template <typename Arguments> __device__ __forceinline__ void fold_moments(const Arguments& arguments, const Place& p) {
-    const Column channel(p);
-    const A* const moments = reinterpret_cast<const A*>(scratch());
-    const STORAGE* const first = arguments.x + row_start(p, 0) + channel.channel * p.inner;
-    const int32 left = left_in_scratch(lanes());
-    const double count = static_cast<double>(Shares(p).count(p.split)), part = 1.0 / static_cast<double>(p.inner);
-    double sums[2] = {0.0, 0.0};
-    __syncthreads();
-    for_folded(p, channel, [&](int32 number, int32 lane, int32 i) {
-        const double mean = (widen(first[number]) - widen(first[0])) + moments[(1 + i) * left + lane];
-        sums[0] += mean;
-        sums[1] += moments[(1 + held + i) * left + lane] + count * mean * mean;
-    });
-    add_columns(sums, channel.columns);
-    if (channel.part != 0 || !channel.inside) return;
-    const double mean = sums[0] * part, square = sums[1] - sums[0] * mean * count;
-    *part_of(arguments, p, p.split, channel.channel) = Part{static_cast<A>(mean), static_cast<A>(square < 0.0 ? 0.0 : square)};
-}
-
 // Leaves this block's merged (mean - first value of the channel, sum of squares) in arguments.parts.
 template <typename Arguments, typename Keeper>
 __device__ __forceinline__ void moments_of_split(const Arguments& arguments, const Place& p, Keeper& keeper) {
@@ -81,13 +59,21 @@ __device__ __forceinline__ void moments_of_split(const Arguments& arguments, con
             merge(mine[0], share, mine[1 + i], mine[1 + held + i], theirs(1 + i), theirs(1 + held + i));
         mine[0] = total;
     });
-    if constexpr (FOLDED) {
-        fold_moments(arguments, p);
-    } else if (threadIdx.y == 0 && p.inside) {
-#pragma unroll
-        for (int32 i = 0; i < held; ++i)
-            *part_of(arguments, p, p.split, first_channel(p) + i) = Part{moments[1 + i], moments[1 + held + i]};
-    }
+    // Columns that are folded all have the same number of values. Their means are relative to their own first values; the
+    // channel's becomes relative to that of its first column, and double takes sums and differences as in finish_group.
+    const double count = static_cast<double>(Shares(p).count(p.split));
+    leave_parts(
+        arguments, p, moments,
+        [&](double (&sums)[2], int64 channel, int32 number, A of_column, A squares) {
+            const STORAGE* const values = arguments.x + row_start(p, 0) + channel * p.inner;
+            const double mean = (widen(values[number]) - widen(values[0])) + of_column;
+            sums[0] += mean;
+            sums[1] += squares + count * mean * mean;
+        },
+        [&](const double (&sums)[2]) {
+            const double mean = sums[0] / static_cast<double>(p.inner), squares = sums[1] - sums[0] * mean * count;
+            return Part{static_cast<A>(mean), static_cast<A>(squares < 0.0 ? 0.0 : squares)};
+        });
 }
 
 struct Moments {

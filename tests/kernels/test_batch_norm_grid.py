@@ -58,12 +58,8 @@ GRID = {("gl_bn_forward_grid", 1), ("gl_bn_backward_grid", 1)}
 
 
 @pytest.fixture(autouse=True)
-def emulated_gpu():
-    launcher.record.clear()
-    launcher.device = ROOMY
-    yield launcher
-    launcher.device = H200_LIKE
-    register_launcher("emulated", launcher)
+def on_a_small_device(emulated_gpu):
+    emulated_gpu.device = ROOMY
 
 
 def plans(shape, axis, groups, dtype="float32", on=ROOMY):

@@ -20,7 +20,7 @@ from tests.kernels.emulation import H200_LIKE, SMALL, EmulatedLauncher, Emulatio
 from tests.kernels.strict_array import launcher, xp
 from tests.ops import batch_norm_truth as truth
 
-pytestmark = pytest.mark.emulated
+pytestmark = [pytest.mark.emulated, pytest.mark.usefixtures("emulated_gpu")]
 
 EPSILON = 1e-3
 TOLERANCE = {"float64": 1e-11, "float32": 1e-5, "float16": 6e-3, "bfloat16": 5e-2}
@@ -135,14 +135,6 @@ def check(shape, axis, groups, dtype, residual=False, relu=False, seed=0, offset
     if groups == 1:
         close(mean, want.mean, min(tolerance, 2e-6), "statistics: mean")
         close(variance, want.variance, min(tolerance, 1e-5), "statistics: variance")
-
-
-@pytest.fixture(autouse=True)
-def emulated_gpu():
-    launcher.record.clear()
-    yield launcher
-    launcher.device = H200_LIKE
-    register_launcher("emulated", launcher)
 
 
 def regimes():
