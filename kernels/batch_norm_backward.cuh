@@ -93,25 +93,26 @@ __device__ __forceinline__ void sums_of_split(const Arguments& arguments, const 
     uint32 bits[Keeper::first_ahead];
     keeper.first_pass(
         p,
-        [&](int32 slot, int64 offset, auto place) {
-            x[slot] = take_first(place, arguments.x + offset);
-            g[slot] = take_first(place, arguments.dy + offset);
-            if (arguments.bits) bits[slot] = take_bits(arguments.bits, offset);
+        [&](int32 slot, const Unit& unit, auto place) {
+            x[slot] = take_first(place, arguments.x + unit.offset);
+            g[slot] = take_first(place, arguments.dy + unit.offset);
+            if (arguments.bits) bits[slot] = take_bits(arguments.bits, unit.offset);
             if (arguments.y) {
-                y[slot] = take_first(place, arguments.y + offset);
+                y[slot] = take_first(place, arguments.y + unit.offset);
                 if (!signs_late) bits[slot] = bits_of(y[slot]);
             }
         },
-        [&](int32 slot, int64 offset, auto place) {
+        [&](int32 slot, const Unit& unit, auto place) {
             if (held > 1) reload_channels(pivots, pivot);
             if (signs_late && arguments.y) bits[slot] = bits_of(y[slot]);
             if (arguments.recompute) bits[slot] = bits_of(x[slot], pivot, factors);
             if (arguments.recompute || arguments.bits || arguments.y) mask(g[slot], bits[slot]);
             place.keep(0, x[slot]);
             place.keep(1, g[slot]);
-            if (arguments.dresidual) put(arguments.dresidual + offset, g[slot]);
+            if (arguments.dresidual) put_unit(arguments.dresidual, unit, g[slot]);
 #pragma unroll
             for (int32 i = 0; i < width; ++i) {
+                if (!unit.has(i)) continue;
                 const int32 c = CHANNELS_LAST ? i : 0;
                 const A gradient = widen(g[slot].values[i]);
                 sum[c] += gradient;
@@ -122,7 +123,7 @@ __device__ __forceinline__ void sums_of_split(const Arguments& arguments, const 
             factors.for_each(pivot, [&](int32 i, const Affine& affine) {
                 scaled.values[i] = narrow<STORAGE>(widen(scaled.values[i]) * affine.a);
             });
-            put(arguments.dx + offset, scaled);
+            put_unit(arguments.dx, unit, scaled);
         });
     A sums[2 * held];
 #pragma unroll
@@ -245,27 +246,27 @@ __device__ __forceinline__ void apply_split(const Arguments& arguments, const Pl
     uint32 bits[Keeper::second_ahead];
     keeper.second_pass(
         p,
-        [&](int32 slot, int64 offset, auto place) {
+        [&](int32 slot, const Unit& unit, auto place) {
             if constexpr (decltype(place)::keeps) {
                 x[slot] = place.recall(0);
                 g[slot] = place.recall(1);
             } else {
-                x[slot] = take<last_touch>(arguments.x + offset);
+                x[slot] = take<last_touch>(arguments.x + unit.offset);
                 if constexpr (Keeper::one_launch) {
                     if (masked_before) {
-                        g[slot] = take(masked_gradients + offset);
+                        g[slot] = take(masked_gradients + unit.offset);
                         return;
                     }
                 }
-                g[slot] = take<last_touch>(arguments.dy + offset);
-                if (arguments.bits) bits[slot] = take_bits(arguments.bits, offset);
+                g[slot] = take<last_touch>(arguments.dy + unit.offset);
+                if (arguments.bits) bits[slot] = take_bits(arguments.bits, unit.offset);
                 if (arguments.y) {
-                    y[slot] = take<last_touch>(arguments.y + offset);
+                    y[slot] = take<last_touch>(arguments.y + unit.offset);
                     if (!signs_late) bits[slot] = bits_of(y[slot]);
                 }
             }
         },
-        [&](int32 slot, int64 offset, auto place) {
+        [&](int32 slot, const Unit& unit, auto place) {
             if constexpr (!decltype(place)::keeps) {
                 if (signs_late && !masked_before && arguments.y) bits[slot] = bits_of(y[slot]);
                 if (!masked_before && (arguments.bits || arguments.y)) mask(g[slot], bits[slot]);
@@ -278,6 +279,6 @@ __device__ __forceinline__ void apply_split(const Arguments& arguments, const Pl
             });
             corrections.for_each(
                 pivot, [&](int32 i, const Affine& affine) { result[i] += affine.of(x[slot].values[i]); });
-            store<width, last_touch>(arguments.dx + offset, result);
+            store_unit<last_touch>(arguments.dx, unit, result);
         });
 }

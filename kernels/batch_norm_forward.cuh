@@ -11,6 +11,13 @@ __device__ __forceinline__ void merge(A count, A share, A& mean, A& square, A ot
     square += other_square + delta * delta * count * share;
 }
 
+// The first of a packet's values of each of this thread's columns.
+__device__ __forceinline__ void first_values(const Packet& packet, const Unit& unit, A (&first)[held]) {
+#pragma unroll
+    for (int32 i = (RAGGED ? width : held) - 1; i >= 0; --i)
+        if (unit.has(i)) first[i < held ? i : 0] = widen(packet.values[i]);
+}
+
 // Leaves this block's merged (mean - first value of the channel, sum of squares) in arguments.parts.
 template <typename Arguments, typename Keeper>
 __device__ __forceinline__ void moments_of_split(const Arguments& arguments, const Place& p, Keeper& keeper) {
@@ -21,18 +28,16 @@ __device__ __forceinline__ void moments_of_split(const Arguments& arguments, con
     int32 seen = 0;
     keeper.first_pass(
         p,
-        [&](int32 slot, int64 offset, auto place) {
-            values[slot] = take_first(place, arguments.x + offset);
+        [&](int32 slot, const Unit& unit, auto place) {
+            values[slot] = take_first(place, arguments.x + unit.offset);
         },
-        [&](int32 slot, int64, auto place) {
+        [&](int32 slot, const Unit& unit, auto place) {
             place.keep(0, values[slot]);
-            if (seen == 0) {
-#pragma unroll
-                for (int32 i = 0; i < held; ++i) base[i] = widen(values[slot].values[i]);
-            }
-            ++seen;
+            if (seen == 0) first_values(values[slot], unit, base);
+            seen += unit.values();
 #pragma unroll
             for (int32 i = 0; i < width; ++i) {
+                if (!unit.has(i)) continue;
                 const int32 c = CHANNELS_LAST ? i : 0;
                 const A shifted = widen(values[slot].values[i]) - base[c];
                 sum[c] += shifted;
@@ -41,10 +46,12 @@ __device__ __forceinline__ void moments_of_split(const Arguments& arguments, con
         });
     // What a thread has of its channels: the number of values, the means, and the sums of squares.
     A moments[1 + 2 * held];
-    moments[0] = A(seen) * A(CHANNELS_LAST ? 1 : width);
+    moments[0] = A(seen);
     const A inverse = seen ? A(1) / moments[0] : A(0);
     Packet first;
-    if (seen) first = take(arguments.x + row_start(p, 0) + p.start);
+    const STORAGE* const from = arguments.x + row_start(p, 0) + p.start;
+    if (seen && RAGGED) first.values[0] = *from;
+    if (seen && !RAGGED) first = take(from);
 #pragma unroll
     for (int32 i = 0; i < held; ++i) {
         const A mean = sum[i] * inverse;
@@ -88,7 +95,7 @@ __device__ __forceinline__ Moments finish_group(const Arguments& arguments, cons
     const Shares shares(p);
     double sums[2] = {0.0, 0.0};
     for_parts(arguments, p, column, [&](int32 split, const Part& part) {
-        const double mean = part.first, count = static_cast<double>(shares.count(split) * values_of_unit(p));
+        const double mean = part.first, count = static_cast<double>(values_of_split(p, shares, split));
         sums[0] += count * mean;
         sums[1] += part.second + count * mean * mean;
     });
@@ -211,15 +218,15 @@ __device__ __forceinline__ void normalise_split(const Arguments& arguments, cons
     Packet values[Keeper::second_ahead], extra[Keeper::second_ahead];
     keeper.second_pass(
         p,
-        [&](int32 slot, int64 offset, auto place) {
+        [&](int32 slot, const Unit& unit, auto place) {
             if constexpr (decltype(place)::keeps) {
                 values[slot] = place.recall(0);
             } else {
-                values[slot] = take<last_touch>(arguments.x + offset);
+                values[slot] = take<last_touch>(arguments.x + unit.offset);
             }
-            if (arguments.residual) extra[slot] = take<last_touch>(arguments.residual + offset);
+            if (arguments.residual) extra[slot] = take<last_touch>(arguments.residual + unit.offset);
         },
-        [&](int32 slot, int64 offset, auto) {
+        [&](int32 slot, const Unit& unit, auto) {
             A result[width];
 #pragma unroll
             for (int32 i = 0; i < width; ++i) {
@@ -229,13 +236,13 @@ __device__ __forceinline__ void normalise_split(const Arguments& arguments, cons
                 if (arguments.relu && value < A(0)) value = A(0);
                 result[i] = value;
             }
-            if (whole_words && arguments.bits) {
+            if (leaves_bits && arguments.bits) {
                 uint32 bits = 0u;
 #pragma unroll
                 for (int32 i = 0; i < width; ++i)
                     if (result[i] > underflow<STORAGE>) bits |= 1u << i;
-                arguments.bits[offset / width] = static_cast<uint8>(bits);
+                arguments.bits[unit.offset / width] = static_cast<uint8>(bits);
             }
-            store<width, last_touch>(arguments.y + offset, result);
+            store_unit<last_touch>(arguments.y, unit, result);
         });
 }

@@ -27,23 +27,23 @@ template <typename Where> __device__ __forceinline__ Packet take_first(const Whe
     return take<Where::keeps ? last_touch : cache::keep>(address);
 }
 
-// The next `ahead` units of a walk, the first of them its unit `number`: fetch(slot, offset, place) is called for all of
-// them first, so that their loads are in flight together, then body(slot, offset, place) for each. place_at(number) gives
+// The next `ahead` units of a walk, the first of them its unit `number`: fetch(slot, unit, place) is called for all of
+// them first, so that their loads are in flight together, then body(slot, unit, place) for each. place_at(number) gives
 // a unit's place. `full`: the walk has so many.
 template <int32 ahead, bool full, typename PlaceAt, typename Fetch, typename Body>
 __device__ __forceinline__ void for_batch(
     const Place& p, Walk& walk, int32 number, PlaceAt place_at, Fetch& fetch, Body& body) {
-    int64 offsets[ahead];
+    Unit units[ahead];
     bool real[ahead];
 #pragma unroll
     for (int32 slot = 0; slot < ahead; ++slot) {
         real[slot] = full || walk.left > 0;
-        offsets[slot] = real[slot] ? walk.next(p) : 0;
-        if (real[slot]) fetch(slot, offsets[slot], place_at(number + slot));
+        units[slot] = real[slot] ? walk.next(p) : Unit{0, 0u};
+        if (real[slot]) fetch(slot, units[slot], place_at(number + slot));
     }
 #pragma unroll
     for (int32 slot = 0; slot < ahead; ++slot) {
-        if (real[slot]) body(slot, offsets[slot], place_at(number + slot));
+        if (real[slot]) body(slot, units[slot], place_at(number + slot));
     }
 }
 
