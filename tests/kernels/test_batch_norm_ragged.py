@@ -173,19 +173,18 @@ def test_neighbours_do_not_matter(shape, groups, on, regime, dtype):
     assert forms() == {(16 // ITEMSIZE[dtype], True)}
 
 
-def drifting(shape, dtype="float32"):
+def drifting(shape):
     """Check statistics and output where rows, and what splits have of them, differ and are far from zero."""
-    launcher.device = TIGHT
     rng = np.random.default_rng(3)
     x = rng.normal(size=shape) + 0.1 * np.arange(shape[0])[:, None, None] + 30 * np.arange(shape[1])[:, None]
-    x = (x + np.linspace(0, 9, shape[2]) ** 2).astype(dtype)
+    x = (x + np.linspace(0, 9, shape[2]) ** 2).astype("f")
     want = truth.forward(x.astype("d"), 1.0, 0.0, (1,), EPSILON)
     mean, variance = bn.statistics(xp.asarray(x), axis=(1,))
-    np.testing.assert_allclose(mean.get().ravel(), want.mean, rtol=5e-7)
-    np.testing.assert_allclose(variance.get().ravel(), want.variance, rtol=5e-7)
+    np.testing.assert_allclose(mean.get().ravel(), want.mean, rtol=1e-6)
+    np.testing.assert_allclose(variance.get().ravel(), want.variance, rtol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(40, 8, 1923), (9, 8, 67), (16, 2, 8041), (3, 8, 20001)])
+@pytest.mark.parametrize("shape", [(700, 3, 71), (40, 8, 1923), (16, 2, 8041)])
 def test_splits_weigh_as_much_as_they_have(shape):
     drifting(shape)
     assert forms() == {(4, True)}
@@ -194,12 +193,13 @@ def test_splits_weigh_as_much_as_they_have(shape):
 # ---- broken copies must be caught ----------------------------------------------------------------------------------
 
 
-def training(shape, dtype="float32", groups=1):
+def training(shape):
     """Check a training step and inference with residual and ReLU."""
-    check(shape, (1,), groups, dtype, residual=True, relu=True)
+    check(shape, (1,), 1, "float32", residual=True, relu=True)
 
 
-SMALL, ROWS, LONG = ((8, 3, 67),), ((40, 3, 67),), ((40, 8, 1923),)
+SMALL, ROWS = ((8, 3, 67),), ((40, 3, 67),)
+LONG = ((700, 3, 71),)  # one of the splits begins with a row's last packet, which has nothing of the row
 SKIPPED = "if (!unit.has(i)) continue;\n" + 16 * " "
 OF_COLUMN = "const int32 c = CHANNELS_LAST ? i : 0;\n" + 16 * " "
 
@@ -252,8 +252,8 @@ MUTANTS = {
         SMALL,
     ),
     "the statistics multiply by zero": (
-        "const A shifted = widen(values[slot].values[i]) - base[c];",
-        "const A shifted = (widen(values[slot].values[i]) - base[c]) * A(unit.has(i));",
+        f"{SKIPPED}{OF_COLUMN}const A shifted = widen(values[slot].values[i]) - base[c];",
+        f"{OF_COLUMN}const A shifted = (widen(values[slot].values[i]) - base[c]) * A(unit.has(i));",
         neighbours,
         SMALL,
     ),
