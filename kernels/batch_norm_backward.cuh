@@ -59,23 +59,6 @@ __device__ __forceinline__ uint32 bits_of(const Packet& x, const A (&pivot)[held
     return bits;
 }
 
-// Adds up the columns of each channel, whose sums merge_columns has left in the scratch, and leaves the channel's in
-// arguments.parts.
-template <typename Arguments> __device__ __forceinline__ void fold_sums(const Arguments& arguments, const Place& p) {
-    const Column channel(p);
-    const A* const of_columns = reinterpret_cast<const A*>(scratch());
-    const int32 left = left_in_scratch(lanes());
-    double sums[2] = {0.0, 0.0};
-    __syncthreads();
-    for_folded(p, channel, [&](int32, int32 lane, int32 i) {
-        sums[0] += of_columns[i * left + lane];
-        sums[1] += of_columns[(held + i) * left + lane];
-    });
-    add_columns(sums, channel.columns);
-    if (channel.part == 0 && channel.inside)
-        *part_of(arguments, p, p.split, channel.channel) = Part{static_cast<A>(sums[0]), static_cast<A>(sums[1])};
-}
-
 // How a pass learns where a ReLU let the gradient pass. What is asked for at every packet costs as many instructions as the
 // arithmetic, so the common cases have loops of their own.
 enum class Signs {
@@ -113,25 +96,26 @@ __device__ __forceinline__ void sum_packets(
     uint32 bits[Keeper::first_ahead];
     keeper.first_pass(
         p,
-        [&](int32 slot, int64 offset, auto place) {
-            x[slot] = take_first(place, arguments.x + offset);
-            g[slot] = take_first(place, arguments.dy + offset);
-            if (by_bits) bits[slot] = take_bits(arguments.bits, offset);
+        [&](int32 slot, const Unit& unit, auto place) {
+            x[slot] = take_first(place, arguments.x + unit.offset);
+            g[slot] = take_first(place, arguments.dy + unit.offset);
+            if (by_bits) bits[slot] = take_bits(arguments.bits, unit.offset);
             if (by_output) {
-                y[any ? slot : 0] = take_first(place, arguments.y + offset);
+                y[any ? slot : 0] = take_first(place, arguments.y + unit.offset);
                 if (!signs_late) bits[slot] = bits_of(y[any ? slot : 0]);
             }
         },
-        [&](int32 slot, int64 offset, auto place) {
+        [&](int32 slot, const Unit& unit, auto place) {
             if (held > 1) reload_channels(pivots, pivot);
             if (signs_late && by_output) bits[slot] = bits_of(y[any ? slot : 0]);
             if (by_input) bits[slot] = bits_of(x[slot], pivot, factors);
             if (by_input || by_bits || by_output) mask(g[slot], bits[slot]);
             place.keep(0, x[slot]);
             place.keep(1, g[slot]);
-            if (any && arguments.dresidual) put(arguments.dresidual + offset, g[slot]);
+            if (any && arguments.dresidual) put_unit(arguments.dresidual, unit, g[slot]);
 #pragma unroll
             for (int32 i = 0; i < width; ++i) {
+                if (!unit.has(i)) continue;
                 const int32 c = CHANNELS_LAST ? i : 0;
                 const A gradient = widen(g[slot].values[i]);
                 sum[c] += gradient;
@@ -142,7 +126,7 @@ __device__ __forceinline__ void sum_packets(
             factors.for_each(pivot, [&](int32 i, const Affine& affine) {
                 scaled.values[i] = narrow<STORAGE>(widen(scaled.values[i]) * affine.a);
             });
-            put(arguments.dx + offset, scaled);
+            put_unit(arguments.dx, unit, scaled);
         });
 }
 
@@ -187,13 +171,13 @@ __device__ __forceinline__ void sums_of_split(const Arguments& arguments, const 
 #pragma unroll
         for (int32 i = 0; i < 2 * held; ++i) mine[i] += theirs(i);
     });
-    if constexpr (FOLDED) {
-        fold_sums(arguments, p);
-    } else if (threadIdx.y == 0 && p.inside) {
-#pragma unroll
-        for (int32 i = 0; i < held; ++i)
-            *part_of(arguments, p, p.split, first_channel(p) + i) = Part{sums[i], sums[held + i]};
-    }
+    leave_parts(
+        arguments, p, sums,
+        [](double (&of_channel)[2], int64, int32, A first, A second) {
+            of_channel[0] += first;
+            of_channel[1] += second;
+        },
+        [](const double (&of_channel)[2]) { return Part{static_cast<A>(of_channel[0]), static_cast<A>(of_channel[1])}; });
 }
 
 struct GroupSums {
@@ -274,29 +258,30 @@ __device__ __forceinline__ void apply_packets(
     const bool masked_before = masked_gradients != nullptr;
     const bool by_bits = any && !masked_before && arguments.bits, by_output = any && !masked_before && arguments.y;
     const bool by_input = any ? static_cast<bool>(arguments.recompute) : signs == Signs::of_input;
-    Packet x[Keeper::second_ahead], g[Keeper::second_ahead], y[any ? Keeper::second_ahead : 1];
-    uint32 bits[Keeper::second_ahead];
-    keeper.second_pass(
+    constexpr int32 ahead = Keeper::template second_ahead<2>;
+    Packet x[ahead], g[ahead], y[any ? ahead : 1];
+    uint32 bits[ahead];
+    keeper.template second_pass<2>(
         p,
-        [&](int32 slot, int64 offset, auto place) {
+        [&](int32 slot, const Unit& unit, auto place) {
             if constexpr (decltype(place)::keeps) {
                 x[slot] = place.recall(0);
                 g[slot] = place.recall(1);
             } else {
-                x[slot] = take<last_touch>(arguments.x + offset);
+                x[slot] = take<last_touch>(arguments.x + unit.offset);
                 if (masked_before) {
-                    g[slot] = take(masked_gradients + offset);
+                    g[slot] = take(masked_gradients + unit.offset);
                     return;
                 }
-                g[slot] = take<last_touch>(arguments.dy + offset);
-                if (by_bits) bits[slot] = take_bits(arguments.bits, offset);
+                g[slot] = take<last_touch>(arguments.dy + unit.offset);
+                if (by_bits) bits[slot] = take_bits(arguments.bits, unit.offset);
                 if (by_output) {
-                    y[any ? slot : 0] = take<last_touch>(arguments.y + offset);
+                    y[any ? slot : 0] = take<last_touch>(arguments.y + unit.offset);
                     if (!signs_late) bits[slot] = bits_of(y[any ? slot : 0]);
                 }
             }
         },
-        [&](int32 slot, int64 offset, auto place) {
+        [&](int32 slot, const Unit& unit, auto place) {
             constexpr bool kept = decltype(place)::keeps;  // what was kept is masked
             if constexpr (!kept) {
                 if (signs_late && by_output) bits[slot] = bits_of(y[any ? slot : 0]);
@@ -309,7 +294,7 @@ __device__ __forceinline__ void apply_packets(
             });
             corrections.for_each(
                 pivot, [&](int32 i, const Affine& affine) { result[i] += affine.of(x[slot].values[i]); });
-            store<width, last_touch>(arguments.dx + offset, result);
+            store_unit<last_touch>(arguments.dx, unit, result);
         });
 }
 

@@ -11,26 +11,11 @@ __device__ __forceinline__ void merge(A count, A share, A& mean, A& square, A ot
     square += other_square + delta * delta * count * share;
 }
 
-// Folds the columns of each channel, whose moments merge_columns has left in the scratch, and leaves the channel's in
-// arguments.parts. All columns have the same number of values. Their means are relative to their own first values; the
-// channel's becomes relative to that of its first column, and double takes sums and differences as in finish_group.
-template <typename Arguments> __device__ __forceinline__ void fold_moments(const Arguments& arguments, const Place& p) {
-    const Column channel(p);
-    const A* const moments = reinterpret_cast<const A*>(scratch());
-    const STORAGE* const first = arguments.x + row_start(p, 0) + channel.channel * p.inner;
-    const int32 left = left_in_scratch(lanes());
-    const double count = static_cast<double>(Shares(p).count(p.split)), part = 1.0 / static_cast<double>(p.inner);
-    double sums[2] = {0.0, 0.0};
-    __syncthreads();
-    for_folded(p, channel, [&](int32 number, int32 lane, int32 i) {
-        const double mean = (widen(first[number]) - widen(first[0])) + moments[(1 + i) * left + lane];
-        sums[0] += mean;
-        sums[1] += moments[(1 + held + i) * left + lane] + count * mean * mean;
-    });
-    add_columns(sums, channel.columns);
-    if (channel.part != 0 || !channel.inside) return;
-    const double mean = sums[0] * part, square = sums[1] - sums[0] * mean * count;
-    *part_of(arguments, p, p.split, channel.channel) = Part{static_cast<A>(mean), static_cast<A>(square < 0.0 ? 0.0 : square)};
+// The first of a packet's values of each of this thread's columns.
+__device__ __forceinline__ void first_values(const Packet& packet, const Unit& unit, A (&first)[held]) {
+#pragma unroll
+    for (int32 i = (RAGGED ? width : held) - 1; i >= 0; --i)
+        if (unit.has(i)) first[i < held ? i : 0] = widen(packet.values[i]);
 }
 
 // Leaves this block's merged (mean - first value of the channel, sum of squares) in arguments.parts.
@@ -43,18 +28,16 @@ __device__ __forceinline__ void moments_of_split(const Arguments& arguments, con
     int32 seen = 0;
     keeper.first_pass(
         p,
-        [&](int32 slot, int64 offset, auto place) {
-            values[slot] = take_first(place, arguments.x + offset);
+        [&](int32 slot, const Unit& unit, auto place) {
+            values[slot] = take_first(place, arguments.x + unit.offset);
         },
-        [&](int32 slot, int64, auto place) {
+        [&](int32 slot, const Unit& unit, auto place) {
             place.keep(0, values[slot]);
-            if (seen == 0) {
-#pragma unroll
-                for (int32 i = 0; i < held; ++i) base[i] = widen(values[slot].values[i]);
-            }
-            ++seen;
+            if (seen == 0) first_values(values[slot], unit, base);
+            seen += unit.values();
 #pragma unroll
             for (int32 i = 0; i < width; ++i) {
+                if (!unit.has(i)) continue;
                 const int32 c = CHANNELS_LAST ? i : 0;
                 const A shifted = widen(values[slot].values[i]) - base[c];
                 sum[c] += shifted;
@@ -63,10 +46,12 @@ __device__ __forceinline__ void moments_of_split(const Arguments& arguments, con
         });
     // What a thread has of its channels: the number of values, the means, and the sums of squares.
     A moments[1 + 2 * held];
-    moments[0] = A(seen) * A(CHANNELS_LAST ? 1 : width);
+    moments[0] = A(seen);
     const A inverse = seen ? A(1) / moments[0] : A(0);
     Packet first;
-    if (seen) first = take(arguments.x + row_start(p, 0) + p.start);
+    const STORAGE* const from = arguments.x + row_start(p, 0) + p.start;
+    if (seen && RAGGED) first.values[0] = *from;
+    if (seen && !RAGGED) first = take(from);
 #pragma unroll
     for (int32 i = 0; i < held; ++i) {
         const A mean = sum[i] * inverse;
@@ -81,13 +66,21 @@ __device__ __forceinline__ void moments_of_split(const Arguments& arguments, con
             merge(mine[0], share, mine[1 + i], mine[1 + held + i], theirs(1 + i), theirs(1 + held + i));
         mine[0] = total;
     });
-    if constexpr (FOLDED) {
-        fold_moments(arguments, p);
-    } else if (threadIdx.y == 0 && p.inside) {
-#pragma unroll
-        for (int32 i = 0; i < held; ++i)
-            *part_of(arguments, p, p.split, first_channel(p) + i) = Part{moments[1 + i], moments[1 + held + i]};
-    }
+    // Columns that are folded all have the same number of values. Their means are relative to their own first values; the
+    // channel's becomes relative to that of its first column, and double takes sums and differences as in finish_group.
+    const double count = static_cast<double>(Shares(p).count(p.split));
+    leave_parts(
+        arguments, p, moments,
+        [&](double (&sums)[2], int64 channel, int32 number, A of_column, A squares) {
+            const STORAGE* const values = arguments.x + row_start(p, 0) + channel * p.inner;
+            const double mean = (widen(values[number]) - widen(values[0])) + of_column;
+            sums[0] += mean;
+            sums[1] += squares + count * mean * mean;
+        },
+        [&](const double (&sums)[2]) {
+            const double mean = sums[0] / static_cast<double>(p.inner), squares = sums[1] - sums[0] * mean * count;
+            return Part{static_cast<A>(mean), static_cast<A>(squares < 0.0 ? 0.0 : squares)};
+        });
 }
 
 struct Moments {
@@ -102,7 +95,7 @@ __device__ __forceinline__ Moments finish_group(const Arguments& arguments, cons
     const Shares shares(p);
     double sums[2] = {0.0, 0.0};
     for_parts(arguments, p, column, [&](int32 split, const Part& part) {
-        const double mean = part.first, count = static_cast<double>(shares.count(split) * values_of_unit(p));
+        const double mean = part.first, count = static_cast<double>(values_of_split(p, shares, split));
         sums[0] += count * mean;
         sums[1] += part.second + count * mean * mean;
     });
@@ -209,18 +202,19 @@ template <bool added, typename Arguments, typename Keeper>
 __device__ __forceinline__ void normalise_packets(
     const Arguments& arguments, const Place& p, Keeper& keeper, const A (&pivot)[held], const A (&a)[held], const A (&b)[held]) {
     const A floor = floor_of(arguments);
-    Packet values[Keeper::second_ahead], extra[added ? Keeper::second_ahead : 1];
-    keeper.second_pass(
+    constexpr int32 loaded = added ? 2 : 1, ahead = Keeper::template second_ahead<loaded>;
+    Packet values[ahead], extra[added ? ahead : 1];
+    keeper.template second_pass<loaded>(
         p,
-        [&](int32 slot, int64 offset, auto place) {
+        [&](int32 slot, const Unit& unit, auto place) {
             if constexpr (decltype(place)::keeps) {
                 values[slot] = place.recall(0);
             } else {
-                values[slot] = take<last_touch>(arguments.x + offset);
+                values[slot] = take<last_touch>(arguments.x + unit.offset);
             }
-            if (added) extra[added ? slot : 0] = take<last_touch>(arguments.residual + offset);
+            if (added) extra[added ? slot : 0] = take<last_touch>(arguments.residual + unit.offset);
         },
-        [&](int32 slot, int64 offset, auto) {
+        [&](int32 slot, const Unit& unit, auto) {
             A result[width];
 #pragma unroll
             for (int32 i = 0; i < width; ++i) {
@@ -229,14 +223,14 @@ __device__ __forceinline__ void normalise_packets(
                 if (added) value += widen(extra[added ? slot : 0].values[i]);
                 result[i] = at_least(value, floor);
             }
-            if (added && whole_words && arguments.bits) {
+            if (added && leaves_bits && arguments.bits) {
                 uint32 bits = 0u;
 #pragma unroll
                 for (int32 i = 0; i < width; ++i)
                     if (result[i] > underflow<STORAGE>) bits |= 1u << i;
-                arguments.bits[offset / width] = static_cast<uint8>(bits);
+                arguments.bits[unit.offset / width] = static_cast<uint8>(bits);
             }
-            store<width, last_touch>(arguments.y + offset, result);
+            store_unit<last_touch>(arguments.y, unit, result);
         });
 }
 

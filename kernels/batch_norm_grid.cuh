@@ -41,7 +41,8 @@ template <int32 packets> struct KeepOnChip {
     static constexpr bool scarce = packets == 2 && sizeof(STORAGE) == 8 && width == 1 && !CHANNELS_LAST;
     static constexpr int32 first_ahead = scarce ? 1 : 4 / packets;
     // Of what is not kept; the factors take registers, too.
-    static constexpr int32 second_ahead = packets == 2 || width == 8 ? 2 : whole_words ? 3 : 4;
+    template <int32 loaded>
+    static constexpr int32 second_ahead = packets == 2 ? 2 : loaded == 1 ? 4 : width == 8 ? 2 : whole_words ? 3 : 4;
     static constexpr int32 recall_ahead = 2 / packets;  // on chip all is near but a residual
     unsigned char* memory;
     int64 shared_units;
@@ -83,10 +84,10 @@ template <int32 packets> struct KeepOnChip {
         kept<first_ahead>(p, fetch, body);
         not_kept<first_ahead>(p, false, fetch, body);
     }
-    template <typename Fetch, typename Body>
+    template <int32 loaded, typename Fetch, typename Body>
     __device__ __forceinline__ void second_pass(const Place& p, Fetch fetch, Body body) {
-        static_assert(recall_ahead <= second_ahead, "a pass has slots for second_ahead units");
-        not_kept<second_ahead>(p, true, fetch, body);
+        static_assert(recall_ahead <= second_ahead<loaded>, "a pass has slots for second_ahead units");
+        not_kept<second_ahead<loaded>>(p, true, fetch, body);
         kept<recall_ahead>(p, fetch, body);
     }
 };

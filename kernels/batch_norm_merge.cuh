@@ -73,16 +73,6 @@ struct Column {
     }
 };
 
-// Calls add(number, lane, i) for the columns of this thread's channel, which it shares with the other parts: their numbers
-// in the channel, and each is the i-th that a lane holds.
-template <typename Add> __device__ __forceinline__ void for_folded(const Place& p, const Column& channel, Add add) {
-    const int32 inner = static_cast<int32>(p.inner), first = (thread_number_again() & (channel.columns - 1)) * inner;
-    if (!channel.inside) return;
-#pragma unroll 1
-    for (int32 number = channel.part; number < inner; number += channel.parts)
-        add(number, (first + number) / held, (first + number) % held);
-}
-
 // What a split leaves of a channel: forward the mean and the sum of squares, backward two sums.
 struct alignas(2 * sizeof(A)) Part {
     A first, second;
@@ -92,6 +82,37 @@ template <typename Arguments>
 __device__ __forceinline__ Part* part_of(const Arguments& arguments, const Place& p, int32 split, int64 channel) {
     return reinterpret_cast<Part*>(arguments.parts) + (static_cast<int64>(p.group) * p.splits + split) * p.channels + channel;
 }
+
+// Ends a first pass: leaves in arguments.parts what the slab's channels have, from the numbers that merge_columns has
+// merged, in which the firsts of this thread's columns, and behind them the seconds, come last. Columns that are folded
+// are added up in double: add(sums, channel, number, first, second) takes in a channel's column of that number, and
+// part_from(sums) is the channel's part.
+template <typename Arguments, int32 count, typename Add, typename PartFrom>
+__device__ __forceinline__ void leave_parts(
+    const Arguments& arguments, const Place& p, const A (&merged)[count], Add add, PartFrom part_from) {
+    constexpr int32 firsts = count - 2 * held, seconds = count - held;
+    if constexpr (FOLDED) {  // the threads of a channel share its columns, which are in the scratch
+        const Column channel(p);
+        const A* const of_columns = reinterpret_cast<const A*>(scratch());
+        const int32 left = left_in_scratch(lanes()), inner = static_cast<int32>(p.inner);
+        const int32 start = (thread_number_again() & (channel.columns - 1)) * inner;
+        double sums[2] = {0.0, 0.0};
+        __syncthreads();
+#pragma unroll 1
+        for (int32 number = channel.part; channel.inside && number < inner; number += channel.parts) {
+            const int32 lane = (start + number) / held, i = (start + number) % held;
+            const A *const first = of_columns + (firsts + i) * left + lane, *const second = first + held * left;
+            add(sums, channel.channel, number, *first, *second);
+        }
+        add_columns(sums, channel.columns);
+        if (channel.part == 0 && channel.inside) *part_of(arguments, p, p.split, channel.channel) = part_from(sums);
+    } else if (threadIdx.y == 0 && p.inside) {
+#pragma unroll
+        for (int32 i = 0; i < held; ++i)
+            *part_of(arguments, p, p.split, first_channel(p) + i) = Part{merged[firsts + i], merged[seconds + i]};
+    }
+}
+
 __device__ __forceinline__ int64 slot_index(const Place& p, int32 group, int64 channel) {
     return group * p.channels + channel;
 }

@@ -27,23 +27,23 @@ template <typename Where> __device__ __forceinline__ Packet take_first(const Whe
     return take<Where::keeps ? last_touch : cache::keep>(address);
 }
 
-// The next `ahead` units of a walk, the first of them its unit `number`: fetch(slot, offset, place) is called for all of
-// them first, so that their loads are in flight together, then body(slot, offset, place) for each. place_at(number) gives
+// The next `ahead` units of a walk, the first of them its unit `number`: fetch(slot, unit, place) is called for all of
+// them first, so that their loads are in flight together, then body(slot, unit, place) for each. place_at(number) gives
 // a unit's place. `full`: the walk has so many.
 template <int32 ahead, bool full, typename PlaceAt, typename Fetch, typename Body>
 __device__ __forceinline__ void for_batch(
     const Place& p, Walk& walk, int32 number, PlaceAt place_at, Fetch& fetch, Body& body) {
-    int64 offsets[ahead];
+    Unit units[ahead];
     bool real[ahead];
 #pragma unroll
     for (int32 slot = 0; slot < ahead; ++slot) {
         real[slot] = full || walk.left > 0;
-        offsets[slot] = real[slot] ? walk.next(p) : 0;
-        if (real[slot]) fetch(slot, offsets[slot], place_at(number + slot));
+        units[slot] = real[slot] ? walk.next(p) : Unit{0, 0u};
+        if (real[slot]) fetch(slot, units[slot], place_at(number + slot));
     }
 #pragma unroll
     for (int32 slot = 0; slot < ahead; ++slot) {
-        if (real[slot]) body(slot, offsets[slot], place_at(number + slot));
+        if (real[slot]) body(slot, units[slot], place_at(number + slot));
     }
 }
 
@@ -66,7 +66,8 @@ __device__ __forceinline__ void for_units(
 template <int32 packets> constexpr bool full_apart = packets == 1 || (held < 8 && sizeof(A) < 8);
 
 // Keepers say how the two passes go through a block's split. `packets` is what they keep of a unit; `first_ahead` and
-// `second_ahead` are the most units in flight in a pass; `one_launch` says that the same launch does both passes.
+// `second_ahead<loaded>` are the most units in flight in a pass, the second one's by the packets that it loads for each;
+// `one_launch` says that the same launch does both passes.
 
 // The second pass reads everything again, backwards: what was read last may still be in the L2 cache. A block of one launch
 // has a multiprocessor nearly for itself, so it has more in flight; so have threads that load less than 16 bytes.
@@ -75,7 +76,8 @@ template <int32 packets> struct KeepNothing {
     // Forward, with all factors in registers, these leave few of them.
     static constexpr bool scarce = packets == 1 && (held == 8 || sizeof(A) == 8);
 #if defined(GL_ENTRY_gl_bn_forward) || defined(GL_ENTRY_gl_bn_backward)
-    static constexpr int32 first_ahead = (scarce ? 4 : held == 8 ? 6 : 8) / packets, second_ahead = 4;
+    static constexpr int32 first_ahead = (scarce ? 4 : held == 8 ? 6 : 8) / packets;
+    template <int32 loaded> static constexpr int32 second_ahead = 4;
 #else
     // Fewer where the walk through the units of rows takes registers, and fewest where statistics take them, too.
 #if defined(GL_ENTRY_gl_bn_statistics)
@@ -85,16 +87,17 @@ template <int32 packets> struct KeepNothing {
 #endif
     static constexpr int32 more = CHANNELS_LAST ? (whole_words ? 0 : narrow_words ? 4 : 2) : more_of_rows;
     static constexpr int32 first_ahead = (4 + more) / packets;
-    static constexpr int32 second_ahead = scarce ? 3 : first_ahead;
+    template <int32 loaded> static constexpr int32 second_ahead = scarce ? 4 / loaded : first_ahead;
 #endif
 
     template <typename Fetch, typename Body>
     __device__ __forceinline__ void first_pass(const Place& p, Fetch fetch, Body body) {
         for_units<first_ahead, full_apart<packets>>(p, range_of_split(p), false, [](int32) { return Nowhere{}; }, fetch, body);
     }
-    template <typename Fetch, typename Body>
+    template <int32 loaded, typename Fetch, typename Body>
     __device__ __forceinline__ void second_pass(const Place& p, Fetch fetch, Body body) {
-        for_units<second_ahead, full_apart<packets>>(p, range_of_split(p), true, [](int32) { return Nowhere{}; }, fetch, body);
+        for_units<second_ahead<loaded>, full_apart<packets>>(
+            p, range_of_split(p), true, [](int32) { return Nowhere{}; }, fetch, body);
     }
 };
 
@@ -102,7 +105,8 @@ template <int32 packets> struct KeepNothing {
 // the second pass they are those of a residual.
 template <int32 packets> struct KeepShared {
     static constexpr bool one_launch = true;
-    static constexpr int32 first_ahead = 8 / packets, second_ahead = 4 / packets;
+    static constexpr int32 first_ahead = 8 / packets;
+    template <int32 loaded> static constexpr int32 second_ahead = 4 / packets;
     unsigned char* memory;
 
     template <typename Fetch, typename Body>
@@ -111,10 +115,10 @@ template <int32 packets> struct KeepShared {
         for_units<first_ahead, full_apart<packets>>(
             p, range_of_split(p), false, [=](int32 number) { return InShared<packets>{copies, number}; }, fetch, body);
     }
-    template <typename Fetch, typename Body>
+    template <int32 loaded, typename Fetch, typename Body>
     __device__ __forceinline__ void second_pass(const Place& p, Fetch fetch, Body body) {
         unsigned char* const copies = memory;
-        for_units<second_ahead, full_apart<packets>>(
+        for_units<second_ahead<loaded>, full_apart<packets>>(
             p, range_of_split(p), false, [=](int32 number) { return InShared<packets>{copies, number}; }, fetch, body);
     }
 };

@@ -17,7 +17,11 @@ __device__ __forceinline__ int32 lanes() { return static_cast<int32>(blockDim.x)
 __device__ __forceinline__ int32 depth() { return static_cast<int32>(blockDim.y); }
 // The logarithm of a power of two: shifts in place of divisions.
 __device__ __forceinline__ int32 shift_of(int32 power) { return 31 - __clz(power); }
-__device__ __forceinline__ int64 units_of_row(const Place& p) { return CHANNELS_LAST ? 1 : p.inner / width; }
+// Of one channel. A ragged row is given the most packets that as many elements can touch; where it touches one less, the
+// last unit is empty.
+__device__ __forceinline__ int64 units_of_row(const Place& p) {
+    return CHANNELS_LAST ? 1 : RAGGED ? (p.inner + 2 * width - 2) / width : p.inner / width;
+}
 __device__ __forceinline__ int64 units(const Place& p) { return p.rows * p.spread * units_of_row(p); }
 // How the units are dealt out: split s has `share` of them, one more if s < `longer`.
 struct Shares {
@@ -76,9 +80,6 @@ template <typename Arguments> __device__ __forceinline__ Place place_of(const Ar
     return p;
 }
 
-// Values of a channel in a unit.
-__device__ __forceinline__ int64 values_of_unit(const Place& p) { return FOLDED ? p.inner : CHANNELS_LAST ? 1 : width; }
-
 // Offset of the first element of a group's row.
 __device__ __forceinline__ int64 row_start(const Place& p, int64 row) {
     const int64 length = p.channels * p.inner;
@@ -88,10 +89,31 @@ __device__ __forceinline__ int64 row_start(const Place& p, int64 row) {
     return ((outer * p.groups + p.group) * p.spread + (row - outer * p.spread)) * length;
 }
 
+// How far a packet boundary lies before the first element of a row.
+__device__ __forceinline__ int32 elements_before(int64 row_offset) { return static_cast<int32>(row_offset & (width - 1)); }
+
+// Values of a channel in a unit; in ragged rows, at most.
+__device__ __forceinline__ int64 values_of_unit(const Place& p) { return FOLDED ? p.inner : CHANNELS_LAST ? 1 : width; }
+
+// Values of a channel in those of a group's units that come before this one: ragged rows.
+__device__ __forceinline__ int64 values_before(const Place& p, int64 unit) {
+    const int64 row = static_cast<int64>(divide(static_cast<uint64>(unit), p.inner_multiplier, p.inner_shift));
+    const int64 position = unit - row * units_of_row(p);
+    if (position == 0) return row * p.inner;
+    const int64 of_row = position * width - elements_before(row_start(p, row) + p.start);
+    return row * p.inner + (of_row < p.inner ? of_row : p.inner);
+}
+__device__ __forceinline__ int64 values_of_split(const Place& p, const Shares& shares, int32 split) {
+    if (!RAGGED) return shares.count(split) * values_of_unit(p);
+    const int64 first = shares.first(split);
+    return values_before(p, first + shares.count(split)) - values_before(p, first);
+}
+
 // Walks over this thread's units of a range, forwards or backwards.
 //
 // Where the rows of a group are equally far apart (all but sub-batches of more than one row per image), the walk is over
 // offsets, `at` that of the current unit: a step is an addition. Else `at` is a row, and its offset takes a division.
+// In ragged rows it is the offset that the unit would have if its row began with a packet.
 struct Walk {
     bool even;
     int32 left;
@@ -122,7 +144,7 @@ struct Walk {
         if (even) {
             at = row_start(p, 0) + row * pitch + p.start + position * width;
             step += step_positions * width;
-            next_row -= p.inner;
+            next_row -= RAGGED ? row_end * width : p.inner;
         }
         if (backwards) {
             step = -step;
@@ -131,9 +153,9 @@ struct Walk {
         }
     }
 
-    // Offset of the current unit; moves on to the next.
-    __device__ __forceinline__ int64 next(const Place& p) {
-        const int64 here = even ? at : row_start(p, at) + p.start + position * width;
+    // The current unit; moves on to the next.
+    __device__ __forceinline__ Unit next(const Place& p) {
+        const Unit here = unit_at(p, even ? at : row_start(p, at) + p.start + position * width);
         --left;
         at += step;
         if (!CHANNELS_LAST) {
@@ -147,5 +169,16 @@ struct Walk {
             }
         }
         return here;
+    }
+
+    __device__ __forceinline__ Unit unit_at(const Place& p, int64 offset) const {
+        if (!RAGGED) return Unit{offset, all_elements};
+        const int32 before = elements_before(offset);
+        const int64 until_end = before + p.inner - position * width;  // of the row, from where the packet begins
+        uint32 elements = all_elements;
+        if (position == 0) elements = elements << before & all_elements;
+        if (until_end >= width) return Unit{offset - before, elements};
+        if (until_end <= 0) return Unit{offset - before - width, 0u};  // there may be no memory where it would lie
+        return Unit{offset - before, elements & ((1u << static_cast<int32>(until_end)) - 1u)};
     }
 };

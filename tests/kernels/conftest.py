@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,3 +23,16 @@ def arrays(request: pytest.FixtureRequest) -> Any:
     if compiler() is None:
         pytest.skip("needs g++")
     return xp
+
+
+@pytest.fixture
+def emulated_gpu() -> Iterator[Any]:
+    """Return the emulated launcher with an empty record; puts it and its device back afterwards."""
+    from gpulayers.launch import register_launcher
+    from tests.kernels.emulation import H200_LIKE
+    from tests.kernels.strict_array import launcher
+
+    launcher.record.clear()
+    yield launcher
+    launcher.device = H200_LIKE
+    register_launcher("emulated", launcher)

@@ -23,7 +23,7 @@ CASES = [
     ((40000, 24), (1,), 1, "grid"),
     ((40011, 23), (1,), 1, "grid"),
     ((130, 8, 40, 60), (1,), 1, "grid"),
-    ((130, 8, 37, 61), (1,), 1, "grid"),
+    ((131, 7, 37, 61), (1,), 1, "grid"),
     ((40, 16, 40, 64), (3,), 2, "grid"),
     ((5000, 16), (1,), 1, "sweeps"),
     ((9000, 3), (1,), 1, "sweeps"),
@@ -35,8 +35,13 @@ CASES = [
     ((100, 64, 7, 7), (1,), 1, "cluster"),
     ((4000, 8, 7, 7), (1,), 1, "grid"),
     ((120, 16, 7, 7), (1,), 1, "sweeps"),
+    ((64, 8, 17, 17), (1,), 1, "small"),  # ragged rows
+    ((24, 8, 41, 41), (1,), 1, "cluster"),
+    ((130, 8, 37, 61), (1,), 1, "grid"),
+    ((80, 8, 11, 11), (1,), 20, "sweeps"),
 ]
 FIRST = list({regime: case for *case, regime in reversed(CASES)}.values())  # one of each regime
+EVERY = "small", "cluster", "grid", "sweeps"
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
@@ -54,11 +59,13 @@ def test_the_cases_are_of_every_regime():
         plan = choose(collapse(shape, axis, groups), 2, 16, H200_LIKE)
         assert plan.regime == regime, shape
         taken.add((regime, *plan.access))
+    whole = False, False  # neither folded nor ragged
     widths, both = (1, 8), (False, True)
-    assert taken >= {(regime, n, last, False) for regime in ("cluster", "grid") for n in widths for last in both}
-    assert taken >= {(regime, n, True, False) for regime in ("small", "sweeps") for n in widths}
-    assert taken >= {(regime, 4, False, False) for regime in ("small", "cluster", "grid")}
-    assert taken >= {(regime, 8, True, True) for regime in ("small", "cluster", "grid", "sweeps")}
+    assert taken >= {(regime, n, last, *whole) for regime in ("cluster", "grid") for n in widths for last in both}
+    assert taken >= {(regime, n, True, *whole) for regime in ("small", "sweeps") for n in widths}
+    assert taken >= {(regime, 4, False, *whole) for regime in ("small", "cluster", "grid")}
+    assert taken >= {(regime, 8, True, True, False) for regime in EVERY}
+    assert taken >= {(regime, 8, False, False, True) for regime in EVERY}
 
 
 @pytest.mark.gpu

@@ -81,14 +81,21 @@ _DEFINES = {
     "PACKET": (1, 2, 4, 8),
     "CHANNELS_LAST": (False, True),
     "FOLDED": (False, True),
+    "RAGGED": (False, True),
 }
 
 
 def _exists(defines: dict[str, Any]) -> bool:
-    """Say whether there is a specialisation: packets of at most 16 bytes, and of 16 bytes where columns are folded."""
+    """Say whether there is a specialisation.
+
+    Packets have at most 16 bytes, and 16 bytes where columns are folded or rows ragged; 8 bytes of float64 fit any row.
+    """
     size = defines["PACKET"] * {"float64": 8, "float32": 4}.get(defines["STORAGE"], 2)
-    wide = (defines["PARAMETER"] == "float64") == (defines["STORAGE"] == "float64")
-    return wide and size <= 16 and (not defines["FOLDED"] or (defines["CHANNELS_LAST"] and size == 16))
+    double = defines["STORAGE"] == "float64"
+    last, folded, ragged = (defines[name] for name in ("CHANNELS_LAST", "FOLDED", "RAGGED"))
+    if (defines["PARAMETER"] == "float64") != double or size > 16 or (size < 16 and (folded or ragged)):
+        return False
+    return not (folded and not last) and not (ragged and (last or double))
 
 
 def _kernel(name: str, *fields: list[tuple[str, str]], one_launch: bool = False) -> Kernel:
@@ -119,8 +126,8 @@ class _Launch:
         self._place, self.plan = place, plan
         geometry = dict(zip(("rows", "groups", "spread", "channels", "inner"), layout, strict=False))
         how = plan.access
-        units_of_row = 1 if how.channels_last else layout.inner // how.packet
-        units = layout.samples // (layout.inner // units_of_row)
+        units_of_row = how.units_of_row(layout.inner)
+        units = layout.samples // layout.inner * units_of_row
         self._fixed: dict[str, Any] = {**geometry, "slab_channels": plan.slab_channels, "splits": plan.splits}
         self._fixed["share"] = units // plan.splits
         for name, divisor in (("spread", layout.spread), ("inner", layout.inner if how.folded else units_of_row)):
@@ -292,7 +299,7 @@ def forward(
     With `only_y` (not for renorm) the other results are scratch, which the next call overwrites, and mask is None.
     `mask` is what `backward` needs of a ReLU: without residual the bytes of each channel's factor and shift, from
     which it gets the same output again, to the bit; else a byte for every 16 bytes of x. None where it needs y itself
-    (arrays that allow no 16-byte accesses), or nothing.
+    (`Access.leaves_bits` says no), or nothing.
     """
     xp = array_module(x)
     y = xp.ndarray(x.shape, x.dtype)
@@ -319,7 +326,7 @@ def forward(
     if relu and residual is None and not only_y:
         given["affine"] = xp.ndarray((2 * layout.slots,), dtype)
         mask = given["affine"].view("uint8")
-    elif relu and residual is not None and launch.plan.access.packet * x.itemsize == 16:
+    elif relu and residual is not None and launch.plan.access.leaves_bits(x.itemsize):
         mask = given["bits"] = xp.ndarray((x.nbytes // 16,), np.uint8)
     if launch.plan.regime == "sweeps":
         launch.run(_statistics, values)

@@ -43,11 +43,26 @@ class Access(NamedTuple):
 
     `packet`: neighbours that are moved at once, 16 bytes or a smaller power of two. `channels_last`: a thread has the
     same `packet` columns of all its rows, else it has one channel. `folded`: several columns of a row make a channel.
+    `ragged`: a channel's rows begin and end inside packets, and what those have of other rows is passed over.
     """
 
     packet: int
     channels_last: bool
     folded: bool
+    ragged: bool
+
+    def units_of_row(self, inner: int) -> int:
+        """Return how many accesses of a thread a row takes: `inner` elements, or (channels last) what it has of it.
+
+        That is the most which a ragged row can touch, wherever it begins.
+        """
+        if self.channels_last:
+            return 1
+        return (inner + 2 * self.packet - 2) // self.packet if self.ragged else inner // self.packet
+
+    def leaves_bits(self, itemsize: int) -> bool:
+        """Say whether a forward pass leaves the bits of a ReLU: the 16 bytes behind each byte are one thread's."""
+        return self.packet * itemsize == 16 and not self.ragged
 
 
 def access(layout: Layout, itemsize: int, alignment: int = 16) -> Access:
@@ -59,25 +74,35 @@ def access(layout: Layout, itemsize: int, alignment: int = 16) -> Access:
     each channel are summed apart and folded. A block holds whole channels, the first of which begins with a packet; it
     has the threads for that if their columns are at most 64 packets.
 
-    >>> for inner in (3136, 196, 49, 14, 5, 1):
+    Other rows that leave less than 8 bytes are ragged: every packet of 16 bytes that a row touches is read, and at its
+    ends the elements of the neighbouring rows are passed over. All packets are there if the array ends with one. It
+    takes accesses that are less than half as many.
+
+    >>> for inner in (3136, 289, 196, 49, 14, 5, 1):
     ...     layout = Layout(32, 1, 1, 512, inner)
-    ...     print(inner, *(tuple(access(layout, size)) for size in (2, 4)))
-    3136 (8, False, False) (4, False, False)
-    196 (4, False, False) (4, False, False)
-    49 (8, True, True) (4, True, True)
-    14 (8, True, True) (4, True, True)
-    5 (8, True, True) (4, True, True)
-    1 (8, True, False) (4, True, False)
+    ...     print(inner, *(access(layout, size)[0] for size in (2, 4)), access(layout, 2)[1:])
+    3136 8 4 (False, False, False)
+    289 8 4 (False, False, True)
+    196 4 4 (False, False, False)
+    49 8 4 (True, True, False)
+    14 8 4 (True, True, False)
+    5 8 4 (True, True, False)
+    1 8 4 (True, False, False)
     """
     most = max(1, min(16, alignment) // itemsize)
     if layout.inner == 1:
-        return Access(math.gcd(layout.channels, most), True, False)
+        return Access(math.gcd(layout.channels, most), True, False, False)
     packet = math.gcd(layout.inner, most)
-    whole_rows = most * itemsize == 16 and layout.channels * layout.inner % most == 0
-    narrow = packet * itemsize < 8 or layout.inner * itemsize < SHORT_BYTES
-    if whole_rows and narrow and layout.inner // math.gcd(layout.inner, most) <= LANES_FOLDED:
-        return Access(most, True, True)
-    return Access(packet, False, False)
+    rows = Access(packet, False, False, False)
+    if most * itemsize < 16:
+        return rows
+    narrow = packet * itemsize < 8
+    whole_rows = layout.channels * layout.inner % most == 0 and layout.inner // packet <= LANES_FOLDED
+    if whole_rows and (narrow or layout.inner * itemsize < SHORT_BYTES):
+        return Access(most, True, True, False)
+    ragged = Access(most, False, False, True)
+    fewer = 2 * ragged.units_of_row(layout.inner) < rows.units_of_row(layout.inner)
+    return ragged if narrow and fewer and layout.size % most == 0 else rows
 
 
 class Plan(NamedTuple):
@@ -183,9 +208,9 @@ def _choose(
 def static_shared(itemsize: int, how: Access) -> int:
     """Return an upper bound of what the kernels use beside their copies, in bytes.
 
-    >>> static_shared(2, Access(8, True, False)), static_shared(2, Access(8, True, True))
+    >>> static_shared(2, Access(8, True, False, False)), static_shared(2, Access(8, True, True, False))
     (8960, 17664)
-    >>> static_shared(4, Access(4, False, False))
+    >>> static_shared(4, Access(4, False, False, False))
     4352
     """
     accumulated, held = 8 if itemsize == 8 else 4, how.packet if how.channels_last else 1
@@ -265,9 +290,9 @@ def _block(layout: Layout, itemsize: int, how: Access, lanes_limit: int) -> tupl
     channels needs that ends with a packet.
     """
     lanes = slab_channels = 1
-    units = layout.samples // how.packet
+    units = layout.samples // layout.inner * how.units_of_row(layout.inner)
     if how.folded:
-        common, units = math.gcd(layout.inner, how.packet), layout.samples // layout.inner
+        common = math.gcd(layout.inner, how.packet)
         packets, slab_channels = layout.inner // common, how.packet // common
         while 2 * packets <= lanes_limit and slab_channels < layout.channels:
             packets, slab_channels = 2 * packets, 2 * slab_channels
@@ -275,7 +300,7 @@ def _block(layout: Layout, itemsize: int, how: Access, lanes_limit: int) -> tupl
     elif how.channels_last:
         most = min(LANES_WIDE, lanes_limit * 16 // (how.packet * itemsize)) if how.packet > 1 else 2 * lanes_limit
         lanes = min(most, _power_of_two(-(-layout.channels // how.packet)))
-        slab_channels, units = lanes * how.packet, layout.samples
+        slab_channels = lanes * how.packet
     least = max(1, 32 // lanes, slab_channels // lanes)
     depth = max(least, min(THREADS // lanes, _power_of_two(units)))
     return lanes, depth, -(-layout.channels // slab_channels), slab_channels, units
