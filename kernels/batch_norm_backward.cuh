@@ -158,7 +158,7 @@ __device__ __forceinline__ void sums_of_split(const Arguments& arguments, const 
     for (int32 i = 0; i < held; ++i) sum[i] = product[i] = A(0);
     own_channels(pivots, pivot);
     factors.own();
-    for_signs(arguments, ends_here, [&](auto found) {
+    for_signs(arguments, ends_here || arguments.dresidual, [&](auto found) {
         sum_packets<decltype(found)::value>(arguments, p, keeper, ends_here, pivots, factors, pivot, sum, product);
     });
     A sums[2 * held];

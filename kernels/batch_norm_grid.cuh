@@ -42,7 +42,7 @@ template <int32 packets> struct KeepOnChip {
     static constexpr int32 first_ahead = scarce ? 1 : 4 / packets;
     // Of what is not kept; the factors take registers, too.
     template <int32 loaded>
-    static constexpr int32 second_ahead = packets == 2 ? 2 : loaded == 1 ? 4 : width == 8 ? 2 : whole_words ? 3 : 4;
+    static constexpr int32 second_ahead = packets == 2 || (width == 8 && loaded == 2) ? 2 : whole_words ? 3 : 4;
     static constexpr int32 recall_ahead = 2 / packets;  // on chip all is near but a residual
     unsigned char* memory;
     int64 shared_units;

@@ -77,7 +77,7 @@ template <int32 packets> struct KeepNothing {
     static constexpr bool scarce = packets == 1 && (held == 8 || sizeof(A) == 8);
 #if defined(GL_ENTRY_gl_bn_forward) || defined(GL_ENTRY_gl_bn_backward)
     static constexpr int32 first_ahead = (scarce ? 4 : held == 8 ? 6 : 8) / packets;
-    template <int32 loaded> static constexpr int32 second_ahead = 4;
+    template <int32 loaded> static constexpr int32 second_ahead = FOLDED && loaded == 2 ? 3 : 4;
 #else
     // Fewer where the walk through the units of rows takes registers, and fewest where statistics take them, too.
 #if defined(GL_ENTRY_gl_bn_statistics)
