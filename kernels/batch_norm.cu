@@ -16,10 +16,12 @@
 //                                        everything in one cooperative launch that keeps what it can on chip: down to
 //                                        2 E s forward, 3 E s backward (batch_norm_grid.cuh)
 // The bits: with residual and ReLU the forward leaves a byte for every 16 bytes of x, so E / 8 bytes for 16-bit storage,
-// and the backward reads them in place of y. Without 16-byte accesses there are none, and y is read: 7 E s backward.
+// and the backward reads them in place of y. Without 16-byte accesses, and where rows are ragged, there are none, and y is
+// read: 7 E s backward. Packets at the ends of ragged rows are read for both rows.
 // Moving statistics and renorm's r and d are finished by the last block of a slab, in the same launch.
 // Grid: groups * slabs * splits (one-launch kernels: slabs * CLUSTER). Block: (lanes, depth), at most 256 threads.
-// Access: 2 to 16 bytes, the most that the rows' lengths and all addresses are multiples of (batch_norm/plan.py decides).
+// Access: 2 to 16 bytes, the most that the rows' lengths and all addresses are multiples of; or 16 bytes whatever the
+//   length, of columns that are folded or rows that are ragged (batch_norm/plan.py decides).
 // Shared memory: at most 9 KB static (17 KB where columns are folded), which all steps use in turn; the keeping kernels add
 //   the accesses they hold.
 // Registers: at most 80 in the sweeps, so that a multiprocessor holds the three blocks that the plan gives it: the grid is

@@ -9,13 +9,15 @@
 //   CHANNELS_LAST and FOLDED (inner > 1): they are neighbouring columns of one row of channels * inner, and may belong to
 //     several channels. Each column is summed as if it were a channel; a block then folds the `inner` columns of each
 //     channel, and everything per channel is as in the other layouts;
+//   RAGGED: they are neighbours of one (row, channel), and of the rows before and behind where the row begins or ends
+//     inside a packet: those are selected out of sums and not written, and no byte of a ReLU's bits is one row's alone;
 //   else: they are neighbours of one (row, channel).
 // Block: (lanes, depth) threads, both powers of two. `lanes` threads lie side by side over the columns of a slab
 //   (1 if not CHANNELS_LAST), `depth` of them share a column's values. A slab is lanes * held channels; FOLDED, as many
 //   channels (slab_channels, a power of two) as have their columns in them and end with a packet; the lanes behind these
 //   columns have no work.
 // Work: block = (group, slab, split); the splits of a slab take U / splits of its units each, the first U mod splits of
-//   them one more, a unit being a row (CHANNELS_LAST) or `width` neighbours.
+//   them one more, a unit being a row (CHANNELS_LAST) or a packet of neighbours.
 // Statistics: each thread sums x - p and (x - p)^2 around its own first value p; (count, mean, square) triples are merged
 //   by Chan's formula in a fixed tree, blocks' triples in double in a fixed order. The means are kept relative to the
 //   channel's first value, so that nothing is lost where mean / sigma is large: as that value is one of the N, the mean

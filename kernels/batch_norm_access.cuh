@@ -41,6 +41,14 @@ struct Unit {
     __device__ __forceinline__ int32 values() const { return RAGGED ? __popc(elements) : CHANNELS_LAST ? 1 : width; }
 };
 
+// Puts `value` in place of what a unit does not have, which may be infinite or NaN: no product with it is to be taken.
+__device__ __forceinline__ void replace_others(const Unit& unit, Packet& packet, STORAGE value) {
+    if (unit.whole()) return;
+#pragma unroll
+    for (int32 i = 0; i < width; ++i)
+        if (!unit.has(i)) packet.values[i] = value;
+}
+
 // Writes the elements that a unit has. The others belong to other threads: a packet that has some of them is not written
 // as a whole.
 template <cache HINT = cache::keep>

@@ -113,9 +113,10 @@ __device__ __forceinline__ void sum_packets(
             place.keep(0, x[slot]);
             place.keep(1, g[slot]);
             if (any && arguments.dresidual) put_unit(arguments.dresidual, unit, g[slot]);
+            replace_others(unit, x[slot], STORAGE{});
+            replace_others(unit, g[slot], STORAGE{});
 #pragma unroll
             for (int32 i = 0; i < width; ++i) {
-                if (!unit.has(i)) continue;
                 const int32 c = CHANNELS_LAST ? i : 0;
                 const A gradient = widen(g[slot].values[i]);
                 sum[c] += gradient;

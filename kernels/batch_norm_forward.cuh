@@ -35,9 +35,9 @@ __device__ __forceinline__ void moments_of_split(const Arguments& arguments, con
             place.keep(0, values[slot]);
             if (seen == 0) first_values(values[slot], unit, base);
             seen += unit.values();
+            replace_others(unit, values[slot], narrow<STORAGE>(base[0]));  // which is 0 from the base
 #pragma unroll
             for (int32 i = 0; i < width; ++i) {
-                if (!unit.has(i)) continue;
                 const int32 c = CHANNELS_LAST ? i : 0;
                 const A shifted = widen(values[slot].values[i]) - base[c];
                 sum[c] += shifted;
@@ -49,9 +49,9 @@ __device__ __forceinline__ void moments_of_split(const Arguments& arguments, con
     moments[0] = A(seen);
     const A inverse = seen ? A(1) / moments[0] : A(0);
     Packet first;
-    const STORAGE* const from = arguments.x + row_start(p, 0) + p.start;
-    if (seen && RAGGED) first.values[0] = *from;
-    if (seen && !RAGGED) first = take(from);
+    const STORAGE* const start = arguments.x + row_start(p, 0) + p.start;
+    if (seen && held == 1) first.values[0] = *start;
+    if (seen && held > 1) first = take(start);
 #pragma unroll
     for (int32 i = 0; i < held; ++i) {
         const A mean = sum[i] * inverse;

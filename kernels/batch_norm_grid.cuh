@@ -115,8 +115,9 @@ template <typename Arguments> __device__ __forceinline__ void forward_in_grid(co
         }
     }
     pass_gate(gate_of(arguments, p));
-    normalise_split(arguments, p, keeper);
-    leave_gate(gate_of(arguments, p), blocks_of_slab(p));
+    const Place again = place_of(arguments, block_number_again());
+    normalise_split(arguments, again, keeper);
+    leave_gate(gate_of(arguments, again), blocks_of_slab(again));
 }
 
 template <typename Arguments> __device__ __forceinline__ void backward_in_grid(const Arguments& arguments) {

@@ -102,10 +102,10 @@ template <int32 packets> struct KeepNothing {
 };
 
 // The whole split stays in dynamic shared memory. Such blocks fill a multiprocessor alone, so more loads are in flight; in
-// the second pass they are those of a residual.
+// the second pass they are those of a residual. Units of ragged rows take more registers.
 template <int32 packets> struct KeepShared {
     static constexpr bool one_launch = true;
-    static constexpr int32 first_ahead = 8 / packets;
+    static constexpr int32 first_ahead = (RAGGED && packets == 1 ? 6 : 8) / packets;
     template <int32 loaded> static constexpr int32 second_ahead = 4 / packets;
     unsigned char* memory;
 

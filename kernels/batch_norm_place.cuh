@@ -92,10 +92,10 @@ __device__ __forceinline__ int64 row_start(const Place& p, int64 row) {
 // How far a packet boundary lies before the first element of a row.
 __device__ __forceinline__ int32 elements_before(int64 row_offset) { return static_cast<int32>(row_offset & (width - 1)); }
 
-// Values of a channel in a unit; in ragged rows, at most.
+// Values of a channel in a unit, where all units have as many.
 __device__ __forceinline__ int64 values_of_unit(const Place& p) { return FOLDED ? p.inner : CHANNELS_LAST ? 1 : width; }
 
-// Values of a channel in those of a group's units that come before this one: ragged rows.
+// In ragged rows: values of a channel in those of a group's units that come before this one.
 __device__ __forceinline__ int64 values_before(const Place& p, int64 unit) {
     const int64 row = static_cast<int64>(divide(static_cast<uint64>(unit), p.inner_multiplier, p.inner_shift));
     const int64 position = unit - row * units_of_row(p);
@@ -113,7 +113,7 @@ __device__ __forceinline__ int64 values_of_split(const Place& p, const Shares& s
 //
 // Where the rows of a group are equally far apart (all but sub-batches of more than one row per image), the walk is over
 // offsets, `at` that of the current unit: a step is an addition. Else `at` is a row, and its offset takes a division.
-// In ragged rows it is the offset that the unit would have if its row began with a packet.
+// In ragged rows it is the offset that a unit would have if its row began with a packet.
 struct Walk {
     bool even;
     int32 left;
@@ -175,10 +175,9 @@ struct Walk {
         if (!RAGGED) return Unit{offset, all_elements};
         const int32 before = elements_before(offset);
         const int64 until_end = before + p.inner - position * width;  // of the row, from where the packet begins
-        uint32 elements = all_elements;
-        if (position == 0) elements = elements << before & all_elements;
-        if (until_end >= width) return Unit{offset - before, elements};
-        if (until_end <= 0) return Unit{offset - before - width, 0u};  // there may be no memory where it would lie
-        return Unit{offset - before, elements & ((1u << static_cast<int32>(until_end)) - 1u)};
+        const int32 end = until_end >= width ? width : until_end <= 0 ? 0 : static_cast<int32>(until_end);
+        const int32 first = position == 0 ? before : 0;
+        // There may be no memory where an empty packet would lie, so that is the one before it.
+        return Unit{offset - before - (end == 0 ? width : 0), all_elements << first & ((1u << end) - 1u)};
     }
 };

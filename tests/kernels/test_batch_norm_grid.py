@@ -249,8 +249,8 @@ GROUPS = ((40, 16, 9, 8), (3,), 2)
 # what is broken: (right text, wrong text, the arguments of the check that sees it)
 MUTANTS = {
     "the gate of the forward is missing": (
-        "pass_gate(gate_of(arguments, p));\n    normalise_split",
-        "__syncthreads();\n    normalise_split",
+        "pass_gate(gate_of(arguments, p));\n    const Place again",
+        "__syncthreads();\n    const Place again",
         IN_PART,
     ),
     "the gate of the backward is missing": (

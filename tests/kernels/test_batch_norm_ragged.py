@@ -200,69 +200,37 @@ def training(shape):
 
 SMALL, ROWS = ((8, 3, 67),), ((40, 3, 67),)
 LONG = ((700, 3, 71),)  # one of the splits begins with a row's last packet, which has nothing of the row
-SKIPPED = "if (!unit.has(i)) continue;\n" + 16 * " "
-OF_COLUMN = "const int32 c = CHANNELS_LAST ? i : 0;\n" + 16 * " "
 
 # what is broken: (right text, wrong text, the check that sees it, its arguments)
 MUTANTS = {
-    "rows begin with their packet": ("if (position == 0) elements = ", "if (false) elements = ", training, SMALL),
+    "rows begin with their packet": ("position == 0 ? before : 0;", "0;", training, SMALL),
     "rows begin one element early": (
-        "elements << before & all_elements;",
-        "elements << (before - (before > 0)) & all_elements;",
+        "position == 0 ? before : 0;",
+        "position == 0 && before > 0 ? before - 1 : 0;",
         training,
         SMALL,
     ),
-    "rows begin one element late": (
-        "elements << before & all_elements;",
-        "elements << (before + 1) & all_elements;",
-        training,
-        SMALL,
-    ),
-    "rows end with their packet": (
-        "elements & ((1u << static_cast<int32>(until_end)) - 1u)",
-        "elements",
-        training,
-        SMALL,
-    ),
-    "rows end one element early": (
-        "(1u << static_cast<int32>(until_end)) - 1u",
-        "(1u << static_cast<int32>(until_end - 1)) - 1u",
-        training,
-        SMALL,
-    ),
-    "rows end one element late": (
-        "(1u << static_cast<int32>(until_end)) - 1u",
-        "(2u << static_cast<int32>(until_end)) - 1u",
-        training,
-        SMALL,
-    ),
+    "rows begin one element late": ("position == 0 ? before : 0;", "position == 0 ? before + 1 : 0;", training, SMALL),
+    "rows end with their packet": ("& ((1u << end) - 1u)};", "& all_elements};", training, SMALL),
+    "rows end one element early": ("((1u << end) - 1u)};", "((1u << end) - 1u) >> (end < width)};", training, SMALL),
+    "rows end one element late": ("((1u << end) - 1u)};", "((2u << end) - 1u)};", training, SMALL),
     "a row's last packet is forgotten": ("(p.inner + 2 * width - 2)", "(p.inner + width - 2)", training, SMALL),
     "rows are as long as their elements": ("RAGGED ? row_end * width : p.inner;", "p.inner;", training, ROWS),
     "what is behind the array is read": (
-        "Unit{offset - before - width, 0u}",
-        "Unit{offset - before, 0u}",
+        "Unit{offset - before - (end == 0 ? width : 0),",
+        "Unit{offset - before,",
         training,
         SMALL,
     ),
     "packets at the ends are written whole": ("if (unit.whole()) {", "if (true) {", training, SMALL),
     "the statistics take in neighbours": (
-        f"{SKIPPED}{OF_COLUMN}const A shifted",
-        f"{OF_COLUMN}const A shifted",
+        "replace_others(unit, values[slot], narrow<STORAGE>(base[0]));",
+        "",
         training,
         SMALL,
     ),
-    "the statistics multiply by zero": (
-        f"{SKIPPED}{OF_COLUMN}const A shifted = widen(values[slot].values[i]) - base[c];",
-        f"{OF_COLUMN}const A shifted = (widen(values[slot].values[i]) - base[c]) * A(unit.has(i));",
-        neighbours,
-        SMALL,
-    ),
-    "the gradients' sums take in neighbours": (
-        f"{SKIPPED}{OF_COLUMN}const A gradient",
-        f"{OF_COLUMN}const A gradient",
-        training,
-        SMALL,
-    ),
+    "the gradients' sums take in neighbours": ("replace_others(unit, g[slot], STORAGE{});", "", training, SMALL),
+    "neighbours are multiplied by zero": ("replace_others(unit, x[slot], STORAGE{});", "", neighbours, SMALL),
     "the base is a neighbour's value": ("if (unit.has(i)) first[", "first[", neighbours, SMALL),
     "packets count as whole": ("RAGGED ? __popc(elements) :", "RAGGED ? width :", training, SMALL),
     "splits weigh by their packets": (

@@ -74,9 +74,9 @@ def access(layout: Layout, itemsize: int, alignment: int = 16) -> Access:
     each channel are summed apart and folded. A block holds whole channels, the first of which begins with a packet; it
     has the threads for that if their columns are at most 64 packets.
 
-    Other rows that leave less than 8 bytes are ragged: every packet of 16 bytes that a row touches is read, and at its
-    ends the elements of the neighbouring rows are passed over. All packets are there if the array ends with one. It
-    takes accesses that are less than half as many.
+    Other rows that leave less than 8 bytes are ragged where that takes less than half as many accesses: every packet of
+    16 bytes that a row touches is read, and at its ends the elements of the neighbouring rows are passed over. All
+    packets are there if the array ends with one.
 
     >>> for inner in (3136, 289, 196, 49, 14, 5, 1):
     ...     layout = Layout(32, 1, 1, 512, inner)
