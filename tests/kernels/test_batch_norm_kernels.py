@@ -257,6 +257,11 @@ def test_renorm_in_clusters():
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_nonfinite_values_stay_in_their_channel(shape, skip, bad):
+    nonfinite(shape, skip, bad)
+
+
+def nonfinite(shape, skip, bad):
+    """Check that a channel with one such value becomes NaN, and that nothing else changes."""
     x = np.random.default_rng(6).normal(size=shape).astype("f")
     clean = truth.forward(x.astype("d"), 1.0, 0.0, (1,), EPSILON)
     x[3, 2] = bad
@@ -272,6 +277,8 @@ def test_nonfinite_values_stay_in_their_channel(shape, skip, bad):
     f = bn.forward(xp.asarray(x), None, None, axis=(1,), moving=moving)
     others = [0, 1, 3, 4]
     assert np.isnan(f.y.get()[:, 2]).any()
+    kept = bn.forward(xp.asarray(x), None, None, axis=(1,), activation="relu").y.get()
+    assert np.isnan(kept[:, 2]).any() and (kept[:, others] >= 0).all()
     assert np.abs(f.y.get()[:, others] - clean.y[:, others]).max() < 1e-5
     factor = shape[0] / (shape[0] - 1)
     np.testing.assert_allclose(moving.variance.get()[others], 0.5 + clean.variance[others] * factor / 2, rtol=1e-5)
@@ -667,6 +674,19 @@ MUTANTS = {
         "distance = 2 * columns; distance < 32;",
         forward_of,
         SMALL_SLAB,
+    ),
+    "a ReLU takes NaN for 0": (
+        "value <= floor ? floor : value;",
+        "value > floor ? value : floor;",
+        nonfinite,
+        ((60, 5), False, np.nan),
+    ),
+    "a pass of its own forgets the ReLU": ("signs == Signs::of_input;", "false;", relu_of_rows, ((24, 16), 3)),
+    "the outputs are not read": (
+        "if (more || arguments.bits || arguments.y) {",
+        "if (more || arguments.bits) {",
+        check,
+        ((300, 19), (1,), 1, "float32", True, True),
     ),
     "one unit too few": ("+ depth() - 1) >>", "+ depth() - 2) >>", forward_of, ((257, 1),)),
     "one unit too many": ("+ depth() - 1) >>", "+ depth()) >>", forward_of, SMALL_SLAB),
