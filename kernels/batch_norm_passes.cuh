@@ -85,9 +85,11 @@ template <int32 packets> struct KeepNothing {
 #else
     static constexpr int32 more_of_rows = narrow_words ? 2 : 0;
 #endif
-    static constexpr int32 more = CHANNELS_LAST ? (whole_words ? 0 : narrow_words ? 4 : 2) : more_of_rows;
+    static constexpr int32 more = CHANNELS_LAST ? (whole_words || (packets == 2 && sizeof(A) == 8) ? 0 : narrow_words && packets == 1 ? 4 : 2) : more_of_rows;
     static constexpr int32 first_ahead = (4 + more) / packets;
-    template <int32 loaded> static constexpr int32 second_ahead = scarce ? 4 / loaded : first_ahead;
+    static constexpr bool rows_of_words = !CHANNELS_LAST && whole_words;
+    template <int32 loaded>
+    static constexpr int32 second_ahead = scarce ? 4 / loaded : rows_of_words && loaded > packets ? 3 : first_ahead;
 #endif
 
     template <typename Fetch, typename Body>
