@@ -85,7 +85,9 @@ template <int32 packets> struct KeepNothing {
 #else
     static constexpr int32 more_of_rows = narrow_words ? 2 : 0;
 #endif
-    static constexpr int32 more = CHANNELS_LAST ? (whole_words || (packets == 2 && sizeof(A) == 8) ? 0 : narrow_words && packets == 1 ? 4 : 2) : more_of_rows;
+    static constexpr bool wide = whole_words || (packets == 2 && sizeof(A) == 8);
+    static constexpr int32 more_of_columns = wide ? 0 : narrow_words && packets == 1 ? 4 : 2;
+    static constexpr int32 more = CHANNELS_LAST ? more_of_columns : more_of_rows;
     static constexpr int32 first_ahead = (4 + more) / packets;
     static constexpr bool rows_of_words = !CHANNELS_LAST && whole_words;
     template <int32 loaded>
