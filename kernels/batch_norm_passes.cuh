@@ -38,7 +38,7 @@ __device__ __forceinline__ void for_batch(
 #pragma unroll
     for (int32 slot = 0; slot < ahead; ++slot) {
         real[slot] = full || walk.left > 0;
-        units[slot] = real[slot] ? walk.next(p) : Unit{0, 0u};
+        units[slot] = real[slot] ? walk.next(p) : Unit{0, all_elements};
         if (real[slot]) fetch(slot, units[slot], place_at(number + slot));
     }
 #pragma unroll
