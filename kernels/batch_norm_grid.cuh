@@ -70,13 +70,13 @@ template <int32 packets> struct KeepOnChip {
         for (int32 number = 0; number < units; number += batch)
             for_batch<batch, false>(p, walk, number, in_register, fetch, body);
         unsigned char* const copies = memory;
-        for_units<ahead, full_apart<packets>>(
+        for_units<ahead, full_apart<packets, one_launch>>(
             p, steps(p, units, units + shared_units), false,
             [=](int32 number) { return InShared<packets>{copies, number}; }, fetch, body);
     }
     template <int32 ahead, typename Fetch, typename Body>
     __device__ __forceinline__ void not_kept(const Place& p, bool backwards, Fetch& fetch, Body& body) {
-        for_units<ahead, full_apart<packets>>(
+        for_units<ahead, full_apart<packets, one_launch>>(
             p, steps(p, units + shared_units, all_steps), backwards, [](int32) { return Nowhere{}; }, fetch, body);
     }
     template <typename Fetch, typename Body>

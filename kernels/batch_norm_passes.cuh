@@ -62,8 +62,10 @@ __device__ __forceinline__ void for_units(
     for (; walk.left > 0; number += ahead) for_batch<ahead, false>(p, walk, number, place_at, fetch, body);
 }
 
-// Whether full batches of this many packets per unit get a loop of their own: it takes registers.
-template <int32 packets> constexpr bool full_apart = packets == 1 || (held < 8 && sizeof(A) < 8);
+// Whether full batches of this many packets per unit get a loop of their own: it takes registers and, in kernels of one
+// launch, which have many loops, time to compile.
+template <int32 packets, bool one_launch>
+constexpr bool full_apart = packets == 1 || (!one_launch && held < 8 && sizeof(A) < 8);
 
 // Keepers say how the two passes go through a block's split. `packets` is what they keep of a unit; `first_ahead` and
 // `second_ahead<loaded>` are the most units in flight in a pass, the second one's by the packets that it loads for each;
@@ -96,11 +98,12 @@ template <int32 packets> struct KeepNothing {
 
     template <typename Fetch, typename Body>
     __device__ __forceinline__ void first_pass(const Place& p, Fetch fetch, Body body) {
-        for_units<first_ahead, full_apart<packets>>(p, range_of_split(p), false, [](int32) { return Nowhere{}; }, fetch, body);
+        for_units<first_ahead, full_apart<packets, one_launch>>(
+            p, range_of_split(p), false, [](int32) { return Nowhere{}; }, fetch, body);
     }
     template <int32 loaded, typename Fetch, typename Body>
     __device__ __forceinline__ void second_pass(const Place& p, Fetch fetch, Body body) {
-        for_units<second_ahead<loaded>, full_apart<packets>>(
+        for_units<second_ahead<loaded>, full_apart<packets, one_launch>>(
             p, range_of_split(p), true, [](int32) { return Nowhere{}; }, fetch, body);
     }
 };
@@ -116,13 +119,13 @@ template <int32 packets> struct KeepShared {
     template <typename Fetch, typename Body>
     __device__ __forceinline__ void first_pass(const Place& p, Fetch fetch, Body body) {
         unsigned char* const copies = memory;
-        for_units<first_ahead, full_apart<packets>>(
+        for_units<first_ahead, full_apart<packets, one_launch>>(
             p, range_of_split(p), false, [=](int32 number) { return InShared<packets>{copies, number}; }, fetch, body);
     }
     template <int32 loaded, typename Fetch, typename Body>
     __device__ __forceinline__ void second_pass(const Place& p, Fetch fetch, Body body) {
         unsigned char* const copies = memory;
-        for_units<second_ahead<loaded>, full_apart<packets>>(
+        for_units<second_ahead<loaded>, full_apart<packets, one_launch>>(
             p, range_of_split(p), false, [=](int32 number) { return InShared<packets>{copies, number}; }, fetch, body);
     }
 };
