@@ -106,7 +106,7 @@ class _ScopeState:
 
     def close_below(self, name: str) -> None:
         for other in self.opened:
-            if not name or other.startswith(f"{name}/"):
+            if other.startswith(f"{name}/"):
                 self.opened[other] = 0
 
 
@@ -149,11 +149,14 @@ def variable_scope(
 
     - `name_or_scope`: a name, opened inside the present scope; or a `VariableScope`, entered exactly.
     - `default_name`: used if there is no name, with a number behind it if it was opened before in the present scope.
-    - `reuse`: True shares existing variables only, `AUTO_REUSE` shares or makes them, None inherits.
-    - `initializer`, `regularizer`, `partitioner`, `custom_getter`, `constraint`, `dtype`: defaults inside.
+    - `reuse`: True shares existing variables only, `AUTO_REUSE` shares or makes them. None and False inherit: from the
+      scope around a name, from a `VariableScope` itself.
+    - `initializer`, `regularizer`, `partitioner`, `custom_getter`, `dtype`: defaults inside, and in scopes inside.
+    - `constraint`: a default for variables made right here; scopes inside, and so layers, do not inherit it.
     - `auxiliary_name_scope`: open a name scope for operations too.
 
-    Raises ValueError for a name that is not legal, or no name at all. Source: ``tf.compat.v1.variable_scope``;
+    Raises TypeError for no name at all or one of another type; ValueError for a name that is not legal, a `reuse` that
+    is none of the above, and `reuse` beside a default name, which is always new. Source: ``tf.compat.v1.variable_scope``;
     `caching_device`, `use_resource` and `values` have no meaning here.
 
     >>> import gpulayers as gl
@@ -161,52 +164,71 @@ def variable_scope(
     ...     print(gl.get_variable("w", (2,)).name)
     outer/w:0
     """
+    reuse = _checked_reuse(name_or_scope, default_name, reuse)
     state = _state()
     before = state.current
-    by_object = isinstance(name_or_scope, VariableScope)
-    opened_before = dict(state.opened)
-    if isinstance(name_or_scope, VariableScope):
-        name, source = name_or_scope.name, name_or_scope
-        part = name.rpartition("/")[2]
-    else:
-        if name_or_scope is None and default_name is None:
-            raise LayerError(message("variable_scope", "has no name", "name_or_scope or default_name"))
-        part = name_or_scope if name_or_scope is not None else state.unique(str(default_name))
-        if part:
-            check_scope_name(part)
-        name, source = (f"{before.name}/{part}" if before.name else part), before
-    defaults = source.defaults()
-    inherited = before.reuse is True and not (isinstance(name_or_scope, VariableScope) and source.reuse)
-    defaults["reuse"] = reuse if reuse is not None else (True if inherited else source.reuse)
     given = {
+        "reuse": reuse,
         "initializer": initializer,
         "regularizer": regularizer,
         "partitioner": partitioner,
-        "constraint": constraint,
         "dtype": dtype,
     }
-    defaults.update({key: value for key, value in given.items() if value is not None})
-    if custom_getter is not None:
-        defaults["custom_getter"] = _compose(custom_getter, source.custom_getter)
     with contextlib.ExitStack() as stack:
-        original = source.original_name_scope if by_object else ""
-        graph = active_graph()
-        if graph is not None and auxiliary_name_scope:
-            prefix = stack.enter_context(graph.name_scope(part or None))
-            original = original if by_object else prefix
-        elif not by_object:
-            original = f"{graph.current_name_scope if graph is not None else ''}{part}/"
-        scope = VariableScope(name, original, **defaults)
+        if isinstance(name_or_scope, VariableScope):
+            source, name, original = name_or_scope, name_or_scope.name, name_or_scope.original_name_scope
+            _enter_name_scope(stack, name.rpartition("/")[2], auxiliary_name_scope)
+        else:
+            source, part = before, name_or_scope if name_or_scope is not None else str(default_name)
+            original = _enter_name_scope(stack, part, auxiliary_name_scope)
+            part = part if name_or_scope is not None else state.unique(part)
+            name = f"{before.name}/{part}" if before.name else part
+        defaults = {**source.defaults(), "constraint": constraint}
+        defaults.update({key: value for key, value in given.items() if value is not None})
+        if custom_getter is not None:
+            defaults["custom_getter"] = _compose(custom_getter, source.custom_getter)
         state.opened[name] = state.opened.get(name, 0) + 1
-        state.current = scope
+        opened = dict(state.opened)
+        state.current = scope = VariableScope(name, original, **defaults)
         try:
             yield scope
         finally:
             state.current = before
-            if by_object:
-                state.opened = opened_before
+            if source is name_or_scope:
+                state.opened = opened
             else:
                 state.close_below(name)
+
+
+def _checked_reuse(name_or_scope: Any, default_name: Any, reuse: Any) -> Any:
+    """Return `reuse`, None where the scope inherits. Raises TypeError and ValueError as `variable_scope` says."""
+    if name_or_scope is None and default_name is None:
+        raise TypeError(message("variable_scope", "has no name", "name_or_scope or default_name"))
+    if name_or_scope is not None and not isinstance(name_or_scope, str | VariableScope):
+        raise TypeError(
+            message("variable_scope", "name_or_scope is of a wrong type", "a str or a VariableScope", name_or_scope)
+        )
+    if reuse is None or reuse is False:
+        return None
+    if reuse is not True and reuse is not AUTO_REUSE:
+        raise LayerError(message("variable_scope", "reuse is not known", "True, False, None or AUTO_REUSE", reuse))
+    if name_or_scope is None:
+        raise LayerError(
+            message("variable_scope", f"reuse={reuse} cannot be used without name_or_scope: a default name is new")
+        )
+    return reuse
+
+
+def _enter_name_scope(stack: contextlib.ExitStack, part: str, auxiliary: bool) -> str:
+    """Open a scope for the names of operations, if it is asked for and has a name; return the prefix of `part`."""
+    graph = active_graph()
+    if part:
+        check_scope_name(part)
+    if graph is None:
+        return f"{part}/" if part else ""
+    if not auxiliary:
+        return graph.current_name_scope
+    return stack.enter_context(graph.name_scope(part)) if part else ""
 
 
 def _compose(inner: Callable[..., Any], outer: Callable[..., Any] | None) -> Callable[..., Any]:

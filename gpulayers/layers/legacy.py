@@ -12,7 +12,6 @@ from gpulayers.layers.core import CoreLayer
 from gpulayers.layers.naming import snake_case, unique_layer_name
 from gpulayers.scopes import VariableScope, find_variable, variable_scope
 from gpulayers.trace import GraphKeys, active_graph, recording_function
-from gpulayers.trace.graph import check_scope_name
 
 __all__ = ["LegacyLayer"]
 
@@ -87,7 +86,6 @@ class LegacyLayer(CoreLayer):
         if self._scope is not None:
             return
         self._graph = active_graph()
-        check_scope_name(self._base_name)
         if self._reuse:
             with variable_scope(scope if scope is not None else self._base_name) as captured:
                 self._scope = captured
@@ -102,8 +100,7 @@ class LegacyLayer(CoreLayer):
         with variable_scope(self._scope, reuse=reuse, auxiliary_name_scope=False) as current:
             self._current_scope = current
             graph = active_graph()
-            prefix = current.original_name_scope
-            with graph.name_scope(prefix) if graph is not None and prefix else contextlib.nullcontext():
+            with graph.name_scope(current.original_name_scope) if graph is not None else contextlib.nullcontext():
                 yield current
 
     def _around_call(self, signature: Signature, kwargs: dict[str, Any], symbolic: bool) -> Any:

@@ -575,3 +575,11 @@ def test_a_modern_layer_may_make_variables_in_call():
     layer = Lazy()
     np.testing.assert_array_equal(layer(X), X)
     assert len(layer.weights) == 1
+
+
+def test_a_layer_named_after_the_root_scope_puts_its_variables_there(x):
+    layer = MyLayer2D(name=gl.get_variable_scope())
+    with gl.name_scope("n"):
+        y = layer(x)
+    assert (layer.scope_name, [v.name for v in layer.variables]) == ("", ["kernel:0"])
+    assert "/" not in y.name
