@@ -156,8 +156,8 @@ def variable_scope(
     - `auxiliary_name_scope`: open a name scope for operations too.
 
     Raises TypeError for no name at all or one of another type; ValueError for a name that is not legal, a `reuse` that
-    is none of the above, and `reuse` beside a default name, which is always new. Source: ``tf.compat.v1.variable_scope``;
-    `caching_device`, `use_resource` and `values` have no meaning here.
+    is none of the above, and `reuse` beside a default name, which is always new.
+    Source: ``tf.compat.v1.variable_scope``; `caching_device`, `use_resource` and `values` have no meaning here.
 
     >>> import gpulayers as gl
     >>> with gl.Graph().as_default(), gl.variable_scope("outer"):
@@ -318,6 +318,8 @@ def _create_or_share(name: str, **keywords: Any) -> Any:
                 name, "Variable does not exist, or was not made with get_variable", do="Set reuse=AUTO_REUSE or False."
             )
         )
+    if active_graph() is not None:
+        check_scope_name(name)
     keywords["shape"], keywords["initializer"] = _settle_shape(name, keywords["shape"], keywords["initializer"])
     made = _create(name, **keywords)
     state.variables[name] = made
@@ -392,18 +394,16 @@ def initial_value_maker(initializer: Any, shape: tuple[int, ...], dtype: Any, pa
         initializer = initializers.get(initializer)
     if not callable(initializer) or isinstance(initializer, Recordable):
         return initializer
-    keywords = {"dtype": dtype}
-    if partition_info is not None and _accepts(initializer, "partition_info"):
-        keywords["partition_info"] = partition_info
-    return functools.partial(initializer, shape, **keywords)
-
-
-def _accepts(function: Any, parameter: str) -> bool:
     try:
-        parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return False
-    return parameter in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        signature = inspect.signature(initializer)
+    except (TypeError, ValueError):  # a built-in function may not say what it takes
+        return functools.partial(initializer, shape, dtype=dtype)
+    signature.bind(shape, dtype=dtype)  # the TypeError belongs here: a graph calls it later
+    parameters = signature.parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if partition_info is not None and ("partition_info" in parameters or takes_any):
+        return functools.partial(initializer, shape, dtype=dtype, partition_info=partition_info)
+    return functools.partial(initializer, shape, dtype=dtype)
 
 
 def find_variable(full_name: str) -> Any:

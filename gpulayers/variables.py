@@ -392,7 +392,7 @@ def partition_counts(partitioner: Any, shape: Any, dtype: Any) -> list[int]:
     """Ask a partitioner for the number of parts along each axis, and check its answer.
 
     Raises ValueError: not callable, shape not fully known, not a sequence, wrong length, a count below 1, more than one
-    axis cut.
+    axis cut, more parts than the axis is long.
     """
     static = TensorShape(shape)
     if not callable(partitioner):
@@ -406,6 +406,8 @@ def partition_counts(partitioner: Any, shape: Any, dtype: Any) -> list[int]:
         raise ValueError(message("partitioner", "returned a list of another length", static.rank, list(counts)))
     if any(count < 1 for count in counts) or sum(count > 1 for count in counts) > 1:
         raise ValueError(message("partitioner", "must cut one axis at most", "counts of 1 or more", list(counts)))
+    if any(count > max(size or 0, 1) for count, size in zip(counts, static, strict=True)):
+        raise ValueError(message("partitioner", "cuts into more parts than there are", tuple(static), list(counts)))
     return [int(count) for count in counts]
 
 

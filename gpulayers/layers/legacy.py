@@ -118,7 +118,7 @@ class LegacyLayer(CoreLayer):
                 kwargs["scope"] = current
             yield kwargs
 
-    def add_weight(self, name: Any = None, shape: Any = None, *arguments: Any, **keywords: Any) -> Any:  # noqa: D102
+    def add_weight(self, name: str, shape: Any, *arguments: Any, **keywords: Any) -> Any:  # type: ignore[override]  # noqa: D102
         regularizer = keywords.get("regularizer", arguments[2] if len(arguments) > 2 else None)
         partitioner = keywords.get("partitioner", arguments[5] if len(arguments) > 5 else None)
         if partitioner is not None and regularizer is not None and active_graph() is None:

@@ -180,6 +180,15 @@ def test_legacy_name_and_shape_are_required():
         gl.layers.Layer().add_variable("v")
     with pytest.raises(TypeError):
         gl.layers.Layer().add_variable(shape=(2,))
+    with pytest.raises(TypeError):
+        gl.layers.Layer().add_weight("v")
+    with pytest.raises(TypeError):
+        gl.layers.Layer().add_weight(shape=(2,))
+
+
+def test_a_name_that_is_not_legal_in_a_graph():
+    with gl.Graph().as_default(), pytest.raises(ValueError, match="not a valid scope name"):
+        gl.layers.Layer().add_variable("a b", (2,))
 
 
 @FAMILIES
@@ -219,7 +228,7 @@ def test_an_array_is_no_initializer(in_mode, base):
 
 
 @FAMILIES
-def test_a_callable_that_takes_no_shape_is_a_type_error(base):
+def test_a_callable_that_takes_no_shape_is_a_type_error(in_mode, base):
     with pytest.raises(TypeError):
         base().add_weight("v", (2,), initializer=lambda: np.ones(2))
 

@@ -280,6 +280,7 @@ def test_an_axis_that_the_shape_does_not_have(partitioner):
         (lambda **_: [2], (4, 2), "another length"),
         (lambda **_: [0, 1], (4, 2), "one axis at most"),
         (lambda **_: [2, 2], (4, 2), "one axis at most"),
+        (lambda **_: [5, 1], (4, 2), "more parts than there are"),
         (FIXED(2), (None, 2), "fully"),
     ],
 )
