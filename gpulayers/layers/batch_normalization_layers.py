@@ -49,7 +49,8 @@ class LegacyBatchNormalization(BatchNormalizationMixin, LegacyLayer):
 
     Calling: ``layer(x, training=False, mask=None, residual=None)``. `x` of any rank, floating. `training`: bool, 0, 1,
     or a boolean scalar: an array, a variable, a tensor of a graph. `mask`, shaped like x without its last axis, weighs
-    the values in the moments; all are normalised still. `residual` (extension) is cast as x is, and added before the
+    the values in the moments; all are normalised still, and no gradient reaches the mask (TensorFlow: it reaches a
+    floating one). `residual` (extension) is cast as x is, and added before the
     activation. Returns an array of x's shape, in the layer's dtype.
 
     State written: moving statistics, at once in eager mode and under a tape, by `updates` in a graph (run them with the
