@@ -58,9 +58,7 @@ class LossesPart(LayerHooks):
         if loss is None or isinstance(loss, Recordable) or (is_array(loss) and active_graph() is None):
             return loss
         if isinstance(loss, str | bytes):
-            raise TypeError(
-                message(self._name, "not a loss", "a tensor, array, number, function or None", repr(loss))
-            )
+            raise TypeError(message(self._name, "not a loss", "a tensor, array, number, function or None", repr(loss)))
         return ops.constant(loss, None if is_array(loss) else "float32")
 
     def _loss_entries(self) -> list[Entry]:
