@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
 from gpulayers import initializers
+from gpulayers.device import asarray
 from gpulayers.dtypes import TensorShape, as_dtype, float32, is_floating
 from gpulayers.errors import LayerError, ShapeError, message
 from gpulayers.ops.operation import Recordable
@@ -240,10 +241,11 @@ def _compose(inner: Callable[..., Any], outer: Callable[..., Any] | None) -> Cal
 def get_variable(name: str, *arguments: Any, **keywords: Any) -> Any:
     """Make a variable in the present scope, or share the one of this name.
 
-    Parameters, in this order: `name`, `shape`, `dtype`, `initializer` (a callable, a name, or an array), `regularizer`,
-    `trainable`, `collections`, `caching_device`, `partitioner`, `validate_shape`, `use_resource`, `custom_getter`,
-    `constraint`. What is not given is taken from the scope; without any initializer it is Glorot uniform for floating
-    dtypes and zeros otherwise.
+    Parameters, in this order: `name`, `shape`, `dtype`, `initializer` (a callable, a name, or the initial value: an
+    array, number, list or tensor, which gives the shape, and the dtype if none is asked for; a function without
+    arguments gives the shape too), `regularizer`, `trainable`, `collections`, `caching_device`, `partitioner`,
+    `validate_shape`, `use_resource`, `custom_getter`, `constraint`. What is not given is taken from the scope; without
+    any initializer it is Glorot uniform for floating dtypes and zeros otherwise.
 
     Returns a `Variable`, or a `PartitionedVariable` where a partitioner is in force. State written: the graph's
     collections; the scope's regularizer adds to REGULARIZATION_LOSSES.
@@ -275,12 +277,16 @@ def _get_variable(
 ) -> Any:
     full_name = f"{scope.name}/{name}" if scope.name else name
     partitioner = scope.partitioner if partitioner is None else partitioner
+    initializer = scope.initializer if initializer is None else initializer
+    if _is_value(initializer):
+        initializer = initializer if hasattr(initializer, "dtype") else asarray(initializer)
+        shape, dtype = initializer.shape if shape is None else shape, dtype or initializer.dtype
     if partitioner is not None and TensorShape(shape).rank == 0:
         partitioner = None
     keywords = {
         "shape": shape,
         "dtype": dtype if dtype is not None else scope.dtype,
-        "initializer": scope.initializer if initializer is None else initializer,
+        "initializer": initializer,
         "regularizer": scope.regularizer if regularizer is None else regularizer,
         "trainable": True if trainable is None else trainable,
         "collections": collections,
@@ -320,7 +326,7 @@ def _create_or_share(name: str, **keywords: Any) -> Any:
         )
     if active_graph() is not None:
         check_scope_name(name)
-    keywords["shape"], keywords["initializer"] = _settle_shape(name, keywords["shape"], keywords["initializer"])
+    keywords["shape"] = _known_shape(name, keywords["shape"], keywords["initializer"])
     made = _create(name, **keywords)
     state.variables[name] = made
     if regularizer is not None:
@@ -345,20 +351,30 @@ def _check_shared(found: Any, shape: Any, dtype: Any) -> None:
         )
 
 
-def _settle_shape(name: str, shape: Any, initializer: Any) -> tuple[tuple[int, ...], Any]:
-    is_value = initializer is not None and not callable(initializer) and not isinstance(initializer, str | dict)
-    if shape is None and is_value:
-        shape = getattr(initializer, "shape", None)
-    static = TensorShape(() if shape is None and not is_value else shape)
-    if not static.is_fully_defined() and not is_value:
+def _is_value(initializer: Any) -> bool:
+    """Say whether `initializer` is the initial value itself: an array, a number, a list or a tensor."""
+    return isinstance(initializer, Recordable) or not (
+        initializer is None or callable(initializer) or isinstance(initializer, str | dict)
+    )
+
+
+def _known_shape(name: str, shape: Any, initializer: Any) -> tuple[int, ...] | None:
+    """Return the shape of a new variable, or None where a function without arguments gives it."""
+    if shape is None:
+        function = callable(initializer) and not isinstance(initializer, type)
+        if function and not inspect.signature(initializer).parameters:
+            return None
+        raise ShapeError(message(name, "has no shape", "a shape, or an initial value as initializer"))
+    static = TensorShape(shape)
+    if not static.is_fully_defined():
         raise ShapeError(message(name, "Shape of a new variable must be fully defined", got=static))
-    return tuple(static), initializer  # type: ignore[arg-type]
+    return tuple(static)  # type: ignore[arg-type]
 
 
 def _create(
     name: str,
     *,
-    shape: tuple[int, ...],
+    shape: tuple[int, ...] | None,
     dtype: Any,
     initializer: Any,
     trainable: bool,
@@ -372,6 +388,8 @@ def _create(
         Variable, trainable=trainable, dtype=dtype, constraint=constraint, collections=collections,
         autocast=experimental_autocast, unique_name=False,
     )  # fmt: skip
+    if shape is None:
+        return make(initializer, name=name)
     if partitioner is None:
         return make(initial_value_maker(initializer, shape, dtype), name=name, shape=shape)
     counts = partition_counts(partitioner, shape, dtype)
@@ -394,16 +412,16 @@ def initial_value_maker(initializer: Any, shape: tuple[int, ...], dtype: Any, pa
         initializer = initializers.get(initializer)
     if not callable(initializer) or isinstance(initializer, Recordable):
         return initializer
+    keywords = {"dtype": dtype}
     try:
         signature = inspect.signature(initializer)
     except (TypeError, ValueError):  # a built-in function may not say what it takes
-        return functools.partial(initializer, shape, dtype=dtype)
-    signature.bind(shape, dtype=dtype)  # the TypeError belongs here: a graph calls it later
-    parameters = signature.parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    if partition_info is not None and ("partition_info" in parameters or takes_any):
-        return functools.partial(initializer, shape, dtype=dtype, partition_info=partition_info)
-    return functools.partial(initializer, shape, dtype=dtype)
+        return functools.partial(initializer, shape, **keywords)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    if "partition_info" in signature.parameters or (takes_any and partition_info is not None):
+        keywords["partition_info"] = partition_info
+    signature.bind(shape, **keywords)  # the TypeError belongs here: a graph calls it later
+    return functools.partial(initializer, shape, **keywords)
 
 
 def find_variable(full_name: str) -> Any:

@@ -60,11 +60,13 @@ class Variable(StoredValue):
 
     Parameters
 
-    - `initial_value`: an array, number, nested list, or a function without arguments that returns one.
+    - `initial_value`: an array, number, nested list, or a function without arguments that returns one. In a graph also
+      a tensor of a fully known shape, which its `initializer` computes.
     - `trainable`: whether tapes watch it by themselves and optimizers update it.
     - `name`: ``"Variable"`` if not given; reported with ``:0`` behind it.
     - `dtype`: converted to this; otherwise the value's own (Python numbers: float32 and int32).
-    - `constraint`: a function of the value that an optimizer applies after each update.
+    - `constraint`: a function of the value that an optimizer applies after each update. Raises ValueError for another
+      thing.
 
     Usable in operators, in NumPy's functions, and, outside a tape, as a CuPy array through
     ``__cuda_array_interface__``. In a graph the value exists after its `initializer` was run.
@@ -93,6 +95,8 @@ class Variable(StoredValue):
         collections: Sequence[str] | None = None,
         unique_name: bool = True,
     ) -> None:
+        if constraint is not None and not callable(constraint):
+            raise ValueError(message("Variable", "the constraint is not callable", got=repr(constraint)))
         graph = active_graph()
         if isinstance(graph, FunctionGraph) and not graph.initializes_variables_in_session:
             graph = None  # made while a function is being recorded: an ordinary variable
@@ -105,7 +109,9 @@ class Variable(StoredValue):
             base = graph.unique_name(base)
         wanted = None if dtype is None else as_dtype(dtype)
         array = None
-        if graph is None or shape is None or wanted is None:
+        if graph is not None and isinstance(initial_value, GraphTensor):
+            shape, wanted = _settled(shape, initial_value.shape), wanted or initial_value.dtype
+        elif graph is None or shape is None or wanted is None:
             array = self._evaluate(wanted)
             shape, wanted = tuple(array.shape), array.dtype
         static_shape = tuple(int(size) for size in shape)
@@ -117,7 +123,10 @@ class Variable(StoredValue):
 
     def _register(self, graph: Any, collections: Sequence[str] | None) -> None:
         with graph.control_dependencies(None):
-            self.initializer = graph.record(_initializer_operation, (), {"variable": self})
+            if isinstance(self._initial_value, GraphTensor):
+                self.initializer = graph.record(assign_stored, (self._initial_value,), {"stored": self})
+            else:
+                self.initializer = graph.record(_initializer_operation, (), {"variable": self})
         for key in collections if collections is not None else (GraphKeys.GLOBAL_VARIABLES,):
             graph.add_to_collection(key, self)
         if self.trainable:
@@ -130,7 +139,7 @@ class Variable(StoredValue):
                 message(
                     "Variable",
                     "its initial value is a graph tensor",
-                    do="Pass an array or a function that returns one.",
+                    do="Pass an array or a function that returns one, or run the variable's initializer.",
                 )
             )
         with eager_mode():
@@ -288,6 +297,14 @@ class Variable(StoredValue):
 
 
 array_like_operators(Variable)
+
+
+def _settled(shape: Sequence[int] | None, known: Any) -> tuple[int, ...]:
+    """Return the shape of a variable whose initial value is a tensor of shape `known`."""
+    static = TensorShape(known if shape is None else shape)
+    if not static.is_fully_defined():
+        raise ShapeError(message("Variable", "the shape of its initial value must be fully known", got=static))
+    return tuple(static)  # type: ignore[arg-type]
 
 
 class _Named:

@@ -234,6 +234,34 @@ def test_an_array_is_an_initializer_and_gives_the_shape():
         np.testing.assert_array_equal(session.run(v), [0.0, 1.0, 2.0])
 
 
+@pytest.mark.parametrize(
+    ("value", "shape", "dtype"),
+    [(3.0, (), "float32"), (3, (), "int32"), ([1.0, 2.0], (2,), "float32"), (np.ones((2, 1)), (2, 1), "float64")],
+)
+def test_a_value_as_initializer_gives_shape_and_dtype(value, shape, dtype):
+    with gl.Session() as session:
+        v = gl.get_variable("v", initializer=value)
+        assert (v.shape, v.dtype) == (shape, np.dtype(dtype))
+        assert gl.get_variable("w", initializer=value, dtype=gl.float32).dtype == np.float32
+        session.run(gl.global_variables_initializer())
+        np.testing.assert_array_equal(session.run(v), value)
+    with gl.variable_scope("", reuse=True):
+        assert gl.get_variable("v", initializer=value) is v
+
+
+def test_a_function_without_arguments_gives_the_shape():
+    assert gl.get_variable("v", initializer=lambda: np.ones((3, 1), "float32")).shape == (3, 1)
+
+
+@pytest.mark.parametrize("initializer", [None, "ones", gl.ones_initializer()])
+def test_a_new_variable_needs_a_shape(initializer):
+    with pytest.raises(ValueError, match="v: has no shape"):
+        gl.get_variable("v", initializer=initializer)
+    v = gl.get_variable("v", (2,))
+    with gl.variable_scope("", reuse=True):
+        assert gl.get_variable("v") is v
+
+
 @pytest.mark.parametrize(("shape", "expected"), [(3, (3,)), ((), ()), (gl.TensorShape((2, 3)), (2, 3)), ([2], (2,))])
 def test_kinds_of_shape(shape, expected):
     assert gl.get_variable("v", shape).shape == expected
