@@ -51,6 +51,8 @@ class Layer(CoreLayer):
     _autocast_default = True
 
     def _settle_name(self, name: Any, kwargs: dict[str, Any]) -> None:
+        if name is not None and not isinstance(name, str):
+            raise TypeError(message(type(self).__name__, "name is of a wrong type", "a str", repr(name)))
         self._name = name or unique_layer_name(snake_case(type(self).__name__), zero_based=True)
 
     def _default_policy(self) -> Policy:

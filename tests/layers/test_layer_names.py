@@ -166,6 +166,12 @@ def test_an_empty_name_is_automatic(graph, base):
     assert base(name="").name.startswith("layer")
 
 
+@pytest.mark.parametrize("name", [3, 0, b"dense"])
+def test_a_modern_name_is_text(name):
+    with pytest.raises(TypeError, match="name is of a wrong type"):
+        gl.keras.layers.Dense(2, name=name)
+
+
 def test_given_names_are_not_counted(graph):
     assert gl.layers.Dense(1, name="dense_1").name == "dense_1"
     assert gl.layers.Dense(1).name == "dense_1"
