@@ -22,7 +22,7 @@ class LegacyLayer(CoreLayer):
     Subclasses override `build(input_shape)`, which makes variables with `add_variable`, and `call(inputs)`.
 
     Parameters
-    - `trainable`: whether variables are made trainable.
+    - `trainable`: whether variables are made trainable; setting it later does not make those trainable that are not.
     - `name`: None for an automatic one; a `VariableScope` is taken as the scope's name.
     - `dtype`: of the variables; None takes the dtype of the first input or variable. Inputs are not cast.
     - `activity_regularizer`: function of each output, giving a loss divided by the batch size.
@@ -132,6 +132,7 @@ class LegacyLayer(CoreLayer):
     def _make_variable(self, **settings: Any) -> tuple[Any, bool]:
         self._settle_scope()
         autocast = settings.pop("autocast")
+        settings["trainable"] = settings["trainable"] and self._trainable
         with self._opened() as current:
             before = find_variable(f"{current.name}/{settings['name']}")
             variable = current.get_variable(**settings, experimental_autocast=autocast)

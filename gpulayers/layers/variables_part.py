@@ -44,7 +44,8 @@ class VariablesPart(LayerHooks):
         - `initializer`: name, configuration or callable ``(shape, dtype=...)``; None: the scope's, else Glorot uniform
           for floating dtypes and zeros for integers and bools.
         - `regularizer`: gives an unconditional loss; not added again for a shared variable.
-        - `trainable`: counts only if the layer is trainable now.
+        - `trainable`: what `trainable_weights` lists while the layer is trainable. A legacy layer that is not trainable
+          now makes the variable non-trainable for good.
         - `constraint`: applied by optimizers after each update.
         - `partitioner`: cuts the variable; the result is then a `PartitionedVariable`. None: the scope's; False: none.
         - also `use_resource`, `synchronization`, `aggregation`, `experimental_autocast`, `collections`.
@@ -72,7 +73,7 @@ class VariablesPart(LayerHooks):
                 shape=TensorShape(shape),
                 dtype=dtype,
                 initializer=initializer,
-                trainable=bool(trainable) and self._trainable,
+                trainable=bool(trainable),
                 constraint=constraints.get(constraint),
                 partitioner=partitioner,
                 autocast=kwargs.get("experimental_autocast", True) and self._autocast and is_floating(dtype),

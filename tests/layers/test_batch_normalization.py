@@ -447,7 +447,9 @@ def test_not_trainable_normalises_by_the_batch_without_updates_in_the_legacy_lay
     close(modern(x, training=True), [[2.9985], [4.9975]], atol=1e-4)
     for layer in (legacy, modern):
         np.testing.assert_array_equal(layer.moving_mean.numpy(), [0.0])
-        assert layer.trainable_variables == [] and not layer.gamma.trainable
+        assert layer.trainable_variables == []
+    modern.trainable = legacy.trainable = True
+    assert modern.trainable_variables == [modern.gamma, modern.beta] and legacy.trainable_variables == []
     with gl.Graph().as_default():
         layer = BN(trainable=False)
         layer(gl.placeholder(gl.float32, (None, 3)), training=True)

@@ -67,13 +67,19 @@ def test_the_collection_does_not_follow_the_toggle():
         assert gl.trainable_variables() == [layer.b, layer.c]
 
 
-@FAMILIES
-def test_not_trainable_from_the_start(in_mode, base):
-    layer = four(base, trainable=False)
+def test_a_legacy_layer_that_is_not_trainable_from_the_start(in_mode):
+    layer = four(gl.layers.Layer, trainable=False)
     assert short(layer.non_trainable_weights) == "abcd" and not any(v.trainable for v in layer.weights)
     assert gl.trainable_variables() == []
     layer.trainable = True
     assert layer.trainable_weights == [] and short(layer.weights) == "abcd"
+
+
+def test_a_modern_layer_that_is_not_trainable_from_the_start_can_become_so(in_mode):
+    layer = four(gl.keras.layers.Layer, trainable=False)
+    assert layer.trainable_weights == [] and short(layer.non_trainable_weights) == "bcad"
+    layer.trainable = True
+    assert short(layer.trainable_weights) == "bc" and short(layer.non_trainable_weights) == "ad"
 
 
 def test_a_custom_getter_that_overrides_trainable_moves_the_variable():
