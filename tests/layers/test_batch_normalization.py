@@ -635,6 +635,25 @@ def test_clips_may_be_arrays_and_graph_tensors():
             close(session.run(y, {x: X, limit: value}), renorm_truth(X.astype("float64"), 0.0, 1.0, rmax=value), 1e-4)
 
 
+@pytest.mark.parametrize("in_graph", [False, True])
+@pytest.mark.parametrize("clip", [lambda v: v, lambda v: lambda: v], ids=["number", "function"])
+def test_clips_are_not_rounded_to_bfloat16(clip, in_graph):
+    bfloat16 = gl.as_dtype("bfloat16")
+    x = (X * 8).astype(bfloat16)
+    clipping = {"rmax": clip(1.205), "dmax": clip(0.3)}  # 1.203125 in bfloat16
+
+    def normalised(inputs):
+        layer = BN(renorm=True, renorm_clipping=clipping)
+        if not in_graph:
+            return layer(inputs, training=True)
+        with gl.Graph().as_default(), gl.Session() as session:
+            y = layer(gl.constant(inputs), training=True)
+            session.run(gl.global_variables_initializer())
+            return session.run(y)
+
+    np.testing.assert_array_equal(normalised(x), normalised(x.astype("float32")).astype(bfloat16))
+
+
 # --- adjustment -------------------------------------------------------------------------------------------------------
 
 
