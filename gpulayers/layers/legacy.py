@@ -129,10 +129,12 @@ class LegacyLayer(CoreLayer):
 
     add_weight.__doc__ = CoreLayer.add_weight.__doc__
 
+    def _makes_trainable(self, trainable: bool) -> bool:
+        return trainable and self._trainable
+
     def _make_variable(self, **settings: Any) -> tuple[Any, bool]:
         self._settle_scope()
         autocast = settings.pop("autocast")
-        settings["trainable"] = settings["trainable"] and self._trainable
         with self._opened() as current:
             before = find_variable(f"{current.name}/{settings['name']}")
             variable = current.get_variable(**settings, experimental_autocast=autocast)

@@ -75,6 +75,15 @@ def test_a_legacy_layer_that_is_not_trainable_from_the_start(in_mode):
     assert layer.trainable_weights == [] and short(layer.weights) == "abcd"
 
 
+def test_a_legacy_layer_that_is_not_trainable_shares_variables_as_not_trainable():
+    with gl.Graph().as_default():
+        maker = four(gl.layers.Layer, name="shared")
+        user = four(gl.layers.Layer, name="shared", _reuse=True, trainable=False)
+        user.trainable = True
+        assert user.trainable_weights == [] and short(user.non_trainable_weights) == "abcd"
+        assert user.weights[1] is maker.b and short(maker.trainable_weights) == "bc"
+
+
 def test_a_modern_layer_that_is_not_trainable_from_the_start_can_become_so(in_mode):
     layer = four(gl.keras.layers.Layer, trainable=False)
     assert layer.trainable_weights == [] and short(layer.non_trainable_weights) == "bcad"
