@@ -78,6 +78,18 @@ class VariableScope:
         """Set the regularizer of variables made from here on."""
         self.regularizer = regularizer
 
+    def get_collection(self, key: str) -> list[Any]:
+        """Return what a collection of the graph holds of this scope, by the names."""
+        return get_collection(key, f"{self.name}/" if self.name else None)
+
+    def global_variables(self) -> list[Variable]:
+        """Return this scope's variables."""
+        return self.get_collection(GraphKeys.GLOBAL_VARIABLES)
+
+    def trainable_variables(self) -> list[Variable]:
+        """Return this scope's variables that were made trainable."""
+        return self.get_collection(GraphKeys.TRAINABLE_VARIABLES)
+
     def defaults(self) -> dict[str, Any]:
         """Return all but the names."""
         return {k: v for k, v in vars(self).items() if k not in ("name", "original_name_scope")}

@@ -28,6 +28,7 @@ from gpulayers.trace import (
     eager_mode,
     group,
 )
+from gpulayers.trace.default_session import session_for
 from gpulayers.trace.tensor import array_like_operators
 
 __all__ = [
@@ -181,6 +182,15 @@ class Variable(StoredValue):
     def read_value(self) -> Any:
         """Return the present value as an operation's result: recorded where something records, else the array."""
         return ops.identity(self)
+
+    def eval(self, session: Any = None) -> np.ndarray:
+        """Return the value by the given or the default session. Raises ValueError if there is neither."""
+        result: np.ndarray = session_for(self.name, session).run(self)
+        return result
+
+    def load(self, value: Any, session: Any = None) -> None:
+        """Replace the value at once, in a graph too: it stays with the variable, so `session` has no meaning here."""
+        self.store(self.accept(value))
 
     @property
     def shape(self) -> tuple[int, ...]:

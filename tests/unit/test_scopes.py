@@ -295,6 +295,17 @@ def test_defaults_of_the_scope_and_their_inheritance():
     assert one.constraint is constraint and two.constraint is None  # the one that only holds where it was given
 
 
+def test_variables_of_a_scope():
+    with gl.variable_scope("a") as a:
+        v, w = gl.get_variable("v", (2,)), gl.get_variable("w", (2,), trainable=False)
+    with gl.variable_scope("ab"):
+        other = gl.get_variable("v", (2,))
+    assert a.global_variables() == [v, w] and a.trainable_variables() == [v]
+    assert gl.get_variable_scope().global_variables() == [v, w, other]
+    gl.add_to_collection("mine", w)
+    assert a.get_collection("mine") == [w]
+
+
 def test_setters_of_a_scope():
     with gl.variable_scope("a") as scope:
         scope.set_initializer(gl.ones_initializer())

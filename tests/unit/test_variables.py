@@ -236,6 +236,20 @@ def test_assigning_another_shape_in_a_graph_is_an_error_at_once():
         v.assign(gl.placeholder(gl.float32, (None,)))
 
 
+def test_eval_and_load():
+    with gl.Graph().as_default():
+        v = gl.get_variable("v", (2,))
+        with pytest.raises(ValueError, match="no default session"):
+            v.eval()
+        with gl.Session() as session:
+            v.load([1.0, 2.0])
+            np.testing.assert_array_equal(v.eval(), [1.0, 2.0])
+            v.load(np.array([3, 4]), session)
+            np.testing.assert_array_equal(v.eval(session), [3.0, 4.0])
+            with pytest.raises(ValueError, match="another shape"):
+                v.load([1.0])
+
+
 def test_a_constraint_that_is_not_callable():
     with pytest.raises(ValueError, match="not callable"):
         gl.Variable([1.0], constraint=3)
