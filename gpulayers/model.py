@@ -12,13 +12,14 @@ from gpulayers import checkpoint, nest, ops
 from gpulayers.device import asarray, asnumpy
 from gpulayers.dtypes import TensorShape
 from gpulayers.errors import GraphError, LayerError, ShapeError, message
+from gpulayers.layers.books import unique
 from gpulayers.layers.calling import call_context
 from gpulayers.layers.core import children_of
 from gpulayers.layers.input import Input, InputLayer
 from gpulayers.layers.legacy import LegacyLayer
 from gpulayers.layers.masks import mask_of, set_mask
 from gpulayers.layers.modern import Layer
-from gpulayers.layers.nodes import History
+from gpulayers.layers.nodes import History, shape_tuple
 from gpulayers.trace import GraphTensor
 
 __all__ = ["Model", "Sequential"]
@@ -108,8 +109,10 @@ class Model(Layer):
     ``Model(inputs, outputs)``: the calls between them are repeated with real arrays when the model is called.
     Subclassing: assign layers in ``__init__`` and override `call`. Other parameters: `name`, `trainable`.
 
-    `layers`, `weights`, `losses` and `metrics` cover all layers. Raises ValueError if the outputs need other inputs,
-    TypeError for a legacy layer, which keeps its variables in scopes. Source: ``tf.keras.Model``.
+    `layers`, `weights`, `losses` and `metrics` cover all layers; `weights` goes layer by layer, trainable or not.
+    `input`, `output` and their shapes are what the model was made of; a list of one tensor counts as that tensor.
+    Raises ValueError if the outputs need other inputs, TypeError for a legacy layer: its variables are in scopes.
+    Source: ``tf.keras.Model``.
 
     >>> import numpy as np, gpulayers as gl
     >>> x = gl.keras.Input((3,))
@@ -132,7 +135,7 @@ class Model(Layer):
             if not isinstance(tensor, GraphTensor):
                 raise TypeError(message(self._name, "a model is made of symbolic tensors", "from Input", repr(tensor)))
         self.inputs, self.outputs = nest.flatten(inputs), nest.flatten(outputs)
-        self._input_structure, self._output_structure = inputs, outputs
+        self._input_structure, self._output_structure = _one_of_one(inputs), _one_of_one(outputs)
         self._replay = _Replay(self._name, self.inputs, self.outputs)
         for layer in self._replay.layers.values():
             _refuse_legacy(layer, self._name)
@@ -154,6 +157,31 @@ class Model(Layer):
             if layer.name == name:
                 return layer
         raise ValueError(message(self._name, "no such layer", [layer.name for layer in layers], name or index))
+
+    @property
+    def weights(self) -> list[Any]:
+        """All variables, layer by layer, then the model's own: the order does not change with what is trainable."""
+        return unique([*(w for child in self._children() for w in child.weights), *_own_weights(self)])
+
+    @property
+    def input(self) -> Any:
+        """The symbolic inputs the model was made of; of a subclass, as ``Layer.input``."""
+        return super().input if self._replay is None else self._input_structure
+
+    @property
+    def output(self) -> Any:
+        """The symbolic outputs the model was made of; of a subclass, as ``Layer.output``."""
+        return super().output if self._replay is None else self._output_structure
+
+    @property
+    def input_shape(self) -> Any:
+        """Shapes of `input`, tuples with None."""
+        return super().input_shape if self._replay is None else nest.map_structure(shape_tuple, self._input_structure)
+
+    @property
+    def output_shape(self) -> Any:
+        """Shapes of `output`, tuples with None."""
+        return super().output_shape if self._replay is None else nest.map_structure(shape_tuple, self._output_structure)
 
     def _children(self) -> list[Any]:
         children = super()._children()
@@ -256,12 +284,12 @@ class Model(Layer):
     def named_weights(self) -> dict[str, Any]:
         """Return the variables by names that a second model of the same make has too.
 
-        A variable's own name, its layers' names numbered anew from the model's first layer on: automatic numbers count
-        all layers of a program, and would differ.
+        A variable's own name, its layers' names numbered anew from the model's first layer on, whatever is trainable:
+        automatic numbers count all layers of a program, and would differ.
         """
         named: dict[str, Any] = {}
         prefixes: dict[str, str] = {}
-        for variable in self.weights:
+        for variable in unique([*_in_order(self), *self.weights]):
             prefix, _, own = variable.name.partition(":")[0].rpartition("/")
             if prefix not in prefixes:
                 bare = "/".join(re.sub(r"_\d+$", "", part) for part in prefix.split("/"))
@@ -278,8 +306,7 @@ class Model(Layer):
         return checkpoint.load_weights(path, self.named_weights(), strict=strict)
 
 
-def _model_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str,
-Any]]:
+def _model_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
     keywords = dict(kwargs)
     inputs = keywords.pop("inputs", args[0] if args else None)
     outputs = keywords.pop("outputs", args[1] if len(args) > 1 else None)
@@ -288,6 +315,22 @@ Any]]:
     if (inputs is None) != (outputs is None):
         raise LayerError(message("Model", "needs both inputs and outputs, or neither (when subclassed)"))
     return inputs, outputs, keywords
+
+
+def _one_of_one(structure: Any) -> Any:
+    """Return the element of a list of one tensor, anything else as it is."""
+    return structure[0] if isinstance(structure, list) and len(nest.flatten(structure)) == 1 else structure
+
+
+def _own_weights(layer: Any) -> list[Any]:
+    """Return the variables of a layer without those of its sub-layers, in an order that stays."""
+    book = layer._weight_book
+    return [*book.trainable, *book.non_trainable, *layer._attribute_variables()]
+
+
+def _in_order(layer: Any) -> list[Any]:
+    """Return the variables of a layer, then those of its sub-layers, in an order that stays."""
+    return [*_own_weights(layer), *(w for child in layer._children() for w in _in_order(child))]
 
 
 def _refuse_legacy(layer: Any, name: str) -> None:

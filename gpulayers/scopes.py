@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
 from gpulayers import initializers
+from gpulayers.device import asarray
 from gpulayers.dtypes import TensorShape, as_dtype, float32, is_floating
 from gpulayers.errors import LayerError, ShapeError, message
 from gpulayers.ops.operation import Recordable
@@ -77,6 +78,18 @@ class VariableScope:
         """Set the regularizer of variables made from here on."""
         self.regularizer = regularizer
 
+    def get_collection(self, key: str) -> list[Any]:
+        """Return what a collection of the graph holds of this scope, by the names."""
+        return get_collection(key, f"{self.name}/" if self.name else None)
+
+    def global_variables(self) -> list[Variable]:
+        """Return this scope's variables."""
+        return self.get_collection(GraphKeys.GLOBAL_VARIABLES)
+
+    def trainable_variables(self) -> list[Variable]:
+        """Return this scope's variables that were made trainable."""
+        return self.get_collection(GraphKeys.TRAINABLE_VARIABLES)
+
     def defaults(self) -> dict[str, Any]:
         """Return all but the names."""
         return {k: v for k, v in vars(self).items() if k not in ("name", "original_name_scope")}
@@ -106,7 +119,7 @@ class _ScopeState:
 
     def close_below(self, name: str) -> None:
         for other in self.opened:
-            if not name or other.startswith(f"{name}/"):
+            if other.startswith(f"{name}/"):
                 self.opened[other] = 0
 
 
@@ -149,64 +162,86 @@ def variable_scope(
 
     - `name_or_scope`: a name, opened inside the present scope; or a `VariableScope`, entered exactly.
     - `default_name`: used if there is no name, with a number behind it if it was opened before in the present scope.
-    - `reuse`: True shares existing variables only, `AUTO_REUSE` shares or makes them, None inherits.
-    - `initializer`, `regularizer`, `partitioner`, `custom_getter`, `constraint`, `dtype`: defaults inside.
+    - `reuse`: True shares existing variables only, `AUTO_REUSE` shares or makes them. None and False inherit: from the
+      scope around a name, from a `VariableScope` itself.
+    - `initializer`, `regularizer`, `partitioner`, `custom_getter`, `dtype`: defaults inside, and in scopes inside.
+    - `constraint`: a default for variables made right here; scopes inside, and so layers, do not inherit it.
     - `auxiliary_name_scope`: open a name scope for operations too.
 
-    Raises ValueError for a name that is not legal, or no name at all. Source: ``tf.compat.v1.variable_scope``;
-    `caching_device`, `use_resource` and `values` have no meaning here.
+    Raises TypeError for no name at all or one of another type; ValueError for a name that is not legal, a `reuse` that
+    is none of the above, and `reuse` beside a default name, which is always new.
+    Source: ``tf.compat.v1.variable_scope``; `caching_device`, `use_resource` and `values` have no meaning here.
 
     >>> import gpulayers as gl
     >>> with gl.Graph().as_default(), gl.variable_scope("outer"):
     ...     print(gl.get_variable("w", (2,)).name)
     outer/w:0
     """
+    reuse = _checked_reuse(name_or_scope, default_name, reuse)
     state = _state()
     before = state.current
-    by_object = isinstance(name_or_scope, VariableScope)
-    opened_before = dict(state.opened)
-    if isinstance(name_or_scope, VariableScope):
-        name, source = name_or_scope.name, name_or_scope
-        part = name.rpartition("/")[2]
-    else:
-        if name_or_scope is None and default_name is None:
-            raise LayerError(message("variable_scope", "has no name", "name_or_scope or default_name"))
-        part = name_or_scope if name_or_scope is not None else state.unique(str(default_name))
-        if part:
-            check_scope_name(part)
-        name, source = (f"{before.name}/{part}" if before.name else part), before
-    defaults = source.defaults()
-    inherited = before.reuse is True and not (isinstance(name_or_scope, VariableScope) and source.reuse)
-    defaults["reuse"] = reuse if reuse is not None else (True if inherited else source.reuse)
     given = {
+        "reuse": reuse,
         "initializer": initializer,
         "regularizer": regularizer,
         "partitioner": partitioner,
-        "constraint": constraint,
         "dtype": dtype,
     }
-    defaults.update({key: value for key, value in given.items() if value is not None})
-    if custom_getter is not None:
-        defaults["custom_getter"] = _compose(custom_getter, source.custom_getter)
     with contextlib.ExitStack() as stack:
-        original = source.original_name_scope if by_object else ""
-        graph = active_graph()
-        if graph is not None and auxiliary_name_scope:
-            prefix = stack.enter_context(graph.name_scope(part or None))
-            original = original if by_object else prefix
-        elif not by_object:
-            original = f"{graph.current_name_scope if graph is not None else ''}{part}/"
-        scope = VariableScope(name, original, **defaults)
+        if isinstance(name_or_scope, VariableScope):
+            source, name, original = name_or_scope, name_or_scope.name, name_or_scope.original_name_scope
+            _enter_name_scope(stack, name.rpartition("/")[2], auxiliary_name_scope)
+        else:
+            source, part = before, name_or_scope if name_or_scope is not None else str(default_name)
+            original = _enter_name_scope(stack, part, auxiliary_name_scope)
+            part = part if name_or_scope is not None else state.unique(part)
+            name = f"{before.name}/{part}" if before.name else part
+        defaults = {**source.defaults(), "constraint": constraint}
+        defaults.update({key: value for key, value in given.items() if value is not None})
+        if custom_getter is not None:
+            defaults["custom_getter"] = _compose(custom_getter, source.custom_getter)
         state.opened[name] = state.opened.get(name, 0) + 1
-        state.current = scope
+        opened = dict(state.opened)
+        state.current = scope = VariableScope(name, original, **defaults)
         try:
             yield scope
         finally:
             state.current = before
-            if by_object:
-                state.opened = opened_before
+            if source is name_or_scope:
+                state.opened = opened
             else:
                 state.close_below(name)
+
+
+def _checked_reuse(name_or_scope: Any, default_name: Any, reuse: Any) -> Any:
+    """Return `reuse`, None where the scope inherits. Raises TypeError and ValueError as `variable_scope` says."""
+    if name_or_scope is None and default_name is None:
+        raise TypeError(message("variable_scope", "has no name", "name_or_scope or default_name"))
+    if name_or_scope is not None and not isinstance(name_or_scope, str | VariableScope):
+        raise TypeError(
+            message("variable_scope", "name_or_scope is of a wrong type", "a str or a VariableScope", name_or_scope)
+        )
+    if reuse is None or reuse is False:
+        return None
+    if reuse is not True and reuse is not AUTO_REUSE:
+        raise LayerError(message("variable_scope", "reuse is not known", "True, False, None or AUTO_REUSE", reuse))
+    if name_or_scope is None:
+        raise LayerError(
+            message("variable_scope", f"reuse={reuse} cannot be used without name_or_scope: a default name is new")
+        )
+    return reuse
+
+
+def _enter_name_scope(stack: contextlib.ExitStack, part: str, auxiliary: bool) -> str:
+    """Open a scope for the names of operations, if it is asked for and has a name; return the prefix of `part`."""
+    graph = active_graph()
+    if part:
+        check_scope_name(part)
+    if graph is None:
+        return f"{part}/" if part else ""
+    if not auxiliary:
+        return graph.current_name_scope
+    return stack.enter_context(graph.name_scope(part)) if part else ""
 
 
 def _compose(inner: Callable[..., Any], outer: Callable[..., Any] | None) -> Callable[..., Any]:
@@ -218,10 +253,11 @@ def _compose(inner: Callable[..., Any], outer: Callable[..., Any] | None) -> Cal
 def get_variable(name: str, *arguments: Any, **keywords: Any) -> Any:
     """Make a variable in the present scope, or share the one of this name.
 
-    Parameters, in this order: `name`, `shape`, `dtype`, `initializer` (a callable, a name, or an array), `regularizer`,
-    `trainable`, `collections`, `caching_device`, `partitioner`, `validate_shape`, `use_resource`, `custom_getter`,
-    `constraint`. What is not given is taken from the scope; without any initializer it is Glorot uniform for floating
-    dtypes and zeros otherwise.
+    Parameters, in this order: `name`, `shape`, `dtype`, `initializer` (a callable, a name, or the initial value: an
+    array, number, list or tensor, which gives the shape, and the dtype if none is asked for; a function without
+    arguments gives the shape too), `regularizer`, `trainable`, `collections`, `caching_device`, `partitioner`,
+    `validate_shape`, `use_resource`, `custom_getter`, `constraint`. What is not given is taken from the scope; without
+    any initializer it is Glorot uniform for floating dtypes and zeros otherwise.
 
     Returns a `Variable`, or a `PartitionedVariable` where a partitioner is in force. State written: the graph's
     collections; the scope's regularizer adds to REGULARIZATION_LOSSES.
@@ -253,12 +289,16 @@ def _get_variable(
 ) -> Any:
     full_name = f"{scope.name}/{name}" if scope.name else name
     partitioner = scope.partitioner if partitioner is None else partitioner
+    initializer = scope.initializer if initializer is None else initializer
+    if _is_value(initializer):
+        initializer = initializer if hasattr(initializer, "dtype") else asarray(initializer)
+        shape, dtype = initializer.shape if shape is None else shape, dtype or initializer.dtype
     if partitioner is not None and TensorShape(shape).rank == 0:
         partitioner = None
     keywords = {
         "shape": shape,
         "dtype": dtype if dtype is not None else scope.dtype,
-        "initializer": scope.initializer if initializer is None else initializer,
+        "initializer": initializer,
         "regularizer": scope.regularizer if regularizer is None else regularizer,
         "trainable": True if trainable is None else trainable,
         "collections": collections,
@@ -296,7 +336,9 @@ def _create_or_share(name: str, **keywords: Any) -> Any:
                 name, "Variable does not exist, or was not made with get_variable", do="Set reuse=AUTO_REUSE or False."
             )
         )
-    keywords["shape"], keywords["initializer"] = _settle_shape(name, keywords["shape"], keywords["initializer"])
+    if active_graph() is not None:
+        check_scope_name(name)
+    keywords["shape"] = _known_shape(name, keywords["shape"], keywords["initializer"])
     made = _create(name, **keywords)
     state.variables[name] = made
     if regularizer is not None:
@@ -321,20 +363,30 @@ def _check_shared(found: Any, shape: Any, dtype: Any) -> None:
         )
 
 
-def _settle_shape(name: str, shape: Any, initializer: Any) -> tuple[tuple[int, ...], Any]:
-    is_value = initializer is not None and not callable(initializer) and not isinstance(initializer, str | dict)
-    if shape is None and is_value:
-        shape = getattr(initializer, "shape", None)
-    static = TensorShape(() if shape is None and not is_value else shape)
-    if not static.is_fully_defined() and not is_value:
+def _is_value(initializer: Any) -> bool:
+    """Say whether `initializer` is the initial value itself: an array, a number, a list or a tensor."""
+    return isinstance(initializer, Recordable) or not (
+        initializer is None or callable(initializer) or isinstance(initializer, str | dict)
+    )
+
+
+def _known_shape(name: str, shape: Any, initializer: Any) -> tuple[int, ...] | None:
+    """Return the shape of a new variable, or None where a function without arguments gives it."""
+    if shape is None:
+        function = callable(initializer) and not isinstance(initializer, type)
+        if function and not inspect.signature(initializer).parameters:
+            return None
+        raise ShapeError(message(name, "has no shape", "a shape, or an initial value as initializer"))
+    static = TensorShape(shape)
+    if not static.is_fully_defined():
         raise ShapeError(message(name, "Shape of a new variable must be fully defined", got=static))
-    return tuple(static), initializer  # type: ignore[arg-type]
+    return tuple(static)  # type: ignore[arg-type]
 
 
 def _create(
     name: str,
     *,
-    shape: tuple[int, ...],
+    shape: tuple[int, ...] | None,
     dtype: Any,
     initializer: Any,
     trainable: bool,
@@ -348,6 +400,8 @@ def _create(
         Variable, trainable=trainable, dtype=dtype, constraint=constraint, collections=collections,
         autocast=experimental_autocast, unique_name=False,
     )  # fmt: skip
+    if shape is None:
+        return make(initializer, name=name)
     if partitioner is None:
         return make(initial_value_maker(initializer, shape, dtype), name=name, shape=shape)
     counts = partition_counts(partitioner, shape, dtype)
@@ -371,17 +425,15 @@ def initial_value_maker(initializer: Any, shape: tuple[int, ...], dtype: Any, pa
     if not callable(initializer) or isinstance(initializer, Recordable):
         return initializer
     keywords = {"dtype": dtype}
-    if partition_info is not None and _accepts(initializer, "partition_info"):
-        keywords["partition_info"] = partition_info
-    return functools.partial(initializer, shape, **keywords)
-
-
-def _accepts(function: Any, parameter: str) -> bool:
     try:
-        parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return False
-    return parameter in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        signature = inspect.signature(initializer)
+    except (TypeError, ValueError):  # a built-in function may not say what it takes
+        return functools.partial(initializer, shape, **keywords)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    if "partition_info" in signature.parameters or (takes_any and partition_info is not None):
+        keywords["partition_info"] = partition_info
+    signature.bind(shape, **keywords)  # the TypeError belongs here: a graph calls it later
+    return functools.partial(initializer, shape, **keywords)
 
 
 def find_variable(full_name: str) -> Any:

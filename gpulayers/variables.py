@@ -28,6 +28,7 @@ from gpulayers.trace import (
     eager_mode,
     group,
 )
+from gpulayers.trace.default_session import session_for
 from gpulayers.trace.tensor import array_like_operators
 
 __all__ = [
@@ -60,11 +61,13 @@ class Variable(StoredValue):
 
     Parameters
 
-    - `initial_value`: an array, number, nested list, or a function without arguments that returns one.
+    - `initial_value`: an array, number, nested list, or a function without arguments that returns one. In a graph also
+      a tensor of a fully known shape, which its `initializer` computes.
     - `trainable`: whether tapes watch it by themselves and optimizers update it.
     - `name`: ``"Variable"`` if not given; reported with ``:0`` behind it.
     - `dtype`: converted to this; otherwise the value's own (Python numbers: float32 and int32).
-    - `constraint`: a function of the value that an optimizer applies after each update.
+    - `constraint`: a function of the value that an optimizer applies after each update. Raises ValueError for another
+      thing.
 
     Usable in operators, in NumPy's functions, and, outside a tape, as a CuPy array through
     ``__cuda_array_interface__``. In a graph the value exists after its `initializer` was run.
@@ -93,6 +96,8 @@ class Variable(StoredValue):
         collections: Sequence[str] | None = None,
         unique_name: bool = True,
     ) -> None:
+        if constraint is not None and not callable(constraint):
+            raise ValueError(message("Variable", "the constraint is not callable", got=repr(constraint)))
         graph = active_graph()
         if isinstance(graph, FunctionGraph) and not graph.initializes_variables_in_session:
             graph = None  # made while a function is being recorded: an ordinary variable
@@ -105,7 +110,9 @@ class Variable(StoredValue):
             base = graph.unique_name(base)
         wanted = None if dtype is None else as_dtype(dtype)
         array = None
-        if graph is None or shape is None or wanted is None:
+        if graph is not None and isinstance(initial_value, GraphTensor):
+            shape, wanted = _settled(shape, initial_value.shape), wanted or initial_value.dtype
+        elif graph is None or shape is None or wanted is None:
             array = self._evaluate(wanted)
             shape, wanted = tuple(array.shape), array.dtype
         static_shape = tuple(int(size) for size in shape)
@@ -117,7 +124,10 @@ class Variable(StoredValue):
 
     def _register(self, graph: Any, collections: Sequence[str] | None) -> None:
         with graph.control_dependencies(None):
-            self.initializer = graph.record(_initializer_operation, (), {"variable": self})
+            if isinstance(self._initial_value, GraphTensor):
+                self.initializer = graph.record(assign_stored, (self._initial_value,), {"stored": self})
+            else:
+                self.initializer = graph.record(_initializer_operation, (), {"variable": self})
         for key in collections if collections is not None else (GraphKeys.GLOBAL_VARIABLES,):
             graph.add_to_collection(key, self)
         if self.trainable:
@@ -130,7 +140,7 @@ class Variable(StoredValue):
                 message(
                     "Variable",
                     "its initial value is a graph tensor",
-                    do="Pass an array or a function that returns one.",
+                    do="Pass an array or a function that returns one, or run the variable's initializer.",
                 )
             )
         with eager_mode():
@@ -172,6 +182,15 @@ class Variable(StoredValue):
     def read_value(self) -> Any:
         """Return the present value as an operation's result: recorded where something records, else the array."""
         return ops.identity(self)
+
+    def eval(self, session: Any = None) -> np.ndarray:
+        """Return the value by the given or the default session. Raises ValueError if there is neither."""
+        result: np.ndarray = session_for(self.name, session).run(self)
+        return result
+
+    def load(self, value: Any, session: Any = None) -> None:
+        """Replace the value at once, in a graph too: it stays with the variable, so `session` has no meaning here."""
+        self.store(self.accept(value))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -290,6 +309,14 @@ class Variable(StoredValue):
 array_like_operators(Variable)
 
 
+def _settled(shape: Sequence[int] | None, known: Any) -> tuple[int, ...]:
+    """Return the shape of a variable whose initial value is a tensor of shape `known`."""
+    static = TensorShape(known if shape is None else shape)
+    if not static.is_fully_defined():
+        raise ShapeError(message("Variable", "the shape of its initial value must be fully known", got=static))
+    return tuple(static)  # type: ignore[arg-type]
+
+
 class _Named:
     """Something with a name."""
 
@@ -392,7 +419,7 @@ def partition_counts(partitioner: Any, shape: Any, dtype: Any) -> list[int]:
     """Ask a partitioner for the number of parts along each axis, and check its answer.
 
     Raises ValueError: not callable, shape not fully known, not a sequence, wrong length, a count below 1, more than one
-    axis cut.
+    axis cut, more parts than the axis is long.
     """
     static = TensorShape(shape)
     if not callable(partitioner):
@@ -406,6 +433,8 @@ def partition_counts(partitioner: Any, shape: Any, dtype: Any) -> list[int]:
         raise ValueError(message("partitioner", "returned a list of another length", static.rank, list(counts)))
     if any(count < 1 for count in counts) or sum(count > 1 for count in counts) > 1:
         raise ValueError(message("partitioner", "must cut one axis at most", "counts of 1 or more", list(counts)))
+    if any(count > max(size or 0, 1) for count, size in zip(counts, static, strict=True)):
+        raise ValueError(message("partitioner", "cuts into more parts than there are", tuple(static), list(counts)))
     return [int(count) for count in counts]
 
 

@@ -49,20 +49,22 @@ class LegacyBatchNormalization(BatchNormalizationMixin, LegacyLayer):
 
     Calling: ``layer(x, training=False, mask=None, residual=None)``. `x` of any rank, floating. `training`: bool, 0, 1,
     or a boolean scalar: an array, a variable, a tensor of a graph. `mask`, shaped like x without its last axis, weighs
-    the values in the moments; all are normalised still. `residual` (extension) is cast as x is, and added before the
-    activation. Returns an array of x's shape, in the layer's dtype.
+    the values in the moments; all are normalised still, and no gradient reaches the mask (TensorFlow: it reaches a
+    floating one). `residual` (extension) is cast as x is, and added before the activation. Returns an array of x's
+    shape, in the layer's dtype.
 
     State written: moving statistics, at once in eager mode and under a tape, by `updates` in a graph (run them with the
     step: they are in UPDATE_OPS). Variables are float32 for 16-bit layers. Shapes: (C,) for one axis; for several axes
     x's rank with 1 elsewhere; with `virtual_batch_size` a further 1 at index 1.
 
     Raises TypeError and ValueError as TensorFlow does: `axis` of a wrong type (constructor) or out of range (build),
-    unknown keys in `renorm_clipping` (constructor), integer input or another `training` (call; what a graph is fed is
-    checked when it runs, its value only on the host), a batch that `virtual_batch_size` does not divide (training
-    call), and so on; GraphError for a training call in a branch of a graph's `cond`, whose updates no session could
-    run: pass the condition as `training`. An empty batch returns an empty array and changes nothing (TensorFlow: NaN).
-    One value per channel gives y = beta and warns once. The config of a built layer with
-    `virtual_batch_size` numbers `axis` as inputs do, so that a copy can be made (TensorFlow: as `layer.axis`).
+    unknown keys in `renorm_clipping` (constructor), integer input (TensorFlow casts it where the layer has a floating
+    dtype) or another `training` (call; what a graph is fed is checked when it runs, its value only on the host), a
+    batch that `virtual_batch_size` does not divide (training call), and so on; GraphError for a training call in a
+    branch of a graph's `cond`, whose updates no session could run: pass the condition as `training`. An empty batch
+    returns an empty array and changes nothing (TensorFlow: NaN). One value per channel gives y = beta and warns once.
+    The config of a built layer with `virtual_batch_size` numbers `axis` as inputs do, so that a copy can be made
+    (TensorFlow: as `layer.axis`).
 
     Numerics: 16-bit data is accumulated in float32, sums are taken around a pivot; same bits on every run.
     Source: arXiv 1502.03167 algorithm 1; arXiv 1702.03275 algorithm 1 (renorm); ``tf.layers.BatchNormalization``.

@@ -223,6 +223,8 @@ class BatchNormalizationMixin(CoreLayer):
         """Compute the output for `training` of any kind, and update the moving statistics."""
         if not is_floating(inputs.dtype):
             raise TypeError(message(self._name, "input is not floating", "a floating dtype", inputs.dtype))
+        if not is_floating(self.compute_dtype):
+            raise TypeError(message(self._name, "dtype is not floating", "a floating dtype", self.compute_dtype))
         if self.virtual_batch_size is not None and not isinstance(self.virtual_batch_size, int | np.integer):
             raise TypeError(message(self._name, "virtual_batch_size is not an integer", got=self.virtual_batch_size))
         if inputs.dtype != self.compute_dtype:
@@ -433,9 +435,14 @@ class BatchNormalizationMixin(CoreLayer):
         return moving
 
     def _record_updates(self, x: Any, mean: Any, variance: Any, training: Any) -> None:
-        """Add the two updates of a graph; nothing in eager mode, where they have happened, and for `Input` tensors."""
+        """Add the two updates of a graph; nothing in eager mode, where they have happened, and for `Input` tensors.
+
+        A graph gets those of a layer that is not trainable too: `updates` hides them until it is.
+        """
         graph = active_graph()
-        if graph is None or graph is symbolic_graph() or not self._updates_statistics():
+        if graph is None or graph is symbolic_graph() or not state_updates_allowed():
+            return
+        if not self._trainable and (graph.owner is not graph or not graph.initializes_variables_in_session):
             return
         size = ops.size(x)
         moving = self._moving()
@@ -516,8 +523,8 @@ def _known_rank(name: str, shape: TensorShape) -> int:
 
 def _checked_axis(name: str, axis: Any) -> Any:
     """Return a copy of `axis`. Raises TypeError unless it is an int or a list or tuple of ints."""
-    if isinstance(axis, list | tuple) and all(type(a) is int for a in axis):
-        return list(axis)
+    if isinstance(axis, list | tuple) and all(type(a) is int or isinstance(a, np.integer) for a in axis):
+        return [int(a) for a in axis]
     if type(axis) is int:
         return axis
     raise TypeError(message(name, "axis is of a wrong type", "an int, or a list or tuple of ints", repr(axis)))

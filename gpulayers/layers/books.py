@@ -23,9 +23,9 @@ class WeightBook:
         self.trainable: list[Any] = []
         self.non_trainable: list[Any] = []
 
-    def add(self, variable: Any) -> None:
-        """Note a new (or shared) variable."""
-        (self.trainable if variable.trainable else self.non_trainable).append(variable)
+    def add(self, variable: Any, trainable: bool) -> None:
+        """Note a new or shared variable; it is trainable if it was asked for as such and was made so."""
+        (self.trainable if trainable and variable.trainable else self.non_trainable).append(variable)
 
     def lists(self, layer_trainable: bool) -> tuple[list[Any], list[Any]]:
         """Return (trainable, non-trainable) for a layer that is trainable or not now."""

@@ -194,7 +194,8 @@ class CoreLayer(VariablesPart, LossesPart, NodesPart, ConfigPart):
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Build the layer if needed, check and convert the inputs, run `call`, and keep the books.
 
-        `inputs`: array, tensor, or nested structure of them. Host arrays are copied to the layer's device.
+        `inputs`: array, tensor, or nested structure of them. Host arrays are copied to the layer's device; in a graph
+        that a session runs, arrays become tensors.
         Other arguments go to `call`. Returns what `call` returns: arrays for arrays, tensors where something records.
         State written: variables at the first call; losses, metrics, and what `call` itself updates.
         Raises ValueError for inputs that do not fit `input_spec`, and if `call` returns None.
@@ -205,7 +206,7 @@ class CoreLayer(VariablesPart, LossesPart, NodesPart, ConfigPart):
                 return shortcut(inputs)
         elif active_tapes():
             inputs, args, kwargs = as_recorded(inputs), as_recorded(args), as_recorded(kwargs)
-        inputs = self._convert(inputs)
+        inputs = self._in_graph(self._convert(inputs))
         symbolic = (state.recorders > 0 and active_graph() is not None) or _has_graph_tensor(inputs, args, kwargs)
         signature = signature_of(self.call)
         around = self._around_call(signature, kwargs, symbolic)
@@ -268,6 +269,13 @@ class CoreLayer(VariablesPart, LossesPart, NodesPart, ConfigPart):
         if nest.is_nested(inputs):
             return nest.map_structure(self._convert_one, inputs)
         return self._convert_one(inputs)
+
+    def _in_graph(self, inputs: Any) -> Any:
+        """Return `inputs` with arrays as tensors of the graph in force, so that what is made of them can be run."""
+        graph = active_graph() if state.recorders else None
+        if graph is None or not graph.initializes_variables_in_session:
+            return inputs
+        return nest.map_structure(lambda value: ops.identity(value) if is_array(value) else value, inputs)
 
     def _convert_one(self, value: Any) -> Any:
         if isinstance(value, Recordable) or value is None:

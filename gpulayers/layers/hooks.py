@@ -52,6 +52,10 @@ class LayerHooks:
         """Keep a loss that is a function."""
         self._loss_book.add_function(function, conditional)
 
+    def _makes_trainable(self, trainable: bool) -> bool:
+        """Say whether a variable asked for with `trainable` is trainable in this layer as it is now."""
+        return trainable
+
     def _make_variable(self, **settings: Any) -> tuple[Any, bool]:
         """Make or share a variable; return it, and whether it is new."""
         raise TypeError(message(type(self).__name__, "belongs to no family of layers", do="Use a subclass of Layer."))

@@ -38,7 +38,10 @@ def Input(  # noqa: N802  (TensorFlow's name)
     batch_shape: Any = None,
     **kwargs: Any,
 ) -> GraphTensor:
-    """Return a symbolic tensor to call layers on, and to make a `Model` of.
+    """Return a symbolic tensor to call modern layers on, and to make a `Model` of.
+
+    It belongs to no `Graph`, also inside ``with graph.as_default()``: sessions are fed by `gl.placeholder` (TensorFlow:
+    it is a placeholder of the graph in force).
 
     Parameters: `shape`, without the batch axis; `batch_size`, None if it varies; `batch_shape`, instead of both;
     `dtype`, float32 by default; `name`, ``input_1`` and so on by default.

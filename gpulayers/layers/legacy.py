@@ -12,7 +12,6 @@ from gpulayers.layers.core import CoreLayer
 from gpulayers.layers.naming import snake_case, unique_layer_name
 from gpulayers.scopes import VariableScope, find_variable, variable_scope
 from gpulayers.trace import GraphKeys, active_graph, recording_function
-from gpulayers.trace.graph import check_scope_name
 
 __all__ = ["LegacyLayer"]
 
@@ -23,7 +22,7 @@ class LegacyLayer(CoreLayer):
     Subclasses override `build(input_shape)`, which makes variables with `add_variable`, and `call(inputs)`.
 
     Parameters
-    - `trainable`: whether variables are made trainable.
+    - `trainable`: whether variables are made trainable; setting it later does not make those trainable that are not.
     - `name`: None for an automatic one; a `VariableScope` is taken as the scope's name.
     - `dtype`: of the variables; None takes the dtype of the first input or variable. Inputs are not cast.
     - `activity_regularizer`: function of each output, giving a loss divided by the batch size.
@@ -87,7 +86,6 @@ class LegacyLayer(CoreLayer):
         if self._scope is not None:
             return
         self._graph = active_graph()
-        check_scope_name(self._base_name)
         if self._reuse:
             with variable_scope(scope if scope is not None else self._base_name) as captured:
                 self._scope = captured
@@ -102,8 +100,7 @@ class LegacyLayer(CoreLayer):
         with variable_scope(self._scope, reuse=reuse, auxiliary_name_scope=False) as current:
             self._current_scope = current
             graph = active_graph()
-            prefix = current.original_name_scope
-            with graph.name_scope(prefix) if graph is not None and prefix else contextlib.nullcontext():
+            with graph.name_scope(current.original_name_scope) if graph is not None else contextlib.nullcontext():
                 yield current
 
     def _around_call(self, signature: Signature, kwargs: dict[str, Any], symbolic: bool) -> Any:
@@ -121,7 +118,7 @@ class LegacyLayer(CoreLayer):
                 kwargs["scope"] = current
             yield kwargs
 
-    def add_weight(self, name: Any = None, shape: Any = None, *arguments: Any, **keywords: Any) -> Any:  # noqa: D102
+    def add_weight(self, name: str, shape: Any, *arguments: Any, **keywords: Any) -> Any:  # type: ignore[override]  # noqa: D102
         regularizer = keywords.get("regularizer", arguments[2] if len(arguments) > 2 else None)
         partitioner = keywords.get("partitioner", arguments[5] if len(arguments) > 5 else None)
         if partitioner is not None and regularizer is not None and active_graph() is None:
@@ -131,6 +128,9 @@ class LegacyLayer(CoreLayer):
         return super().add_weight(name, shape, *arguments, **keywords)
 
     add_weight.__doc__ = CoreLayer.add_weight.__doc__
+
+    def _makes_trainable(self, trainable: bool) -> bool:
+        return trainable and self._trainable
 
     def _make_variable(self, **settings: Any) -> tuple[Any, bool]:
         self._settle_scope()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gpulayers import nest, ops
-from gpulayers.device import asarray, is_array
+from gpulayers.device import is_array
 from gpulayers.errors import message
 from gpulayers.layers.books import Entry, reachable, unique
 from gpulayers.layers.calling import call_context
@@ -38,8 +38,7 @@ class LossesPart(LayerHooks):
             if callable(loss) and not isinstance(loss, Recordable):
                 self._add_loss_function(loss, inputs is not None)
                 continue
-            if not isinstance(loss, Recordable) and not is_array(loss):
-                loss = asarray(loss, dtype="float32") if active_graph() is None else ops.identity(float(loss))
+            loss = self._loss_value(loss)
             self._check_loss(loss)
             entry = Entry(loss, inputs is not None)
             if isinstance(loss, GraphTensor) and not recording_function():
@@ -52,10 +51,15 @@ class LossesPart(LayerHooks):
 
     def _evaluate_loss(self, function: Callable[[], Any]) -> Any:
         with autocast(None):
-            value = function()
-        if value is None or isinstance(value, Recordable) or is_array(value):
-            return value
-        return asarray(value)
+            return self._loss_value(function())
+
+    def _loss_value(self, loss: Any) -> Any:
+        """Return a loss as `losses` shows it: numbers as float32, and in a graph arrays as tensors."""
+        if loss is None or isinstance(loss, Recordable) or (is_array(loss) and active_graph() is None):
+            return loss
+        if isinstance(loss, str | bytes):
+            raise TypeError(message(self._name, "not a loss", "a tensor, array, number, function or None", repr(loss)))
+        return ops.constant(loss, None if is_array(loss) else "float32")
 
     def _loss_entries(self) -> list[Entry]:
         entries = self._loss_book.entries(self._evaluate_loss)

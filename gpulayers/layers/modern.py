@@ -28,7 +28,7 @@ class Layer(CoreLayer):
     variables assigned as attributes are tracked.
 
     Parameters
-    - `trainable`: whether variables are made trainable. Setting it later sets it on sub-layers too.
+    - `trainable`: whether variables are listed as trainable. Settable, and then set on sub-layers too.
     - `name`: None for an automatic one (``dense``, ``dense_1``, ...).
     - `dtype`: a dtype or `Policy`; None takes the global policy (float32). Floating inputs are cast to its compute
       dtype unless ``autocast=False``; variables are read in that dtype inside `call`.
@@ -51,6 +51,8 @@ class Layer(CoreLayer):
     _autocast_default = True
 
     def _settle_name(self, name: Any, kwargs: dict[str, Any]) -> None:
+        if name is not None and not isinstance(name, str):
+            raise TypeError(message(type(self).__name__, "name is of a wrong type", "a str", repr(name)))
         self._name = name or unique_layer_name(snake_case(type(self).__name__), zero_based=True)
 
     def _default_policy(self) -> Policy:

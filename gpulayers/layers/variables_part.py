@@ -44,7 +44,8 @@ class VariablesPart(LayerHooks):
         - `initializer`: name, configuration or callable ``(shape, dtype=...)``; None: the scope's, else Glorot uniform
           for floating dtypes and zeros for integers and bools.
         - `regularizer`: gives an unconditional loss; not added again for a shared variable.
-        - `trainable`: counts only if the layer is trainable now.
+        - `trainable`: what `trainable_weights` lists while the layer is trainable. A legacy layer that is not trainable
+          now makes the variable non-trainable for good.
         - `constraint`: applied by optimizers after each update.
         - `partitioner`: cuts the variable; the result is then a `PartitionedVariable`. None: the scope's; False: none.
         - also `use_resource`, `synchronization`, `aggregation`, `experimental_autocast`, `collections`.
@@ -60,7 +61,7 @@ class VariablesPart(LayerHooks):
             if trainable:
                 raise LayerError(message(self._name, "a variable with synchronization ON_READ cannot be trainable"))
             trainable = False
-        trainable = True if trainable is None else trainable
+        trainable = self._makes_trainable(trainable is None or bool(trainable))
         shape = () if shape is None else shape
         dtype = as_dtype(dtype if dtype is not None else (self.dtype or "float32"))
         if self._policy.variable_dtype is None:
@@ -72,14 +73,14 @@ class VariablesPart(LayerHooks):
                 shape=TensorShape(shape),
                 dtype=dtype,
                 initializer=initializer,
-                trainable=bool(trainable) and self._trainable,
+                trainable=trainable,
                 constraint=constraints.get(constraint),
                 partitioner=partitioner,
                 autocast=kwargs.get("experimental_autocast", True) and self._autocast and is_floating(dtype),
                 collections=kwargs.get("collections"),
             )
         for part in flat_variables(variable):
-            self._weight_book.add(part)
+            self._weight_book.add(part, trainable)
             if regularizer is not None and is_new:
                 self._add_weight_loss(regularizers.get(regularizer), part)
         return variable

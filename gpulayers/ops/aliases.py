@@ -2,6 +2,8 @@
 
 `TOP` holds what stands at the top of TensorFlow (``tf.reduce_mean``), `NN` what stands in ``tf.nn``. Where names,
 order and defaults are the same in both worlds the operation itself is listed.
+
+`name` keeps its place in the order and names nothing: a node is named after its type, within the scope in force.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from gpulayers.errors import UninitializedError, message
+from gpulayers.dtypes import TensorShape
+from gpulayers.errors import ShapeError, UninitializedError, message
 from gpulayers.ops.operation import Operation, Recordable, Spec
 from gpulayers.trace.tensor import RecordedTensor
 
@@ -172,10 +173,18 @@ def _assign(xp: Any, value: Any, *, stored: StoredValue) -> Any:
     return stored.read()
 
 
+def _assign_spec(value: Spec, stored: StoredValue) -> Spec:
+    if not TensorShape(value.shape).is_compatible_with(stored.static_shape):
+        raise ShapeError(
+            message(stored.name, "a value of another shape is assigned", stored.static_shape, TensorShape(value.shape))
+        )
+    return Spec(stored.static_shape, stored.static_dtype)
+
+
 assign_stored = Operation(
     "assign_stored",
     _assign,
-    spec=lambda value, stored: Spec(stored.static_shape, stored.static_dtype),
+    spec=_assign_spec,
     type="Assign",
     stateful=True,
     doc="Give a variable a new value and return it.",

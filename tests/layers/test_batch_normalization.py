@@ -43,6 +43,13 @@ def test_axis_of_a_wrong_type_is_refused_by_the_constructor(family, axis):
 
 
 @BOTH
+def test_numpy_integers_in_a_list_of_axes(family):
+    layer = family.BatchNormalization(axis=list(np.arange(1, 2)))
+    layer(np.ones((2, 3, 4), "float32"))
+    assert layer.axis == [1] and type(layer.axis[0]) is int
+
+
+@BOTH
 @pytest.mark.parametrize(
     ("keywords", "shape", "error", "text"),
     [
@@ -103,6 +110,8 @@ def test_a_batch_that_sub_batches_do_not_divide(family, size):
 def test_integer_input_and_unknown_keywords():
     with pytest.raises(TypeError, match="floating"):
         BN()(np.ones((2, 3), "int32"))
+    with pytest.raises(TypeError, match="floating"):
+        BN(dtype="int32")(X)
     with pytest.raises(TypeError, match="not understood"):
         BN(no_such_keyword=1)
     BN(synchronized=True)
@@ -438,11 +447,27 @@ def test_not_trainable_normalises_by_the_batch_without_updates_in_the_legacy_lay
     close(modern(x, training=True), [[2.9985], [4.9975]], atol=1e-4)
     for layer in (legacy, modern):
         np.testing.assert_array_equal(layer.moving_mean.numpy(), [0.0])
-        assert layer.trainable_variables == [] and not layer.gamma.trainable
+        assert layer.trainable_variables == []
+    modern.trainable = legacy.trainable = True
+    assert modern.trainable_variables == [modern.gamma, modern.beta] and legacy.trainable_variables == []
     with gl.Graph().as_default():
         layer = BN(trainable=False)
         layer(gl.placeholder(gl.float32, (None, 3)), training=True)
         assert layer.updates == [] == gl.get_collection(gl.GraphKeys.UPDATE_OPS)
+
+
+@pytest.mark.parametrize("at_first", [True, False])
+def test_updates_of_a_call_that_was_not_trainable_show_again_when_it_is(at_first):
+    with gl.Graph().as_default(), gl.Session() as session:
+        x, layer = gl.placeholder(gl.float32, (None, 3)), BN(momentum=0.0, trainable=at_first)
+        layer.trainable = False
+        layer(x, training=True)
+        assert layer.updates == [] == gl.get_collection(gl.GraphKeys.UPDATE_OPS)
+        layer.trainable = True
+        assert len(layer.updates) == 2 == len(layer.get_updates_for(x))
+        session.run(gl.global_variables_initializer())
+        session.run(layer.updates, {x: X})
+        close(session.run(layer.moving_mean), X.mean(0))
 
 
 def test_toggling_trainable_moves_gamma_and_beta_and_stops_updates():
@@ -608,6 +633,25 @@ def test_clips_may_be_arrays_and_graph_tensors():
         session.run(gl.global_variables_initializer())
         for value in (1.0, 1.3):
             close(session.run(y, {x: X, limit: value}), renorm_truth(X.astype("float64"), 0.0, 1.0, rmax=value), 1e-4)
+
+
+@pytest.mark.parametrize("in_graph", [False, True])
+@pytest.mark.parametrize("clip", [lambda v: v, lambda v: lambda: v], ids=["number", "function"])
+def test_clips_are_not_rounded_to_bfloat16(clip, in_graph):
+    bfloat16 = gl.as_dtype("bfloat16")
+    x = (X * 8).astype(bfloat16)
+    clipping = {"rmax": clip(1.205), "dmax": clip(0.3)}  # 1.203125 in bfloat16
+
+    def normalised(inputs):
+        layer = BN(renorm=True, renorm_clipping=clipping)
+        if not in_graph:
+            return layer(inputs, training=True)
+        with gl.Graph().as_default(), gl.Session() as session:
+            y = layer(gl.constant(inputs), training=True)
+            session.run(gl.global_variables_initializer())
+            return session.run(y)
+
+    np.testing.assert_array_equal(normalised(x), normalised(x.astype("float32")).astype(bfloat16))
 
 
 # --- adjustment -------------------------------------------------------------------------------------------------------

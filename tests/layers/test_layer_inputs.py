@@ -390,3 +390,24 @@ def test_a_mask_goes_with_its_array():
     for _ in range(20):  # an array that takes the place of a dead one has no mask
         set_mask(np.ones(3), MASK)
         assert mask_of(np.ones(3)) is None
+
+
+@FAMILIES
+@pytest.mark.parametrize("inputs", [X, 2.5, [X, 3]], ids=["array", "number", "list"])
+def test_arrays_and_numbers_become_tensors_in_a_graph(graph, base, inputs):
+    outputs = base()(inputs)
+    with gl.Session() as session:
+        gl.nest.map_structure(np.testing.assert_array_equal, session.run(outputs), inputs)
+
+
+def test_losses_of_an_array_in_a_graph_depend_on_the_input_of_the_call(graph):
+    class Lossy(gl.layers.Layer):
+        def call(self, inputs):
+            self.add_loss(gl.reduce_sum(inputs), inputs=inputs)
+            return inputs
+
+    layer = Lossy()
+    y = layer(X)
+    assert layer.get_losses_for(y) == layer.losses and layer.get_losses_for(None) == []
+    with gl.Session() as session:
+        assert session.run(layer.losses) == [6.0]

@@ -74,14 +74,31 @@ def test_nested_lists_none_numbers_and_callables(base):
     layer = base()
     layer.build(())
     layer.add_loss([lambda: 2, [None, lambda: None], lambda: gl.asarray(1.5)])
-    assert [float(loss) for loss in layer.losses] == [2.0, 1.5]
+    assert [(float(loss), loss.dtype.name) for loss in layer.losses] == [(2.0, "float32"), (1.5, "float32")]
 
 
 def test_numbers_become_float32_tensors(session):
     layer = gl.layers.Layer()
-    layer.add_loss([1, 2.5])
+    layer.add_loss([1, 2.5, lambda: 3])
     assert all(loss.dtype == np.float32 for loss in layer.losses)
-    assert session.run(layer.losses) == [1.0, 2.5]
+    assert session.run(layer.losses) == [1.0, 2.5, 3.0]
+
+
+def test_arrays_become_tensors_in_a_graph(session):
+    layer = gl.layers.Layer()
+    layer.add_loss([np.float32(1.5), lambda: np.float64(2.5)])
+    assert session.run(layer.losses) == [1.5, 2.5] == session.run(collection("REGULARIZATION_LOSSES"))
+
+
+@FAMILIES
+def test_a_text_is_no_loss(base):
+    layer = base()
+    layer.build(())
+    with pytest.raises(TypeError, match="not a loss"):
+        layer.add_loss("l2")
+    layer.add_loss(lambda: "l2")
+    with pytest.raises(TypeError, match="not a loss"):
+        _ = layer.losses
 
 
 @FAMILIES

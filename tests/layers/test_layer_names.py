@@ -166,6 +166,12 @@ def test_an_empty_name_is_automatic(graph, base):
     assert base(name="").name.startswith("layer")
 
 
+@pytest.mark.parametrize("name", [3, 0, b"dense"])
+def test_a_modern_name_is_text(name):
+    with pytest.raises(TypeError, match="name is of a wrong type"):
+        gl.keras.layers.Dense(2, name=name)
+
+
 def test_given_names_are_not_counted(graph):
     assert gl.layers.Dense(1, name="dense_1").name == "dense_1"
     assert gl.layers.Dense(1).name == "dense_1"
@@ -575,3 +581,11 @@ def test_a_modern_layer_may_make_variables_in_call():
     layer = Lazy()
     np.testing.assert_array_equal(layer(X), X)
     assert len(layer.weights) == 1
+
+
+def test_a_layer_named_after_the_root_scope_puts_its_variables_there(x):
+    layer = MyLayer2D(name=gl.get_variable_scope())
+    with gl.name_scope("n"):
+        y = layer(x)
+    assert (layer.scope_name, [v.name for v in layer.variables]) == ("", ["kernel:0"])
+    assert "/" not in y.name

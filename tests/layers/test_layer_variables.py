@@ -67,13 +67,28 @@ def test_the_collection_does_not_follow_the_toggle():
         assert gl.trainable_variables() == [layer.b, layer.c]
 
 
-@FAMILIES
-def test_not_trainable_from_the_start(in_mode, base):
-    layer = four(base, trainable=False)
+def test_a_legacy_layer_that_is_not_trainable_from_the_start(in_mode):
+    layer = four(gl.layers.Layer, trainable=False)
     assert short(layer.non_trainable_weights) == "abcd" and not any(v.trainable for v in layer.weights)
     assert gl.trainable_variables() == []
     layer.trainable = True
     assert layer.trainable_weights == [] and short(layer.weights) == "abcd"
+
+
+def test_a_legacy_layer_that_is_not_trainable_shares_variables_as_not_trainable():
+    with gl.Graph().as_default():
+        maker = four(gl.layers.Layer, name="shared")
+        user = four(gl.layers.Layer, name="shared", _reuse=True, trainable=False)
+        user.trainable = True
+        assert user.trainable_weights == [] and short(user.non_trainable_weights) == "abcd"
+        assert user.weights[1] is maker.b and short(maker.trainable_weights) == "bc"
+
+
+def test_a_modern_layer_that_is_not_trainable_from_the_start_can_become_so(in_mode):
+    layer = four(gl.keras.layers.Layer, trainable=False)
+    assert layer.trainable_weights == [] and short(layer.non_trainable_weights) == "bcad"
+    layer.trainable = True
+    assert short(layer.trainable_weights) == "bc" and short(layer.non_trainable_weights) == "ad"
 
 
 def test_a_custom_getter_that_overrides_trainable_moves_the_variable():
@@ -180,6 +195,15 @@ def test_legacy_name_and_shape_are_required():
         gl.layers.Layer().add_variable("v")
     with pytest.raises(TypeError):
         gl.layers.Layer().add_variable(shape=(2,))
+    with pytest.raises(TypeError):
+        gl.layers.Layer().add_weight("v")
+    with pytest.raises(TypeError):
+        gl.layers.Layer().add_weight(shape=(2,))
+
+
+def test_a_name_that_is_not_legal_in_a_graph():
+    with gl.Graph().as_default(), pytest.raises(ValueError, match="not a valid scope name"):
+        gl.layers.Layer().add_variable("a b", (2,))
 
 
 @FAMILIES
@@ -219,7 +243,7 @@ def test_an_array_is_no_initializer(in_mode, base):
 
 
 @FAMILIES
-def test_a_callable_that_takes_no_shape_is_a_type_error(base):
+def test_a_callable_that_takes_no_shape_is_a_type_error(in_mode, base):
     with pytest.raises(TypeError):
         base().add_weight("v", (2,), initializer=lambda: np.ones(2))
 

@@ -337,6 +337,45 @@ def test_save_and_load(tmp_path, suffix):
     assert not np.allclose(first(values), changed)
 
 
+class Pair(K.Layer):
+    """Two layers of one kind and size."""
+
+    def __init__(self, **keywords):
+        super().__init__(**keywords)
+        self.first, self.second = K.Dense(3), K.Dense(3)
+
+    def call(self, inputs):
+        return self.second(self.first(inputs))
+
+
+def test_weights_keep_their_order_and_names_whatever_is_trainable():
+    x = gl.keras.Input((3,))
+    model = gl.keras.Model(x, K.Dense(3)(K.BatchNormalization()(Pair()(K.Dense(3)(x)))))
+    before, names = [id(w) for w in model.weights], {name: id(w) for name, w in model.named_weights().items()}
+    shapes = [w.shape for w in model.weights]
+    assert shapes == [(3, 3), (3,)] * 3 + [(3,)] * 4 + [(3, 3), (3,)]
+    for layer in (model.layers[1], model.layers[3], model):
+        layer.trainable = False
+        assert [id(w) for w in model.weights] == before
+    model.trainable = True
+    model.layers[2].first.trainable = False
+    assert {name: id(w) for name, w in model.named_weights().items()} == names
+
+
+def test_input_and_output_of_a_model_are_what_it_was_made_of():
+    x = gl.keras.Input((3,))
+    hidden = K.Dense(2)(x)
+    y = K.Dense(1)(hidden)
+    model, both = gl.keras.Model([x], [y]), gl.keras.Model({"x": x}, [hidden, y])
+    gl.keras.Model(x, model(x))
+    assert model.input is x and model.output is y
+    assert (model.input_shape, model.output_shape) == ((None, 3), (None, 1))
+    assert (both.input_shape, both.output_shape) == ({"x": (None, 3)}, [(None, 2), (None, 1)])
+    assert model(data(4, 3)).shape == (4, 1) and [part.shape for part in both({"x": data(4, 3)})] == [(4, 2), (4, 1)]
+    with pytest.raises(AttributeError):
+        _ = gl.keras.Model().input_shape
+
+
 def test_loading_is_strict_and_changes_nothing_on_error(tmp_path):
     x = gl.keras.Input((3,))
     model = gl.keras.Model(x, K.Dense(2, name="head")(x))

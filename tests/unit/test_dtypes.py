@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import gpulayers as gl
 from gpulayers import dtypes
 from gpulayers.dtypes import Policy, TensorShape, broadcast_static_shape
 
@@ -29,6 +30,12 @@ def test_bfloat16_is_a_floating_dtype_of_two_bytes():
     pytest.importorskip("ml_dtypes")
     assert dtypes.as_dtype("bfloat16") == dtypes.bfloat16 and dtypes.bfloat16.itemsize == 2
     assert dtypes.is_floating("bfloat16") and dtypes.parameter_dtype("bfloat16") == np.float32
+
+
+def test_bfloat16_stands_in_both_faces():
+    assert gl.compat.v1.bfloat16 is gl.bfloat16 and gl.bfloat16.name == "bfloat16"
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = gl.compat.v1.no_such_name
 
 
 def test_parameter_dtype_is_float32_for_16_bits():

@@ -38,8 +38,9 @@ def test_a_scope_object_is_entered_exactly_from_anywhere():
     assert inner.name == "a/b"
 
 
-def test_a_scope_needs_a_name():
-    with pytest.raises(ValueError, match="no name"), gl.variable_scope(None):
+@pytest.mark.parametrize(("name", "wrong"), [(None, "no name"), (3, "wrong type"), (b"a", "wrong type")])
+def test_a_scope_needs_a_name(name, wrong):
+    with pytest.raises(TypeError, match=wrong), gl.variable_scope(name):
         pass
 
 
@@ -73,6 +74,22 @@ def test_openings_are_counted_for_each_parent():
     assert uniquely() == "s"
 
 
+def test_a_scope_that_was_entered_by_its_object_counts_as_opened():
+    with gl.variable_scope("p"), gl.variable_scope("s") as inner:
+        pass
+    with gl.variable_scope(inner):
+        pass
+    with gl.variable_scope("p"):
+        assert uniquely() == "p/s_1"
+
+
+def test_leaving_a_scope_without_a_name_leaves_the_counts():
+    assert uniquely() == "s"
+    with gl.variable_scope(""):
+        pass
+    assert uniquely() == "s_1"
+
+
 @pytest.mark.parametrize("reuse", [None, True, gl.AUTO_REUSE])
 def test_entering_a_parent_again_starts_the_count_again(reuse):
     with gl.variable_scope("p"):
@@ -90,6 +107,24 @@ def test_operations_are_named_after_the_scope_and_its_number():
         assert again.original_name_scope == "a_1/"
     with gl.variable_scope("a", auxiliary_name_scope=False):
         assert "/" not in (x * x).name
+    with gl.name_scope("n"), gl.variable_scope("b", auxiliary_name_scope=False) as inner:
+        assert inner.original_name_scope == "n/"
+
+
+def test_a_default_name_is_counted_apart_for_operations_and_for_variables():
+    x = gl.placeholder(gl.float32, ())
+    with gl.name_scope("s"):
+        pass
+    with gl.variable_scope(None, default_name="s") as first:
+        assert (first.name, (x * x).name.rpartition("/")[0]) == ("s", "s_1")
+    with gl.variable_scope(None, default_name="s") as second:
+        assert (second.name, (x * x).name.rpartition("/")[0]) == ("s_1", "s_2")
+
+
+def test_a_scope_called_nothing_stays_in_the_name_scope():
+    x = gl.placeholder(gl.float32, ())
+    with gl.name_scope("n"), gl.variable_scope(gl.get_variable_scope()) as scope:
+        assert (scope.name, (x * x).name.rpartition("/")[0]) == ("", "n")
 
 
 # --- sharing ----------------------------------------------------------------------------------------------------------
@@ -127,6 +162,33 @@ def test_reuse_is_inherited_and_not_undone_inside():
     with gl.variable_scope("a", reuse=gl.AUTO_REUSE), gl.variable_scope("b") as inner:
         assert inner.reuse is gl.AUTO_REUSE
         assert gl.get_variable("v", (2,)) is v
+
+
+def test_reuse_false_inherits_as_none_does():
+    with gl.variable_scope("a", reuse=gl.AUTO_REUSE), gl.variable_scope("b", reuse=False) as inner:
+        assert inner.reuse is gl.AUTO_REUSE
+
+
+def test_a_scope_object_brings_its_own_reuse():
+    with gl.variable_scope("a") as a, gl.variable_scope("b", reuse=True) as b:
+        pass
+    with gl.variable_scope("outer", reuse=True), gl.variable_scope(a) as again:
+        assert again.reuse is False
+        with gl.variable_scope(b, reuse=gl.AUTO_REUSE) as inner:
+            assert inner.reuse is gl.AUTO_REUSE
+
+
+@pytest.mark.parametrize("reuse", [True, gl.AUTO_REUSE])
+def test_a_default_name_does_not_go_with_reuse(reuse):
+    with pytest.raises(ValueError, match="cannot be used without name_or_scope"):
+        gl.variable_scope(None, default_name="s", reuse=reuse).__enter__()
+    assert uniquely() == "s"
+
+
+@pytest.mark.parametrize("reuse", [1, "yes"])
+def test_a_reuse_that_is_not_known(reuse):
+    with pytest.raises(ValueError, match="reuse is not known"), gl.variable_scope("a", reuse=reuse):
+        pass
 
 
 def test_reuse_variables_switches_from_here_on():
@@ -172,6 +234,34 @@ def test_an_array_is_an_initializer_and_gives_the_shape():
         np.testing.assert_array_equal(session.run(v), [0.0, 1.0, 2.0])
 
 
+@pytest.mark.parametrize(
+    ("value", "shape", "dtype"),
+    [(3.0, (), "float32"), (3, (), "int32"), ([1.0, 2.0], (2,), "float32"), (np.ones((2, 1)), (2, 1), "float64")],
+)
+def test_a_value_as_initializer_gives_shape_and_dtype(value, shape, dtype):
+    with gl.Session() as session:
+        v = gl.get_variable("v", initializer=value)
+        assert (v.shape, v.dtype) == (shape, np.dtype(dtype))
+        assert gl.get_variable("w", initializer=value, dtype=gl.float32).dtype == np.float32
+        session.run(gl.global_variables_initializer())
+        np.testing.assert_array_equal(session.run(v), value)
+    with gl.variable_scope("", reuse=True):
+        assert gl.get_variable("v", initializer=value) is v
+
+
+def test_a_function_without_arguments_gives_the_shape():
+    assert gl.get_variable("v", initializer=lambda: np.ones((3, 1), "float32")).shape == (3, 1)
+
+
+@pytest.mark.parametrize("initializer", [None, "ones", gl.ones_initializer()])
+def test_a_new_variable_needs_a_shape(initializer):
+    with pytest.raises(ValueError, match="v: has no shape"):
+        gl.get_variable("v", initializer=initializer)
+    v = gl.get_variable("v", (2,))
+    with gl.variable_scope("", reuse=True):
+        assert gl.get_variable("v") is v
+
+
 @pytest.mark.parametrize(("shape", "expected"), [(3, (3,)), ((), ()), (gl.TensorShape((2, 3)), (2, 3)), ([2], (2,))])
 def test_kinds_of_shape(shape, expected):
     assert gl.get_variable("v", shape).shape == expected
@@ -202,7 +292,18 @@ def test_defaults_of_the_scope_and_their_inheritance():
         session.run(gl.global_variables_initializer())
         np.testing.assert_array_equal(session.run([one, two, zero]), [[1, 1], [1, 1], [0, 0]])
     assert one.dtype == two.dtype == np.float64 and zero.dtype == np.float32
-    assert one.constraint is two.constraint is constraint
+    assert one.constraint is constraint and two.constraint is None  # the one that only holds where it was given
+
+
+def test_variables_of_a_scope():
+    with gl.variable_scope("a") as a:
+        v, w = gl.get_variable("v", (2,)), gl.get_variable("w", (2,), trainable=False)
+    with gl.variable_scope("ab"):
+        other = gl.get_variable("v", (2,))
+    assert a.global_variables() == [v, w] and a.trainable_variables() == [v]
+    assert gl.get_variable_scope().global_variables() == [v, w, other]
+    gl.add_to_collection("mine", w)
+    assert a.get_collection("mine") == [w]
 
 
 def test_setters_of_a_scope():

@@ -205,11 +205,54 @@ def test_a_variable_of_a_graph_is_used_eagerly_only_after_it_has_a_value():
         _ = v.value
 
 
-def test_an_initial_value_that_is_a_graph_tensor_is_refused():
+def test_an_initial_value_may_be_a_tensor_of_the_graph():
+    with gl.Graph().as_default(), gl.Session() as session:
+        x = gl.placeholder(gl.float64, (2,))
+        zeros, fed = gl.Variable(gl.zeros((2, 3)), name="zeros"), gl.Variable(x * 2.0)
+        shared = gl.get_variable("shared", initializer=gl.constant([1, 2]))
+        assert (zeros.shape, fed.dtype, shared.dtype) == ((2, 3), np.float64, np.int32)
+        with pytest.raises(RuntimeError, match="global_variables_initializer"):
+            session.run(zeros)
+        for start in (1.0, 2.0):
+            session.run(gl.global_variables_initializer(), {x: [start, 3.0]})
+            np.testing.assert_array_equal(session.run(fed), [2 * start, 6.0])
+        np.testing.assert_array_equal(session.run(zeros), np.zeros((2, 3)))
+        np.testing.assert_array_equal(session.run(shared), [1, 2])
+        with pytest.raises(ValueError, match="fully known"):
+            gl.Variable(gl.placeholder(gl.float32, (None,)))
+        assert len(gl.global_variables()) == 3
+
+
+def test_a_function_cannot_make_a_variable_of_what_it_computes():
+    with pytest.raises(StateError, match="graph tensor"):
+        gl.function(lambda x: gl.Variable(x) * 1.0)(np.ones(2, "float32"))
+
+
+def test_assigning_another_shape_in_a_graph_is_an_error_at_once():
     with gl.Graph().as_default():
-        x = gl.placeholder(gl.float32, (2,))
-        with pytest.raises(StateError, match="graph tensor"):
-            gl.Variable(x)
+        v = gl.get_variable("v", (2,))
+        with pytest.raises(ValueError, match="v:0: a value of another shape"):
+            v.assign(np.ones(3))
+        v.assign(gl.placeholder(gl.float32, (None,)))
+
+
+def test_eval_and_load():
+    with gl.Graph().as_default():
+        v = gl.get_variable("v", (2,))
+        with pytest.raises(ValueError, match="no default session"):
+            v.eval()
+        with gl.Session() as session:
+            v.load([1.0, 2.0])
+            np.testing.assert_array_equal(v.eval(), [1.0, 2.0])
+            v.load(np.array([3, 4]), session)
+            np.testing.assert_array_equal(v.eval(session), [3.0, 4.0])
+            with pytest.raises(ValueError, match="another shape"):
+                v.load([1.0])
+
+
+def test_a_constraint_that_is_not_callable():
+    with pytest.raises(ValueError, match="not callable"):
+        gl.Variable([1.0], constraint=3)
 
 
 def test_eager_variables_are_freed_when_nobody_holds_them():
@@ -280,6 +323,7 @@ def test_an_axis_that_the_shape_does_not_have(partitioner):
         (lambda **_: [2], (4, 2), "another length"),
         (lambda **_: [0, 1], (4, 2), "one axis at most"),
         (lambda **_: [2, 2], (4, 2), "one axis at most"),
+        (lambda **_: [5, 1], (4, 2), "more parts than there are"),
         (FIXED(2), (None, 2), "fully"),
     ],
 )
@@ -317,6 +361,11 @@ def test_the_initializer_is_told_where_each_part_begins():
     v = gl.get_variable("cut", (7, 2), initializer=initializer, partitioner=FIXED(3))
     assert told == [([3, 2], [7, 2], [0, 0]), ([2, 2], [7, 2], [3, 0]), ([2, 2], [7, 2], [5, 0])]
     np.testing.assert_array_equal(v.numpy()[:, 0], np.arange(7))
+
+
+def test_an_initializer_may_demand_partition_info():
+    v = gl.get_variable("whole", (2,), initializer=lambda shape, dtype, partition_info: np.ones(shape, dtype))
+    assert v.shape == (2,)
 
 
 def test_an_initializer_that_does_not_take_partition_info_gets_the_parts_shape():

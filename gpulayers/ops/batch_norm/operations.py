@@ -7,7 +7,7 @@ it has.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -209,7 +209,15 @@ _training_backward = Operation(
     doc="Gradients of `batch_norm_training`: dx, dgamma, dbeta (C values each), and of a residual.",
 )
 
-batch_norm_training = Operation(
+class _TrainingOperation(Operation):
+    """An operation whose numbers, the clips of renorm, meet parameters: they are not rounded to 16-bit data's dtype."""
+
+    def as_arrays(self, inputs: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
+        xp, arrays = super().as_arrays(inputs)
+        return xp, [v if type(v) in (int, float) else array for v, array in zip(inputs, arrays, strict=True)]
+
+
+batch_norm_training = _TrainingOperation(
     "batch_norm_training",
     _training,
     spec=_training_spec,
