@@ -9,6 +9,7 @@ import pytest
 from gpulayers.launch import kernel_list
 from tests.kernels.nvrtc import (
     ARCHITECTURES,
+    BETWEEN,
     RELATIVES,
     compile_for,
     one_of_each,
@@ -38,17 +39,20 @@ def test_compiles_without_spills(specialisation):
     check(specialisation, 90)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+SLOW = [pytest.param(architecture, marks=pytest.mark.slow) for architecture in ARCHITECTURES]
+LONG = [pytest.param(architecture, marks=pytest.mark.long) for architecture in BETWEEN]
+
+
+@pytest.mark.parametrize("architecture", SLOW + LONG)
 @pytest.mark.parametrize("specialisation", SPECIALISATIONS, ids=repr)
 def test_every_specialisation_compiles_without_spills(specialisation, architecture):
     check(specialisation, architecture)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", RELATIVES)
+@pytest.mark.parametrize("architecture", BETWEEN + RELATIVES)
 @pytest.mark.parametrize("specialisation", ONE_OF_EACH, ids=repr)
-def test_compiles_without_spills_for_relatives(specialisation, architecture):
+def test_compiles_without_spills_for_others(specialisation, architecture):
     check(specialisation, architecture)
 
 
