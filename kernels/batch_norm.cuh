@@ -18,6 +18,8 @@
 //   columns have no work.
 // Work: block = (group, slab, split); the splits of a slab take U / splits of its units each, the first U mod splits of
 //   them one more, a unit being a row (CHANNELS_LAST) or a packet of neighbours.
+// Loops: forward with and without a residual, backward without a ReLU, with one whose signs x tells, and for everything
+//   else. What a loop asks at every packet is issued whatever the answer, and would be half of its instructions.
 // Statistics: each thread sums x - p and (x - p)^2 around its own first value p; (count, mean, square) triples are merged
 //   by Chan's formula in a fixed tree, blocks' triples in double in a fixed order. The means are kept relative to the
 //   channel's first value, so that nothing is lost where mean / sigma is large: as that value is one of the N, the mean

@@ -59,8 +59,7 @@ __device__ __forceinline__ uint32 bits_of(const Packet& x, const A (&pivot)[held
     return bits;
 }
 
-// How a pass learns where a ReLU let the gradient pass. What is asked for at every packet costs as many instructions as the
-// arithmetic, so the common cases have loops of their own.
+// How a pass learns where a ReLU let the gradient pass. Each case has loops of its own.
 enum class Signs {
     all,       // there was no ReLU, and the pass does what it is for, no more
     of_input,  // x tells, by the forward's factors; else as `all`

@@ -196,8 +196,7 @@ template <typename Arguments> __device__ __forceinline__ A floor_of(const Argume
     return arguments.relu ? A(0) : static_cast<A>(__uint_as_float(0xff800000u));  // -infinity
 }
 
-// Writes y over a split, and the bits of a ReLU behind a residual unless null. `added`: there is a residual; options that
-// are asked for at every packet cost as many instructions as the arithmetic, so each case has a loop of its own.
+// Writes y over a split, and the bits of a ReLU behind a residual unless null. `added`: there is a residual.
 template <bool added, typename Arguments, typename Keeper>
 __device__ __forceinline__ void normalise_packets(
     const Arguments& arguments, const Place& p, Keeper& keeper, const A (&pivot)[held], const A (&a)[held], const A (&b)[held]) {
