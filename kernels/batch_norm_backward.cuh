@@ -70,10 +70,10 @@ template <Signs signs> struct Case {
     static constexpr Signs value = signs;
 };
 
-// Calls use(case) with the case at hand; `more`: the pass has more to do.
-template <typename Arguments, typename Use>
+// Calls use(case) with the case at hand, which is `any` unless cases are apart; `more`: the pass has more to do.
+template <bool apart, typename Arguments, typename Use>
 __device__ __forceinline__ void for_signs(const Arguments& arguments, bool more, Use use) {
-    if (more || arguments.bits || arguments.y) {
+    if (!apart || more || arguments.bits || arguments.y) {
         use(Case<Signs::any>{});
     } else if (arguments.recompute) {
         use(Case<Signs::of_input>{});
@@ -158,7 +158,7 @@ __device__ __forceinline__ void sums_of_split(const Arguments& arguments, const 
     for (int32 i = 0; i < held; ++i) sum[i] = product[i] = A(0);
     own_channels(pivots, pivot);
     factors.own();
-    for_signs(arguments, ends_here || arguments.dresidual, [&](auto found) {
+    for_signs<Keeper::cases_apart>(arguments, ends_here || arguments.dresidual, [&](auto found) {
         sum_packets<decltype(found)::value>(arguments, p, keeper, ends_here, pivots, factors, pivot, sum, product);
     });
     A sums[2 * held];
@@ -326,7 +326,7 @@ __device__ __forceinline__ void apply_split(const Arguments& arguments, const Pl
     own_channels(pivots, pivot);
     factors.own();
     corrections.own();
-    for_signs(arguments, false, [&](auto found) {
+    for_signs<Keeper::cases_apart>(arguments, false, [&](auto found) {
         apply_packets<decltype(found)::value>(arguments, p, keeper, factors, corrections, pivot);
     });
 }

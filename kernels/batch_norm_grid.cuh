@@ -36,7 +36,7 @@ struct InRegisters {
 // The first units of a split stay in registers, the next ones in shared memory, the rest is read twice.
 template <int32 packets> struct KeepOnChip {
     static constexpr int32 units = register_units<packets>;
-    static constexpr bool one_launch = true;
+    static constexpr bool one_launch = true, cases_apart = true;
     // Pairs of doubles, and the walk through the units of rows beside them, take many registers.
     static constexpr bool scarce = packets == 2 && sizeof(STORAGE) == 8 && width == 1 && !CHANNELS_LAST;
     static constexpr int32 first_ahead = scarce ? 1 : 4 / packets;

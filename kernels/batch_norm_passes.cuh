@@ -69,7 +69,7 @@ constexpr bool full_apart = packets == 1 || (!one_launch && held < 8 && sizeof(A
 
 // Keepers say how the two passes go through a block's split. `packets` is what they keep of a unit; `first_ahead` and
 // `second_ahead<loaded>` are the most units in flight in a pass, the second one's by the packets that it loads for each;
-// `one_launch` says that the same launch does both passes.
+// `one_launch` says that the same launch does both passes; `cases_apart`, whether backward has loops for each case.
 
 // The second pass reads everything again, backwards: what was read last may still be in the L2 cache. A block of one launch
 // has a multiprocessor nearly for itself, so it has more in flight; so have threads that load less than 16 bytes.
@@ -78,9 +78,11 @@ template <int32 packets> struct KeepNothing {
     // Forward, with all factors in registers, these leave few of them.
     static constexpr bool scarce = packets == 1 && (held == 8 || sizeof(A) == 8);
 #if defined(GL_ENTRY_gl_bn_forward) || defined(GL_ENTRY_gl_bn_backward)
+    static constexpr bool cases_apart = false;  // so small a slab is soon done, and more loops take more registers
     static constexpr int32 first_ahead = (scarce ? 4 : held == 8 ? 6 : 8) / packets;
     template <int32 loaded> static constexpr int32 second_ahead = FOLDED && loaded == 2 ? 3 : 4;
 #else
+    static constexpr bool cases_apart = true;
     // Fewer where the walk through the units of rows takes registers, and fewest where statistics take them, too.
 #if defined(GL_ENTRY_gl_bn_statistics)
     static constexpr int32 more_of_rows = width == 2 && sizeof(STORAGE) == 4 ? -1 : 0;
@@ -111,7 +113,7 @@ template <int32 packets> struct KeepNothing {
 // The whole split stays in dynamic shared memory. Such blocks fill a multiprocessor alone, so more loads are in flight; in
 // the second pass they are those of a residual. Units of ragged rows take more registers.
 template <int32 packets> struct KeepShared {
-    static constexpr bool one_launch = true;
+    static constexpr bool one_launch = true, cases_apart = true;
     static constexpr int32 first_ahead = (RAGGED && packets == 1 ? 6 : 8) / packets;
     template <int32 loaded> static constexpr int32 second_ahead = 4 / packets;
     unsigned char* memory;
