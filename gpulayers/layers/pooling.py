@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 from gpulayers import ops
 from gpulayers.dtypes import TensorShape
 from gpulayers.layers.core import CoreLayer
-from gpulayers.layers.kernel import one_shape
+from gpulayers.layers.kernel import one_shape, window_places
 from gpulayers.layers.legacy import LegacyLayer
 from gpulayers.layers.modern import Layer
 from gpulayers.layers.spec import InputSpec
-from gpulayers.ops.windows import numbers, out_size, parse_format, parse_padding
+from gpulayers.ops.static import static_shape
+from gpulayers.ops.windows import Window, numbers, parse_format, parse_padding
 
 __all__ = [
     "AveragePooling1D",
@@ -50,14 +51,16 @@ class PoolingMixin(CoreLayer):
 
     def call(self, inputs: Any) -> Any:
         """Return one value for each place of the window and each channel."""
+        if (shape := static_shape(inputs)) is not None:
+            self.compute_output_shape(shape)
         return type(self)._pool(inputs, self.pool_size, self.strides, self.padding, self.data_format)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """Return the shape of the result. Raises TypeError for no shape, ValueError for one that does not fit."""
         n, *rest = one_shape(self._name, input_shape, range(self._spatial + 2, self._spatial + 3))
         channels, spatial = (rest[-1], rest[:-1]) if self._last else (rest[0], rest[1:])
-        rows = zip(spatial, self.pool_size, self.strides, strict=True)
-        sizes = [out_size(size, k, s, 1, self.padding) for size, k, s in rows]
+        ones = (1,) * self._spatial
+        sizes = window_places(self._name, spatial, Window(self.pool_size, self.strides, ones, self.padding))
         return TensorShape([n, *sizes, channels] if self._last else [n, channels, *sizes])
 
     def get_config(self) -> dict[str, Any]:
@@ -89,7 +92,8 @@ class MaxPooling2D(_Modern):
     """The largest value of each window: ``gl.keras.layers.MaxPooling2D``.
 
     `x`: (n, h, w, c), or (n, c, h, w) with `data_format` "channels_first". `pool_size` and `strides` (None means
-    `pool_size`): one integer or one for each axis. `padding`: "valid" or "same". Raises ValueError unless x has 4 axes.
+    `pool_size`): one integer or one for each axis. `padding`: "valid" or "same". Raises ValueError unless x has 4 axes,
+    and where a "valid" window is longer than x (TensorFlow in eager mode: an empty result in some cases).
     Source: ``tf.keras.layers.MaxPooling2D``.
 
     >>> import numpy as np, gpulayers as gl

@@ -77,7 +77,7 @@ def taps(window: Window, places: tuple[int, ...]) -> Iterator[tuple[tuple[int, .
         yield (
             tap,
             tuple(
-                slice(t * d, t * d + (count - 1) * s + 1, s)
+                slice(t * d, t * d + (count - 1) * s + 1 if count else t * d, s)
                 for t, d, s, count in zip(tap, window.dilation, window.strides, places, strict=True)
             ),
         )

@@ -447,7 +447,7 @@ def test_output_shapes():
     "make",
     [
         lambda: layers.LSTM(3, dropout=0.5, kernel_regularizer="l2", return_state=True, name="a"),
-        lambda: layers.GRU(3, reset_after=False, activation="relu", go_backwards=True),
+        lambda: layers.GRU(3, reset_after=False, activation="relu", go_backwards=True, activity_regularizer="l1"),
         lambda: layers.SimpleRNN(3, use_bias=False, unroll=True),
         lambda: layers.RNN([RNNCellResidualWrapper(layers.GRUCell(3)), layers.LSTMCell(3)], return_sequences=True),
         lambda: layers.RNN(RNNCellResidualWrapper(layers.GRUCell(3)), zero_output_for_mask=True),
@@ -458,6 +458,7 @@ def test_configurations_survive_json(make):
     config = json.loads(to_json(layer.get_config()))
     twin = type(layer).from_config(config)
     assert twin.get_config() == layer.get_config()
+    assert (twin.activity_regularizer is None) == (layer.activity_regularizer is None)
 
 
 def test_layers_show_their_cells_arguments():
