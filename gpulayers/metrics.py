@@ -148,11 +148,11 @@ def _snake(name: str) -> str:
     return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
 
 
-def _weighted(values: Any, weights: Any) -> tuple[Any, Any]:
-    """Return values and weights of shapes that broadcast; values have their further axes averaged away."""
+def _weighted(values: Any, weights: Any, reduce: Callable[..., Any]) -> tuple[Any, Any]:
+    """Return values and weights of shapes that broadcast; `reduce` takes away the values' further axes."""
     extra = len(values.shape) - len(weights.shape)
     if extra > 0 and len(weights.shape):
-        values = ops.mean(values, axis=tuple(range(-extra, 0)))
+        values = reduce(values, axis=tuple(range(-extra, 0)))
     return values, weights
 
 
@@ -174,7 +174,7 @@ class Sum(Metric):
         with _recorder(values, sample_weight):
             values = ops.cast(_operand(values), self.dtype)
             if sample_weight is not None:
-                values, weights = _weighted(values, ops.cast(_operand(sample_weight), self.dtype))
+                values, weights = _weighted(values, ops.cast(_operand(sample_weight), self.dtype), ops.sum)
                 values = values * weights
             return group(self.add(self.total, ops.sum(values)))
 
@@ -201,7 +201,7 @@ class Mean(Metric):
             values = ops.cast(_operand(values), self.dtype)
             weights = ops.ones_like(values)
             if sample_weight is not None:
-                values, weights = _weighted(values, ops.cast(_operand(sample_weight), self.dtype))
+                values, weights = _weighted(values, ops.cast(_operand(sample_weight), self.dtype), ops.mean)
                 values, weights = values * weights, weights * ops.ones_like(values)
             return group(self.add(self.total, ops.sum(values)), self.add(self.count, ops.sum(weights)))
 

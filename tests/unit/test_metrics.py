@@ -46,6 +46,13 @@ def test_sum():
     assert float(total.result()) == 6.5 and total.name == "lost"
 
 
+def test_weighted_sum_of_several_values_a_sample():
+    for weights in (np.array([2.0, 0.5]), np.array([[2.0], [0.5]])):
+        total = Sum()
+        total.update_state(np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 7.0]]), sample_weight=weights)
+        assert float(total.result()) == 2.0 * 6.0 + 0.5 * 16.0
+
+
 def test_accuracies():
     labels = RANDOM.integers(0, 5, 40)
     scores = RANDOM.standard_normal((40, 5)).astype(np.float32)
