@@ -63,8 +63,13 @@ class ConvolutionMixin(KernelMixin):
         return int(channels)
 
     def build(self, input_shape: Any) -> None:
-        """Make `kernel` (sizes..., c / groups, filters) and `bias` (filters,). Raises ValueError if c is unknown."""
-        channels = self._channels(self._shape(input_shape))
+        """Make `kernel` (sizes..., c / groups, filters) and `bias` (filters,).
+
+        Raises ValueError if c is unknown or the kernel longer than the input.
+        """
+        shape = self._shape(input_shape)
+        channels = self._channels(shape)
+        self._places(tuple(shape))
         self.input_spec = InputSpec(min_ndim=self._spatial + 2, axes={self._channel_axis: channels})
         self._make_kernel((*self.kernel_size, channels // self.groups, self.filters))
         self.built = True
