@@ -245,6 +245,14 @@ def test_reset_states_checks_before_it_changes():
         layers.RNN(layers.LSTMCell(3)).reset_states()
 
 
+def test_an_initial_state_goes_before_the_kept_one():
+    layer = layers.GRU(3, stateful=True, batch_input_shape=(2, 4, 5))
+    x, state = np.ones((2, 4, 5), "float32"), np.full((2, 3), 0.5, "float32")
+    first = layer(x, initial_state=state)
+    np.testing.assert_array_equal(layer(x, initial_state=state), first)
+    assert not np.array_equal(layer(x), first)
+
+
 def test_stateful_needs_one_batch_size():
     layer = layers.RNN(layers.GRUCell(3), stateful=True)
     layer(numbers(2, 4, 3))
