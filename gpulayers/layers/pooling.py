@@ -52,16 +52,20 @@ class PoolingMixin(CoreLayer):
     def call(self, inputs: Any) -> Any:
         """Return one value for each place of the window and each channel."""
         if (shape := static_shape(inputs)) is not None:
-            self.compute_output_shape(shape)
+            self._places(shape)
         return type(self)._pool(inputs, self.pool_size, self.strides, self.padding, self.data_format)
+
+    def _places(self, shape: tuple[int | None, ...]) -> list[int | None]:
+        spatial = shape[1:-1] if self._last else shape[2:]
+        return window_places(
+            self._name, spatial, Window(self.pool_size, self.strides, (1,) * self._spatial, self.padding)
+        )
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """Return the shape of the result. Raises TypeError for no shape, ValueError for one that does not fit."""
         n, *rest = one_shape(self._name, input_shape, range(self._spatial + 2, self._spatial + 3))
-        channels, spatial = (rest[-1], rest[:-1]) if self._last else (rest[0], rest[1:])
-        ones = (1,) * self._spatial
-        sizes = window_places(self._name, spatial, Window(self.pool_size, self.strides, ones, self.padding))
-        return TensorShape([n, *sizes, channels] if self._last else [n, channels, *sizes])
+        sizes = self._places((n, *rest))
+        return TensorShape([n, *sizes, rest[-1]] if self._last else [n, rest[0], *sizes])
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
