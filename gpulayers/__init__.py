@@ -58,15 +58,20 @@ from gpulayers.initializers import variance_scaling_initializer as variance_scal
 from gpulayers.initializers import zeros_initializer as zeros_initializer
 from gpulayers.layers.calling import no_state_updates as no_state_updates
 from gpulayers.ops.aliases import TOP as _TOP
+from gpulayers.ops.clipping import clip_by_global_norm as clip_by_global_norm
+from gpulayers.ops.clipping import clip_by_norm as clip_by_norm
+from gpulayers.ops.clipping import global_norm as global_norm
 from gpulayers.ops.random import set_seed as set_random_seed
 from gpulayers.scopes import AUTO_REUSE as AUTO_REUSE
 from gpulayers.scopes import VariableScope as VariableScope
 from gpulayers.scopes import add_to_collection as add_to_collection
+from gpulayers.scopes import add_to_collections as add_to_collections
 from gpulayers.scopes import get_collection as get_collection
 from gpulayers.scopes import get_collection_ref as get_collection_ref
 from gpulayers.scopes import get_variable as get_variable
 from gpulayers.scopes import get_variable_scope as get_variable_scope
 from gpulayers.scopes import global_variables as global_variables
+from gpulayers.scopes import local_variables as local_variables
 from gpulayers.scopes import name_scope as name_scope
 from gpulayers.scopes import trainable_variables as trainable_variables
 from gpulayers.scopes import variable_scope as variable_scope
@@ -92,8 +97,12 @@ from gpulayers.trace import reset_default_graph as reset_default_graph
 from gpulayers.trace import stop_recording as stop_recording
 from gpulayers.variables import PartitionedVariable as PartitionedVariable
 from gpulayers.variables import Variable as Variable
+from gpulayers.variables import assign as assign
+from gpulayers.variables import assign_add as assign_add
+from gpulayers.variables import assign_sub as assign_sub
 from gpulayers.variables import fixed_size_partitioner as fixed_size_partitioner
 from gpulayers.variables import global_variables_initializer as global_variables_initializer
+from gpulayers.variables import local_variables_initializer as local_variables_initializer
 from gpulayers.variables import variable_axis_size_partitioner as variable_axis_size_partitioner
 from gpulayers.variables import variables_initializer as variables_initializer
 

@@ -11,7 +11,8 @@ from typing import Any
 from gpulayers import ops
 from gpulayers.device import asarray, is_array
 from gpulayers.errors import ShapeError, message
-from gpulayers.ops.operation import Recordable
+from gpulayers.ops.operation import Recordable, Shape
+from gpulayers.ops.static import is_small_float, static_shape
 from gpulayers.trace import GraphKeys, active_graph
 
 __all__ = [
@@ -45,17 +46,36 @@ def compute_weighted_loss(
 ) -> Any:
     """Return the sum of ``losses * weights`` divided by how many elements have a weight other than 0; 0 if none has.
 
-    `weights`: a number, or an array that broadcasts to `losses`. Source: ``tf.compat.v1.losses.compute_weighted_loss``.
+    `weights`: a number, or an array with the axes of `losses`, each of size 1 or theirs; ValueError for others. 16-bit
+    losses are summed in float32. Source: ``tf.compat.v1.losses.compute_weighted_loss``.
 
     >>> float(compute_weighted_loss(asarray([1.0, 2.0, 6.0]), [1.0, 0.0, 0.5]))
     2.0
     """
-    losses = _operand(losses)
-    factors = ops.ones_like(losses) * ops.cast(_operand(weights), losses.dtype)
-    counted = ops.sum(ops.cast(ops.not_equal(factors, 0.0), losses.dtype))
-    loss = ops.sum(losses * factors) / ops.maximum(counted, 1.0)
+    losses, weights = _operand(losses), _operand(weights)
+    _check_weights(static_shape(weights), static_shape(losses))
+    wide = _in_float32(losses)  # sums and counts of 16-bit losses may not fit 16 bits
+    factors = ops.multiply(ops.ones_like(wide), ops.cast(weights, wide.dtype))
+    counted = ops.sum(ops.cast(ops.not_equal(factors, 0.0), wide.dtype))
+    loss = ops.cast(ops.sum(ops.multiply(wide, factors)) / ops.maximum(counted, 1.0), losses.dtype)
     add_loss(loss, loss_collection)
     return loss
+
+
+def _in_float32(value: Any) -> Any:
+    return ops.cast(value, "float32") if is_small_float(value.dtype) else value
+
+
+def _check_weights(weights: Shape, losses: Shape) -> None:
+    """Raise ShapeError unless there is one weight, or an axis for each of the losses, of size 1 or theirs."""
+    if weights is None or losses is None or not weights:
+        return
+    pairs = zip(weights, losses, strict=False)
+    if len(weights) == len(losses) and all(w in (1, None, n) or n is None for w, n in pairs):
+        return
+    raise ShapeError(
+        message("compute_weighted_loss", "the weights do not fit the losses", f"() or the axes of {losses}", weights)
+    )
 
 
 def _pair(name: str, labels: Any, predictions: Any) -> tuple[Any, Any]:
@@ -69,25 +89,25 @@ def _pair(name: str, labels: Any, predictions: Any) -> tuple[Any, Any]:
 def mean_squared_error(
     labels: Any, predictions: Any, weights: Any = 1.0, scope: Any = None, loss_collection: str | None = GraphKeys.LOSSES
 ) -> Any:
-    """Return the weighted mean of ``(predictions - labels)^2``, both of one shape.
+    """Return the weighted mean of ``(predictions - labels)^2``, both of one shape. float32 for 16-bit predictions.
 
     >>> float(mean_squared_error([[0.0], [1.0]], [[2.0], [1.0]]))
     2.0
     """
-    labels, predictions = _pair("mean_squared_error", labels, predictions)
-    return compute_weighted_loss(ops.square(predictions - labels), weights, scope, loss_collection)
+    labels, predictions = _pair("mean_squared_error", labels, _in_float32(_operand(predictions)))
+    return compute_weighted_loss(ops.square(ops.subtract(predictions, labels)), weights, scope, loss_collection)
 
 
 def absolute_difference(
     labels: Any, predictions: Any, weights: Any = 1.0, scope: Any = None, loss_collection: str | None = GraphKeys.LOSSES
 ) -> Any:
-    """Return the weighted mean of ``|predictions - labels|``, both of one shape.
+    """Return the weighted mean of ``|predictions - labels|``, both of one shape. float32 for 16-bit predictions.
 
     >>> float(absolute_difference([[0.0], [1.0]], [[2.0], [1.0]]))
     1.0
     """
-    labels, predictions = _pair("absolute_difference", labels, predictions)
-    return compute_weighted_loss(ops.absolute(predictions - labels), weights, scope, loss_collection)
+    labels, predictions = _pair("absolute_difference", labels, _in_float32(_operand(predictions)))
+    return compute_weighted_loss(ops.absolute(ops.subtract(predictions, labels)), weights, scope, loss_collection)
 
 
 def sigmoid_cross_entropy(
@@ -137,12 +157,17 @@ def sparse_softmax_cross_entropy(
 ) -> Any:
     """Return the weighted mean over samples of the cross-entropy. `labels`: integers (N) or (N, 1); `logits`: (N, C).
 
+    `weights` may be (N, 1) too.
+
     >>> round(float(sparse_softmax_cross_entropy([1], [[0.0, 0.0]])), 4)
     0.6931
     """
     labels, logits = _operand(labels), _operand(logits)
     if len(labels.shape) == len(logits.shape) and labels.shape[-1] == 1:
         labels = ops.squeeze(labels, axis=-1)
+    weights = _operand(weights)
+    if len(weights.shape) == len(logits.shape) and weights.shape[-1] == 1:
+        weights = ops.squeeze(weights, axis=-1)
     return compute_weighted_loss(
         ops.sparse_softmax_cross_entropy_with_logits(labels, logits), weights, scope, loss_collection
     )

@@ -71,7 +71,7 @@ def mean_squared_error(y_true: Any, y_pred: Any) -> Any:
     array([0.5], dtype=float32)
     """
     y_true, y_pred = _pair("mean_squared_error", y_true, y_pred)
-    return ops.mean(ops.square(y_pred - y_true), axis=-1)
+    return ops.mean(ops.square(ops.subtract(y_pred, y_true)), axis=-1)
 
 
 def mean_absolute_error(y_true: Any, y_pred: Any) -> Any:
@@ -81,7 +81,7 @@ def mean_absolute_error(y_true: Any, y_pred: Any) -> Any:
     array([0.5], dtype=float32)
     """
     y_true, y_pred = _pair("mean_absolute_error", y_true, y_pred)
-    return ops.mean(ops.absolute(y_pred - y_true), axis=-1)
+    return ops.mean(ops.absolute(ops.subtract(y_pred, y_true)), axis=-1)
 
 
 def huber(y_true: Any, y_pred: Any, delta: float = 1.0) -> Any:
@@ -91,7 +91,7 @@ def huber(y_true: Any, y_pred: Any, delta: float = 1.0) -> Any:
     array([1.5], dtype=float32)
     """
     y_true, y_pred = _pair("huber", y_true, y_pred)
-    distance = ops.absolute(y_pred - y_true)
+    distance = ops.absolute(ops.subtract(y_pred, y_true))
     inside = ops.minimum(distance, delta)  # e^2 / 2 up to delta, a line of slope delta from there
     return ops.mean(inside * (distance - inside * 0.5), axis=-1)
 

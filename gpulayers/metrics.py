@@ -148,11 +148,19 @@ def _snake(name: str) -> str:
     return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
 
 
-def _weighted(values: Any, weights: Any) -> tuple[Any, Any]:
-    """Return values and weights of shapes that broadcast; values have their further axes averaged away."""
+def _weighted(values: Any, weights: Any, reduce: Callable[..., Any]) -> tuple[Any, Any]:
+    """Return values and weights of shapes that broadcast, by TensorFlow's rule.
+
+    Weights with one axis less than the values are stretched along the last, those with one more, of size 1, lose it;
+    where more is missing, `reduce` takes away the values' further axes.
+    """
     extra = len(values.shape) - len(weights.shape)
-    if extra > 0 and len(weights.shape):
-        values = ops.mean(values, axis=tuple(range(-extra, 0)))
+    if extra == -1 and weights.shape[-1] == 1:
+        weights = ops.squeeze(weights, axis=-1)
+    elif extra == 1 and len(weights.shape):
+        weights = ops.expand_dims(weights, -1)
+    elif extra > 1 and len(weights.shape):
+        values = reduce(values, axis=tuple(range(-extra, 0)))
     return values, weights
 
 
@@ -170,11 +178,11 @@ class Sum(Metric):
         self.total = self.add_weight("total")
 
     def update_state(self, values: Any, sample_weight: Any = None) -> Any:
-        """Take in values of any shape, and weights of the same shape or of the leading axes."""
+        """Take in values of any shape, and weights of the same shape, of the leading axes, or one more of size 1."""
         with _recorder(values, sample_weight):
             values = ops.cast(_operand(values), self.dtype)
             if sample_weight is not None:
-                values, weights = _weighted(values, ops.cast(_operand(sample_weight), self.dtype))
+                values, weights = _weighted(values, ops.cast(_operand(sample_weight), self.dtype), ops.sum)
                 values = values * weights
             return group(self.add(self.total, ops.sum(values)))
 
@@ -196,12 +204,12 @@ class Mean(Metric):
         self.total, self.count = self.add_weight("total"), self.add_weight("count")
 
     def update_state(self, values: Any, sample_weight: Any = None) -> Any:
-        """Take in values of any shape, and weights of the same shape or of the leading axes."""
+        """Take in values of any shape, and weights of the same shape, of the leading axes, or one more of size 1."""
         with _recorder(values, sample_weight):
             values = ops.cast(_operand(values), self.dtype)
             weights = ops.ones_like(values)
             if sample_weight is not None:
-                values, weights = _weighted(values, ops.cast(_operand(sample_weight), self.dtype))
+                values, weights = _weighted(values, ops.cast(_operand(sample_weight), self.dtype), ops.mean)
                 values, weights = values * weights, weights * ops.ones_like(values)
             return group(self.add(self.total, ops.sum(values)), self.add(self.count, ops.sum(weights)))
 

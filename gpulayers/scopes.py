@@ -10,7 +10,7 @@ import contextlib
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import Any
 
 from gpulayers import initializers
@@ -26,11 +26,13 @@ __all__ = [
     "AUTO_REUSE",
     "VariableScope",
     "add_to_collection",
+    "add_to_collections",
     "find_variable",
     "get_collection",
     "get_collection_ref",
     "get_variable",
     "get_variable_scope",
+    "local_variables",
     "name_scope",
     "trainable_variables",
     "variable_scope",
@@ -261,8 +263,8 @@ def get_variable(name: str, *arguments: Any, **keywords: Any) -> Any:
 
     Returns a `Variable`, or a `PartitionedVariable` where a partitioner is in force. State written: the graph's
     collections; the scope's regularizer adds to REGULARIZATION_LOSSES.
-    Raises ValueError: it exists and the scope does not reuse, it does not exist and the scope only reuses, or it exists
-    with another shape or dtype. Source: ``tf.compat.v1.get_variable``.
+    Raises TypeError for a name that is no str; ValueError: it exists and the scope does not reuse, it does not exist
+    and the scope only reuses, or it exists with another shape or dtype. Source: ``tf.compat.v1.get_variable``.
     """
     return get_variable_scope().get_variable(name, *arguments, **keywords)
 
@@ -287,6 +289,8 @@ def _get_variable(
     reuse: Any = None,
     experimental_autocast: bool = False,
 ) -> Any:
+    if not isinstance(name, str):
+        raise TypeError(message("get_variable", "the name is of a wrong type", "a str", repr(name)))
     full_name = f"{scope.name}/{name}" if scope.name else name
     partitioner = scope.partitioner if partitioner is None else partitioner
     initializer = scope.initializer if initializer is None else initializer
@@ -463,6 +467,21 @@ def add_to_collection(name: str, value: Any) -> None:
         graph.add_to_collection(name, value)
 
 
+def add_to_collections(names: str | Iterable[str], value: Any) -> None:
+    """Add `value` to each of several collections of the graph; one name is taken too. In eager mode nothing happens.
+
+    Source: ``tf.compat.v1.add_to_collections``.
+
+    >>> import gpulayers as gl
+    >>> with gl.Graph().as_default():
+    ...     gl.add_to_collections(["losses", "mine"], 1.0)
+    ...     print(gl.get_collection("losses"), gl.get_collection("mine"))
+    [1.0] [1.0]
+    """
+    for name in dict.fromkeys([names] if isinstance(names, str) else names):
+        add_to_collection(name, value)
+
+
 def get_collection(key: str, scope: str | None = None) -> list[Any]:
     """Return a copy of a collection of the graph; an empty list in eager mode.
 
@@ -486,3 +505,12 @@ def trainable_variables(scope: str | None = None) -> list[Variable]:
 def global_variables(scope: str | None = None) -> list[Variable]:
     """Return all of the graph's variables."""
     return get_collection(GraphKeys.GLOBAL_VARIABLES, scope)
+
+
+def local_variables(scope: str | None = None) -> list[Variable]:
+    """Return the graph's variables of the collection LOCAL_VARIABLES, where a variable's `collections` may put it.
+
+    Metrics are not among them: they keep their values elsewhere.
+    Source: ``tf.compat.v1.local_variables``.
+    """
+    return get_collection(GraphKeys.LOCAL_VARIABLES, scope)

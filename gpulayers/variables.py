@@ -35,8 +35,12 @@ __all__ = [
     "PartitionInfo",
     "PartitionedVariable",
     "Variable",
+    "assign",
+    "assign_add",
+    "assign_sub",
     "fixed_size_partitioner",
     "global_variables_initializer",
+    "local_variables_initializer",
     "variable_axis_size_partitioner",
     "variables_initializer",
 ]
@@ -335,6 +339,41 @@ def global_variables_initializer() -> Any:
     """
     graph = active_graph()
     return None if graph is None else variables_initializer(graph.get_collection(GraphKeys.GLOBAL_VARIABLES))
+
+
+def local_variables_initializer() -> Any:
+    """Return a node that initializes every variable of the collection LOCAL_VARIABLES; None in eager mode.
+
+    Source: ``tf.compat.v1.local_variables_initializer``.
+    """
+    graph = active_graph()
+    return None if graph is None else variables_initializer(graph.get_collection(GraphKeys.LOCAL_VARIABLES))
+
+
+def assign(
+    ref: Variable, value: Any, validate_shape: Any = None, use_locking: Any = None, name: str | None = None
+) -> Any:
+    """Replace the value of a variable: ``ref.assign(value)``.
+
+    `validate_shape` and `use_locking` are accepted and have no effect: the shape always has to fit.
+    Source: ``tf.compat.v1.assign``.
+
+    >>> import gpulayers as gl
+    >>> v = gl.Variable([1.0, 2.0])
+    >>> gl.assign(v, [5.0, 6.0]).numpy()
+    array([5., 6.], dtype=float32)
+    """
+    return ref.assign(value)
+
+
+def assign_add(ref: Variable, value: Any, use_locking: Any = None, name: str | None = None) -> Any:
+    """Add to the value of a variable: ``ref.assign_add(value)``. Source: ``tf.compat.v1.assign_add``."""
+    return ref.assign_add(value)
+
+
+def assign_sub(ref: Variable, value: Any, use_locking: Any = None, name: str | None = None) -> Any:
+    """Subtract from the value of a variable: ``ref.assign_sub(value)``. Source: ``tf.compat.v1.assign_sub``."""
+    return ref.assign_sub(value)
 
 
 # --- partitioned variables --------------------------------------------------------------------------------------------

@@ -58,13 +58,13 @@ class LegacyBatchNormalization(BatchNormalizationMixin, LegacyLayer):
     x's rank with 1 elsewhere; with `virtual_batch_size` a further 1 at index 1.
 
     Raises TypeError and ValueError as TensorFlow does: `axis` of a wrong type (constructor) or out of range (build),
-    unknown keys in `renorm_clipping` (constructor), integer input (TensorFlow casts it where the layer has a floating
-    dtype) or another `training` (call; what a graph is fed is checked when it runs, its value only on the host), a
-    batch that `virtual_batch_size` does not divide (training call), and so on; GraphError for a training call in a
-    branch of a graph's `cond`, whose updates no session could run: pass the condition as `training`. An empty batch
-    returns an empty array and changes nothing (TensorFlow: NaN). One value per channel gives y = beta and warns once.
-    The config of a built layer with `virtual_batch_size` numbers `axis` as inputs do, so that a copy can be made
-    (TensorFlow: as `layer.axis`).
+    unknown keys in `renorm_clipping` or an `epsilon` that is no number (constructor; TensorFlow refuses the latter when
+    called), integer input (TensorFlow casts it where the layer has a floating dtype) or another `training` (call; what
+    a graph is fed is checked when it runs, its value only on the host), a batch that `virtual_batch_size` does not
+    divide (training call), and so on; GraphError for a training call in a branch of a graph's `cond`, whose updates no
+    session could run: pass the condition as `training`. An empty batch returns an empty array and changes nothing
+    (TensorFlow: NaN). One value per channel gives y = beta and warns once. The config of a built layer with
+    `virtual_batch_size` numbers `axis` as inputs do, so that a copy can be made (TensorFlow: as `layer.axis`).
 
     Numerics: 16-bit data is accumulated in float32, sums are taken around a pivot; same bits on every run.
     Source: arXiv 1502.03167 algorithm 1; arXiv 1702.03275 algorithm 1 (renorm); ``tf.layers.BatchNormalization``.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,12 @@ import numpy as np
 from gpulayers import constraints, initializers, ops, regularizers
 from gpulayers.device import is_array
 from gpulayers.dtypes import TensorShape, as_dtype, is_floating, parameter_dtype
-from gpulayers.errors import GraphError, ShapeError, message
-from gpulayers.layers.calling import learning_phase, state_updates_allowed
+from gpulayers.errors import GraphError, LayerError, ShapeError, message
+from gpulayers.layers.calling import state_updates_allowed
 from gpulayers.layers.config_part import as_shape_structure
 from gpulayers.layers.core import CoreLayer
 from gpulayers.layers.spec import InputSpec
+from gpulayers.layers.training import checked_training
 from gpulayers.ops.batch_norm import arrays as batch_norm_arrays
 from gpulayers.ops.batch_norm.operations import (
     MovingVariables,
@@ -25,17 +27,13 @@ from gpulayers.ops.batch_norm.operations import (
     batch_norm_inference,
     batch_norm_training,
     sub_batches,
-    training_flag,
     update_moving,
 )
 from gpulayers.ops.operation import Recordable, state
 from gpulayers.trace import (
-    GraphTensor,
-    StoredValue,
     active_graph,
     active_replays,
     active_tapes,
-    as_value,
     cond,
     control_dependencies,
     symbolic_graph,
@@ -84,7 +82,8 @@ class BatchNormalizationMixin(CoreLayer):
     ) -> None:
         super().__init__(trainable=trainable, name=name, **kwargs)
         self.axis = _checked_axis(self._name, axis)
-        self.momentum, self.epsilon, self.center, self.scale = momentum, epsilon, center, scale
+        self.momentum, self.center, self.scale = momentum, center, scale
+        self.epsilon = _checked_epsilon(self._name, epsilon)
         self.beta_initializer = initializers.get(beta_initializer)
         self.gamma_initializer = initializers.get(gamma_initializer)
         self.moving_mean_initializer = initializers.get(moving_mean_initializer)
@@ -257,17 +256,8 @@ class BatchNormalizationMixin(CoreLayer):
 
     def _checked_training(self, training: Any) -> Any:
         """Return True, False, or a graph tensor."""
-        if training is None:
-            training = learning_phase()
-        if training is None:
-            return False
-        if isinstance(training, StoredValue) and active_graph() is not None:
-            training = ops.identity(training)  # read when the graph runs
-        infers = self._trainable_false_means_inference and not self._trainable
-        if isinstance(training, GraphTensor):
-            training = _graph_flag(self._name, training)
-            return False if infers else training
-        return _flag(self._name, training) and not infers
+        training = checked_training(self._name, training)
+        return False if self._trainable_false_means_inference and not self._trainable else training
 
     def _refuse_branch(self) -> None:
         """Raise GraphError in a branch of a graph's `cond`: updates recorded there could not be run with the step."""
@@ -530,30 +520,11 @@ def _checked_axis(name: str, axis: Any) -> Any:
     raise TypeError(message(name, "axis is of a wrong type", "an int, or a list or tuple of ints", repr(axis)))
 
 
-def _flag(name: str, training: Any) -> bool:
-    """Return `training` as a bool. Raises TypeError unless it is a bool, 0, 1, or an array of one of these."""
-    if isinstance(training, Recordable):
-        training = as_value(training)
-    if isinstance(training, int | float):
-        scalar = training in (0, 1)
-    else:
-        scalar = is_array(training) and training.shape == () and training.item() in (0, 1)
-    if not scalar:
-        raise _wrong_training(name, repr(training))
-    return bool(training)
-
-
-def _graph_flag(name: str, training: GraphTensor) -> Any:
-    """Return `training` as a boolean tensor; what is not known of it yet is checked when the graph runs."""
-    shape = TensorShape(training.shape)
-    if shape.rank not in (0, None):
-        raise _wrong_training(name, f"a tensor of shape {shape}")
-    known = shape.rank == 0 and training.dtype == np.bool_
-    return training if known else training_flag(training, name=name)
-
-
-def _wrong_training(name: str, got: str) -> TypeError:
-    return TypeError(message(name, "training is not a bool", "True, False, 0, 1 or a scalar of these", got))
+def _checked_epsilon(name: str, epsilon: Any) -> Any:
+    """Return `epsilon`. Raises ValueError unless it is a number."""
+    if isinstance(epsilon, Real) or (is_array(epsilon) and epsilon.shape == ()):
+        return epsilon
+    raise LayerError(message(name, "epsilon is not a number", "a small positive number", repr(epsilon)))
 
 
 def _mask_weights(mask: Any, x: Any) -> Any:

@@ -6,7 +6,7 @@ import copy
 import inspect
 from typing import Any
 
-from gpulayers import nest
+from gpulayers import nest, regularizers
 from gpulayers.dtypes import TensorShape
 from gpulayers.errors import message
 from gpulayers.layers.calling import probing
@@ -52,6 +52,7 @@ class ConfigPart(LayerHooks):
     def get_config(self) -> dict[str, Any]:
         """Return what `from_config` needs to make such a layer: `name`, `trainable`, `dtype`, and what a subclass adds.
 
+        The activity regularizer is in it where no subclass overrides this; one that does adds it, as in TensorFlow.
         Raises NotImplementedError if the subclass's constructor takes more and it does not override this.
         """
         parameters = list(inspect.signature(type(self).__init__).parameters)[1:]
@@ -60,8 +61,11 @@ class ConfigPart(LayerHooks):
             config["batch_input_shape"] = self._batch_input_shape
         if self._dynamic:
             config["dynamic"] = True
-        known = {"trainable", "name", "dtype", "activity_regularizer", "args", "kwargs", *config}
-        if type(self).get_config is ConfigPart.get_config and set(parameters) - known:
+        if type(self).get_config is not ConfigPart.get_config:
+            return config
+        if self.activity_regularizer is not None:
+            config["activity_regularizer"] = regularizers.serialize(self.activity_regularizer)
+        if set(parameters) - {"trainable", "name", "dtype", "activity_regularizer", "args", "kwargs", *config}:
             raise NotImplementedError(
                 f"{type(self).__name__}: Layers with arguments in `__init__` must override `get_config`."
             )

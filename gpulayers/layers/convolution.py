@@ -8,12 +8,12 @@ from typing import Any
 from gpulayers import initializers, ops
 from gpulayers.dtypes import TensorShape
 from gpulayers.errors import ShapeError, message
-from gpulayers.layers.kernel import KernelMixin, checked_count, one_shape
+from gpulayers.layers.kernel import KernelMixin, checked_count, one_shape, window_places
 from gpulayers.layers.legacy import LegacyLayer
 from gpulayers.layers.modern import Layer
 from gpulayers.layers.spec import InputSpec
 from gpulayers.ops.static import static_shape
-from gpulayers.ops.windows import numbers, out_size, parse_format, parse_padding
+from gpulayers.ops.windows import Window, numbers, parse_format, parse_padding
 
 __all__ = ["Conv1D", "Conv2D", "LegacyConv1D", "LegacyConv2D"]
 
@@ -63,8 +63,13 @@ class ConvolutionMixin(KernelMixin):
         return int(channels)
 
     def build(self, input_shape: Any) -> None:
-        """Make `kernel` (sizes..., c / groups, filters) and `bias` (filters,). Raises ValueError if c is unknown."""
-        channels = self._channels(self._shape(input_shape))
+        """Make `kernel` (sizes..., c / groups, filters) and `bias` (filters,).
+
+        Raises ValueError if c is unknown or the kernel longer than the input.
+        """
+        shape = self._shape(input_shape)
+        channels = self._channels(shape)
+        self._places(tuple(shape))
         self.input_spec = InputSpec(min_ndim=self._spatial + 2, axes={self._channel_axis: channels})
         self._make_kernel((*self.kernel_size, channels // self.groups, self.filters))
         self.built = True
@@ -73,6 +78,8 @@ class ConvolutionMixin(KernelMixin):
         """Return ``activation(convolution(inputs, kernel) + bias)``."""
         inputs = self._in_compute_dtype(inputs)
         shape = static_shape(inputs)
+        if shape is not None:
+            self._places(shape)
         further = 0 if shape is None else len(shape) - self._spatial - 2
         outputs = self._convolve(inputs if not further else _folded(self._name, inputs, further))
         if self.bias is not None:
@@ -81,6 +88,12 @@ class ConvolutionMixin(KernelMixin):
             lead = [-1 if size is None else size for size in shape[: further + 1]]
             outputs = ops.reshape(outputs, (*lead, *(static_shape(outputs) or ())[1:]))
         return self._activated(outputs)
+
+    def _places(self, shape: tuple[int | None, ...]) -> list[int | None]:
+        spatial = shape[-self._spatial - 1 : -1] if self._last else shape[-self._spatial :]
+        return window_places(
+            self._name, spatial, Window(self.kernel_size, self.strides, self.dilation_rate, self.padding)
+        )
 
     def _convolve(self, inputs: Any) -> Any:
         return ops.convolution(
@@ -95,9 +108,7 @@ class ConvolutionMixin(KernelMixin):
         shape = self._shape(input_shape)
         self._channels(shape)
         lead = list(shape)[: -self._spatial - 1]
-        spatial = list(shape[-self._spatial - 1 : -1] if self._last else shape[-self._spatial :])
-        rows = zip(spatial, self.kernel_size, self.strides, self.dilation_rate, strict=True)
-        sizes = [out_size(n, k, s, d, self.padding) for n, k, s, d in rows]
+        sizes = self._places(tuple(shape))
         return TensorShape([*lead, *sizes, self.filters] if self._last else [*lead, self.filters, *sizes])
 
     def get_config(self) -> dict[str, Any]:
@@ -183,7 +194,8 @@ class Conv2D(_Modern):
     - `activation`, `use_bias`, initializers, regularizers, constraints: as in `Dense`.
 
     Variables: `kernel` (kh, kw, c / groups, filters), `bias` (filters,). 16-bit products are accumulated in float32.
-    Raises ValueError for a rank below 4, an unknown c, an unknown padding or data format, sizes that are not positive.
+    Raises ValueError for a rank below 4, an unknown c, an unknown padding or data format, sizes that are not positive,
+    and a "valid" window longer than x (TensorFlow in eager mode: an empty result where it is longer by one).
     Source: ``tf.keras.layers.Conv2D``; strides and dilation may both exceed 1 here.
 
     >>> import numpy as np, gpulayers as gl

@@ -8,12 +8,12 @@ import numpy as np
 
 from gpulayers import ops
 from gpulayers.errors import DTypeError, LayerError, message
-from gpulayers.layers.calling import learning_phase
 from gpulayers.layers.config_part import as_shape_structure
 from gpulayers.layers.core import CoreLayer
 from gpulayers.layers.legacy import LegacyLayer
 from gpulayers.layers.modern import Layer
-from gpulayers.trace import GraphTensor, StoredValue, active_replays, cond
+from gpulayers.layers.training import checked_training
+from gpulayers.trace import GraphTensor, active_replays, cond
 
 __all__ = ["Dropout", "LegacyDropout"]
 
@@ -33,11 +33,10 @@ class DropoutMixin(CoreLayer):
         self._seeds = None if seed is None else np.random.default_rng(seed)
 
     def _drop(self, inputs: Any, training: Any) -> Any:
-        if training is None:
-            training = learning_phase()
-        if training is None or not self.rate:
+        training = checked_training(self._name, training)
+        if not self.rate:
             return inputs
-        if isinstance(training, GraphTensor | StoredValue):
+        if isinstance(training, GraphTensor):
             return cond(training, lambda: self._dropped(inputs), lambda: ops.identity(inputs))
         return self._dropped(inputs) if training else inputs
 
@@ -65,7 +64,8 @@ class Dropout(DropoutMixin, Layer):
     Calling: ``layer(x, training=None)``; if not told, it follows the enclosing call, then the learning phase, which is
     False by default.
     Outside training x itself is returned. Masks are handed on. State written: the generator of a seeded layer.
-    Raises ValueError for a rate out of range. Source: ``tf.keras.layers.Dropout``, arXiv 1207.0580.
+    Raises ValueError for a rate out of range, TypeError for a `training` that is no bool, 0 or 1.
+    Source: ``tf.keras.layers.Dropout``, arXiv 1207.0580.
 
     >>> import numpy as np, gpulayers as gl
     >>> y = gl.keras.layers.Dropout(0.5, seed=1)(np.ones((1, 100), "float32"), training=True)

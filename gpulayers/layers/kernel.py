@@ -9,8 +9,9 @@ from gpulayers.dtypes import TensorShape, as_dtype, is_floating
 from gpulayers.errors import DTypeError, ShapeError, message
 from gpulayers.layers.config_part import as_shape_structure
 from gpulayers.layers.core import CoreLayer
+from gpulayers.ops.windows import Window, out_size
 
-__all__ = ["KernelMixin", "checked_count", "one_shape"]
+__all__ = ["KernelMixin", "checked_count", "one_shape", "window_places"]
 
 
 class KernelMixin(CoreLayer):
@@ -121,3 +122,24 @@ def one_shape(name: str, input_shape: Any, ranks: range | None = None) -> Tensor
         wanted = f"{ranks.start}" if len(ranks) == 1 else f"{ranks.start} or more"
         raise ShapeError(message(name, "the rank does not fit", f"{wanted} axes", shape))
     return shape
+
+
+def window_places(name: str, sizes: Any, window: Window) -> list[int | None]:
+    """Return how many places a layer's window has along each spatial axis; None where the size is not known.
+
+    Raises ValueError where it is longer than the input, dilation counted, and nothing is padded: nothing would be left.
+    """
+    sizes = list(sizes)
+    reach = [(kernel - 1) * gap + 1 for kernel, gap in zip(window.size, window.dilation, strict=True)]
+    if window.padding == "valid" and any(n is not None and n < r for n, r in zip(sizes, reach, strict=True)):
+        raise ShapeError(
+            message(
+                name,
+                "the window is longer than the input",
+                f"sizes of at least {reach}",
+                sizes,
+                "Use padding='same' or a smaller window.",
+            )
+        )
+    rows = zip(sizes, window.size, window.strides, window.dilation, strict=True)
+    return [out_size(*row, window.padding) for row in rows]

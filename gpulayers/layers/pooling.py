@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 from gpulayers import ops
 from gpulayers.dtypes import TensorShape
 from gpulayers.layers.core import CoreLayer
-from gpulayers.layers.kernel import one_shape
+from gpulayers.layers.kernel import one_shape, window_places
 from gpulayers.layers.legacy import LegacyLayer
 from gpulayers.layers.modern import Layer
 from gpulayers.layers.spec import InputSpec
-from gpulayers.ops.windows import numbers, out_size, parse_format, parse_padding
+from gpulayers.ops.static import static_shape
+from gpulayers.ops.windows import Window, numbers, parse_format, parse_padding
 
 __all__ = [
     "AveragePooling1D",
@@ -50,15 +51,21 @@ class PoolingMixin(CoreLayer):
 
     def call(self, inputs: Any) -> Any:
         """Return one value for each place of the window and each channel."""
+        if (shape := static_shape(inputs)) is not None:
+            self._places(shape)
         return type(self)._pool(inputs, self.pool_size, self.strides, self.padding, self.data_format)
+
+    def _places(self, shape: tuple[int | None, ...]) -> list[int | None]:
+        spatial = shape[1:-1] if self._last else shape[2:]
+        return window_places(
+            self._name, spatial, Window(self.pool_size, self.strides, (1,) * self._spatial, self.padding)
+        )
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """Return the shape of the result. Raises TypeError for no shape, ValueError for one that does not fit."""
         n, *rest = one_shape(self._name, input_shape, range(self._spatial + 2, self._spatial + 3))
-        channels, spatial = (rest[-1], rest[:-1]) if self._last else (rest[0], rest[1:])
-        rows = zip(spatial, self.pool_size, self.strides, strict=True)
-        sizes = [out_size(size, k, s, 1, self.padding) for size, k, s in rows]
-        return TensorShape([n, *sizes, channels] if self._last else [n, channels, *sizes])
+        sizes = self._places((n, *rest))
+        return TensorShape([n, *sizes, rest[-1]] if self._last else [n, rest[0], *sizes])
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
@@ -89,7 +96,8 @@ class MaxPooling2D(_Modern):
     """The largest value of each window: ``gl.keras.layers.MaxPooling2D``.
 
     `x`: (n, h, w, c), or (n, c, h, w) with `data_format` "channels_first". `pool_size` and `strides` (None means
-    `pool_size`): one integer or one for each axis. `padding`: "valid" or "same". Raises ValueError unless x has 4 axes.
+    `pool_size`): one integer or one for each axis. `padding`: "valid" or "same". Raises ValueError unless x has 4 axes,
+    and where a "valid" window is longer than x (TensorFlow in eager mode: an empty result in some cases).
     Source: ``tf.keras.layers.MaxPooling2D``.
 
     >>> import numpy as np, gpulayers as gl

@@ -39,7 +39,8 @@ class VariablesPart(LayerHooks):
 
         Parameters
         ----------
-        - `name`, `shape` (an int n means ``(n,)``, None a scalar).
+        - `name`: a legacy layer needs one, since its variables are shared by it.
+        - `shape`: an int n means ``(n,)``, None a scalar.
         - `dtype`: else the layer's, else float32.
         - `initializer`: name, configuration or callable ``(shape, dtype=...)``; None: the scope's, else Glorot uniform
           for floating dtypes and zeros for integers and bools.
@@ -50,8 +51,9 @@ class VariablesPart(LayerHooks):
         - `partitioner`: cuts the variable; the result is then a `PartitionedVariable`. None: the scope's; False: none.
         - also `use_resource`, `synchronization`, `aggregation`, `experimental_autocast`, `collections`.
 
-        State written: the layer's lists, the graph's collections. Raises TypeError for other keywords; ValueError if
-        the shape is not fully known, the name exists, or an existing variable differs.
+        State written: the layer's lists, the graph's collections. Raises TypeError for other keywords and for a legacy
+        layer's variable without a name; ValueError if the shape is not fully known, the name exists, or an existing
+        variable differs.
         """
         allowed = {"use_resource", "synchronization", "aggregation", "experimental_autocast", "collections", "getter"}
         for keyword in kwargs:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from gpulayers import ops
-from gpulayers.layers.calling import learning_phase
+from gpulayers.layers.training import checked_training
 from gpulayers.ops.random import dropout_mask
 from gpulayers.trace import GraphTensor
 
@@ -28,17 +28,12 @@ class _Held(threading.local):
 _held = _Held()
 
 
-def _told(training: Any) -> Any:
-    return learning_phase() if training is None else training
-
-
 def may_drop(training: Any) -> bool:
     """Say whether dropout acts with this `training`, the learning phase where it is None.
 
     A tensor decides when it runs, so it may.
     """
-    training = _told(training)
-    return isinstance(training, GraphTensor) or (training is not None and bool(training))
+    return isinstance(training, GraphTensor) or checked_training("dropout", training) is not False
 
 
 def draw_masks(inputs: Any, state: Any, training: Any, rate: float, recurrent_rate: float) -> Masks:
@@ -46,8 +41,8 @@ def draw_masks(inputs: Any, state: Any, training: Any, rate: float, recurrent_ra
 
     `training` false, or None and the learning phase is: no masks. A tensor decides when it runs.
     """
-    training = _told(training)
-    if not may_drop(training):
+    training = checked_training("dropout", training)
+    if training is False:
         return None, None
     deciding = isinstance(training, GraphTensor)
     found = []
@@ -58,7 +53,7 @@ def draw_masks(inputs: Any, state: Any, training: Any, rate: float, recurrent_ra
         elif one:
             mask = dropout_mask(like, one)
         if mask is not None and deciding:
-            mask = ops.where(ops.cast(training, "bool"), mask, ops.ones_like(mask))
+            mask = ops.where(training, mask, ops.ones_like(mask))
         found.append(mask)
     return found[0], found[1]
 

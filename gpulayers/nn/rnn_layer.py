@@ -62,7 +62,8 @@ class RNN(Layer):
     - `return_sequences`: all outputs (N, T, U) rather than the last one (N, U).
     - `return_state`: return ``[output, state, ...]``.
     - `go_backwards`: read the sequence (and its mask) from the end; outputs come in processing order.
-    - `stateful`: start from the states that the last call left; needs a fixed batch size.
+    - `stateful`: start from the states that the last call left, unless a call is given an `initial_state` (TensorFlow
+      2.15 takes that only while the kept states are zero); needs a fixed batch size.
     - `unroll`: in a graph, record every step rather than a loop; needs a known time length.
     - `time_major`: the time axis comes first, in inputs, outputs and masks.
     - `zero_output_for_mask`: the output of a step that is masked is zero, not the previous output.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gpulayers import regularizers
 from gpulayers.nn.cells_modern import GRUCell, LSTMCell, SimpleRNNCell
 from gpulayers.nn.rnn_layer import RNN
 
@@ -36,6 +37,7 @@ class _CellLayer(RNN):
         """Return the arguments of the layer and of its cell in one dictionary."""
         own = super().get_config()
         del own["cell"]
+        own["activity_regularizer"] = regularizers.serialize(self.activity_regularizer)
         return {**self.cell.get_config(), **own}
 
     @classmethod

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from gpulayers.errors import ShapeError, message
 
 __all__ = ["Window", "numbers", "out_size", "pads", "parse_format", "parse_padding", "taps"]
@@ -22,7 +24,7 @@ class Window(NamedTuple):
 
 def numbers(name: str, what: str, value: Any, rank: int) -> tuple[int, ...]:
     """Return one positive integer for each of `rank` axes. Raises ShapeError for anything else."""
-    values = (value,) * rank if hasattr(value, "__index__") else tuple(value)
+    values = (value,) * rank if hasattr(value, "__index__") else tuple(value) if np.iterable(value) else ()
     if len(values) != rank or not all(hasattr(v, "__index__") and int(v) > 0 for v in values):
         raise ShapeError(message(name, f"{what} does not fit", f"one or {rank} positive integers", repr(value)))
     return tuple(int(v) for v in values)
@@ -77,7 +79,7 @@ def taps(window: Window, places: tuple[int, ...]) -> Iterator[tuple[tuple[int, .
         yield (
             tap,
             tuple(
-                slice(t * d, t * d + (count - 1) * s + 1, s)
+                slice(t * d, t * d + (count - 1) * s + 1 if count else t * d, s)
                 for t, d, s, count in zip(tap, window.dilation, window.strides, places, strict=True)
             ),
         )

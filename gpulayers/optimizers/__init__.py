@@ -10,10 +10,11 @@ from typing import Any
 
 from gpulayers import serialization
 from gpulayers.errors import message
+from gpulayers.ops.clipping import clip_by_global_norm, clip_by_norm, clip_by_value, global_norm
 from gpulayers.optimizers import schedules as schedules
 from gpulayers.optimizers.adam import Adam, AdamW
 from gpulayers.optimizers.base import Optimizer
-from gpulayers.optimizers.clipping import clip_by_global_norm, clip_by_norm, clip_by_value, global_norm
+from gpulayers.optimizers.global_step import create_global_step, get_global_step, get_or_create_global_step
 from gpulayers.optimizers.legacy import (
     AdamOptimizer,
     GradientDescentOptimizer,
@@ -37,9 +38,12 @@ __all__ = [
     "clip_by_global_norm",
     "clip_by_norm",
     "clip_by_value",
+    "create_global_step",
     "deserialize",
     "exponential_decay",
     "get",
+    "get_global_step",
+    "get_or_create_global_step",
     "global_norm",
     "piecewise_constant",
     "schedules",

@@ -13,9 +13,9 @@ from gpulayers import ops, serialization
 from gpulayers.device import array_module, asarray, asnumpy, device
 from gpulayers.dtypes import is_floating, parameter_dtype
 from gpulayers.errors import DTypeError, GradientError, ShapeError, message
+from gpulayers.ops.clipping import clip_by_global_norm, clip_by_norm
 from gpulayers.ops.operation import Operation
 from gpulayers.optimizers import schedules
-from gpulayers.optimizers.clipping import clip_by_global_norm, clip_by_norm
 from gpulayers.trace import (
     GradientTape,
     GraphKeys,

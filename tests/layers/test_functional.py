@@ -107,6 +107,55 @@ def test_dropout_in_a_graph_obeys_a_tensor():
         assert set(np.unique(runs[0])) == {0.0, 2.0} and not np.array_equal(*runs)
 
 
+@pytest.mark.parametrize("training", ["no", "", 2, [1], np.ones(2, "bool")])
+@pytest.mark.parametrize("layer", [gl.keras.layers.Dropout, L.Dropout])
+def test_dropout_takes_a_bool_only(layer, training):
+    with pytest.raises(TypeError, match="training is not a bool"):
+        layer(0.5)(np.ones((2, 3), "float32"), training=training)
+
+
+@pytest.mark.parametrize("training", [1, np.bool_(True), np.ones((), "int32"), gl.Variable(True)], ids=repr)
+def test_what_counts_as_true_for_dropout(training):
+    y = L.Dropout(0.5)(np.ones((1, 100), "float32"), training=training)
+    assert set(np.unique(y)) == {0.0, 2.0}
+
+
+def test_dropout_in_a_graph_checks_the_value_of_a_tensor_of_integers():
+    with gl.Graph().as_default(), gl.Session() as session:
+        training = gl.placeholder(gl.int32, ())
+        y = L.dropout(gl.constant(np.ones((1, 100), "float32")), training=training)
+        assert set(np.unique(session.run(y, {training: 1}))) == {0.0, 2.0}
+        with pytest.raises(TypeError, match="training is not a bool"):
+            session.run(y, {training: 2})
+
+
+@pytest.mark.parametrize(
+    ("make", "rank"),
+    [
+        (lambda: L.MaxPooling1D(5, 1), 1),
+        (lambda: L.AveragePooling2D((1, 3), 2), 2),
+        (lambda: gl.keras.layers.MaxPooling2D(5, 2), 2),
+        (lambda: L.Conv1D(2, 3), 1),
+        (lambda: gl.keras.layers.Conv1D(2, 2, dilation_rate=2), 1),
+        (lambda: gl.keras.layers.Conv2D(2, (3, 1), strides=2), 2),
+    ],
+)
+def test_a_window_longer_than_the_input_is_refused(make, rank):
+    shape = (2, *[2] * rank, 3)
+    layer = make()
+    with pytest.raises(ValueError, match="the window is longer than the input"):
+        layer(np.ones(shape, "float32"))
+    assert layer.weights == []
+    with pytest.raises(ValueError, match="the window is longer than the input"):
+        make().compute_output_shape(shape)
+    with gl.Graph().as_default(), pytest.raises(ValueError, match="the window is longer than the input"):
+        make()(gl.placeholder(gl.float32, (None, *shape[1:])))
+    layer = make()
+    assert layer.compute_output_shape((None, *[None] * rank, 3)).as_list()[1:-1] == [None] * rank
+    layer.padding = "same"
+    assert layer(np.ones(shape, "float32")).size
+
+
 @pytest.mark.parametrize(
     ("make", "error"),
     [
@@ -115,6 +164,9 @@ def test_dropout_in_a_graph_obeys_a_tensor():
         (lambda: L.Dense(3, activation="nope"), ValueError),
         (lambda: L.Conv2D(3, 0), ValueError),
         (lambda: L.Conv2D(3, (2, 2, 2)), ValueError),
+        (lambda: L.Conv2D(3, 2.5), ValueError),
+        (lambda: gl.keras.layers.Conv1D(3, 2, strides=None), ValueError),
+        (lambda: L.MaxPooling1D("2", 1), ValueError),
         (lambda: L.Conv2D(3, 2, padding="causal"), ValueError),
         (lambda: L.Conv2D(3, 2, data_format="NHCW"), ValueError),
         (lambda: L.MaxPooling2D(2, 2, padding="full"), ValueError),
@@ -126,6 +178,10 @@ def test_dropout_in_a_graph_obeys_a_tensor():
         (lambda: gl.keras.layers.Add()([np.ones((2, 3)), np.ones((2, 4))]), ValueError),
         (lambda: gl.keras.layers.Concatenate()([np.ones((2, 3)), np.ones((3, 3))]), ValueError),
         (lambda: L.dense(np.ones((2, 3), "int32"), 3), TypeError),
+        (lambda: L.BatchNormalization(epsilon=None), ValueError),
+        (lambda: gl.keras.layers.BatchNormalization(epsilon="small"), ValueError),
+        (lambda: L.Layer().add_weight(None, (2,)), TypeError),
+        (lambda: gl.get_variable(None, (2,)), TypeError),
         (lambda: L.Dense(3, units_=2), TypeError),
     ],
 )

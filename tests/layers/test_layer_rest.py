@@ -219,6 +219,15 @@ def test_a_subclass_with_arguments_must_say_its_config(base):
     assert Said.from_config(Said(3, name="s").get_config()).units == 3
 
 
+@FAMILIES
+def test_the_activity_regularizer_is_in_a_config_that_nobody_overrides(base):
+    config = base(activity_regularizer=gl.regularizers.L2(0.25)).get_config()
+    assert config["activity_regularizer"]["config"] == {"l2": 0.25}
+    twin = base.from_config(config)
+    assert twin.get_config() == config
+    np.testing.assert_allclose(twin.activity_regularizer(np.ones(4, "float32")), 1.0)
+
+
 # --- metrics ----------------------------------------------------------------------------------------------------------
 
 

@@ -245,6 +245,14 @@ def test_reset_states_checks_before_it_changes():
         layers.RNN(layers.LSTMCell(3)).reset_states()
 
 
+def test_an_initial_state_goes_before_the_kept_one():
+    layer = layers.GRU(3, stateful=True, batch_input_shape=(2, 4, 5))
+    x, state = np.ones((2, 4, 5), "float32"), np.full((2, 3), 0.5, "float32")
+    first = layer(x, initial_state=state)
+    np.testing.assert_array_equal(layer(x, initial_state=state), first)
+    assert not np.array_equal(layer(x), first)
+
+
 def test_stateful_needs_one_batch_size():
     layer = layers.RNN(layers.GRUCell(3), stateful=True)
     layer(numbers(2, 4, 3))
@@ -447,7 +455,7 @@ def test_output_shapes():
     "make",
     [
         lambda: layers.LSTM(3, dropout=0.5, kernel_regularizer="l2", return_state=True, name="a"),
-        lambda: layers.GRU(3, reset_after=False, activation="relu", go_backwards=True),
+        lambda: layers.GRU(3, reset_after=False, activation="relu", go_backwards=True, activity_regularizer="l1"),
         lambda: layers.SimpleRNN(3, use_bias=False, unroll=True),
         lambda: layers.RNN([RNNCellResidualWrapper(layers.GRUCell(3)), layers.LSTMCell(3)], return_sequences=True),
         lambda: layers.RNN(RNNCellResidualWrapper(layers.GRUCell(3)), zero_output_for_mask=True),
@@ -458,6 +466,7 @@ def test_configurations_survive_json(make):
     config = json.loads(to_json(layer.get_config()))
     twin = type(layer).from_config(config)
     assert twin.get_config() == layer.get_config()
+    assert (twin.activity_regularizer is None) == (layer.activity_regularizer is None)
 
 
 def test_layers_show_their_cells_arguments():

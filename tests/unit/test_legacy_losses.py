@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gpulayers import legacy_losses as losses
-from gpulayers.trace import Graph, GraphKeys, Session, placeholder
+from gpulayers.trace import GradientTape, Graph, GraphKeys, Session, placeholder
 
 RANDOM = np.random.default_rng(0)
 X, T = RANDOM.standard_normal((4, 3)), RANDOM.uniform(0, 1, (4, 3))
@@ -54,3 +54,37 @@ def test_collections_and_totals():
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match="differ in shape"):
         losses.mean_squared_error(np.ones(3), np.ones((3, 1)))
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 1, 1), (2, 2), (4, 1)])
+def test_weights_have_one_axis_for_each_of_the_losses(shape):
+    with pytest.raises(ValueError, match="weights do not fit"):
+        losses.mean_squared_error(np.ones((2, 3)), np.zeros((2, 3)), np.ones(shape))
+    with pytest.raises(ValueError, match="weights do not fit"), Graph().as_default():
+        losses.mean_squared_error(np.ones((2, 3)), placeholder("float32", (None, 3)), np.ones((1, 1, 1)))
+
+
+def test_weights_of_samples_in_a_column_fit_sparse_labels():
+    logits, weights = np.eye(3), np.array([1.0, 0.0, 2.0])
+    flat = losses.sparse_softmax_cross_entropy([0, 1, 1], logits, weights)
+    np.testing.assert_array_equal(losses.sparse_softmax_cross_entropy([0, 1, 1], logits, weights[:, None]), flat)
+    np.testing.assert_array_equal(losses.sparse_softmax_cross_entropy([[0], [1], [1]], logits, weights[:, None]), flat)
+
+
+def test_sixteen_bit_losses_are_summed_in_float32():
+    many = np.full((70_000,), 4.0, "float16")  # neither their sum nor their number fits float16
+    loss = losses.compute_weighted_loss(many)
+    assert loss.dtype == np.float16 and loss == 4.0
+    squared = losses.mean_squared_error(np.zeros(3, "float16"), np.full(3, 300.0, "float16"))
+    assert squared.dtype == np.float32 and squared == 90_000.0
+    assert losses.absolute_difference(np.zeros(3), np.ones(3, "float16")).dtype == np.float32
+
+
+@pytest.mark.parametrize("function", [losses.mean_squared_error, losses.absolute_difference])
+def test_gradient_at_a_watched_array(function):
+    predictions = np.array([[1.0, 5.0]])
+    with GradientTape() as tape:
+        tape.watch(predictions)
+        loss = function(np.array([[0.0, 6.0]]), predictions)
+    factor = 2.0 if function is losses.mean_squared_error else 1.0
+    np.testing.assert_array_equal(tape.gradient(loss, predictions), factor * np.array([[0.5, -0.5]]))

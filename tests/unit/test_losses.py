@@ -171,3 +171,18 @@ def test_configurations_round_trip(loss):
 def test_sixteen_bits():
     loss = losses.mean_squared_error(TARGETS, LOGITS.astype(np.float16))
     assert loss.dtype == np.float16
+
+
+@pytest.mark.parametrize(
+    "function", [losses.mean_squared_error, losses.mean_absolute_error, losses.huber, losses.binary_crossentropy]
+)
+def test_gradient_at_a_watched_array(function):
+    y_true, y_pred = np.array([[0.0, 1.0]]), np.array([[0.25, 0.75]])
+    with GradientTape() as tape:
+        tape.watch(y_pred)
+        loss = function(y_true, y_pred)
+    found = tape.gradient(loss, y_pred)
+    with GradientTape() as tape:
+        expected = tape.gradient(function(y_true, tensor := tape.watch(y_pred)), tensor)
+    np.testing.assert_array_equal(found, expected)
+    assert (found * [[1.0, -1.0]] > 0).all()

@@ -46,6 +46,31 @@ def test_sum():
     assert float(total.result()) == 6.5 and total.name == "lost"
 
 
+def test_weighted_sum_of_several_values_a_sample():
+    for weights in (np.array([2.0, 0.5]), np.array([[2.0], [0.5]])):
+        total = Sum()
+        total.update_state(np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 7.0]]), sample_weight=weights)
+        assert float(total.result()) == 2.0 * 6.0 + 0.5 * 16.0
+
+
+def test_each_value_counts_in_a_weighted_mean():
+    mean = Mean()
+    mean.update_state(np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), sample_weight=np.array([1.0, 0.5]))
+    mean.update_state(np.array([10.0, 20.0]), sample_weight=np.array([1.0, 0.0]))
+    np.testing.assert_allclose(mean.result(), (6.0 + 7.5 + 10.0) / (3.0 + 1.5 + 1.0), rtol=1e-6)
+    images = Mean()
+    images.update_state(np.arange(8.0).reshape(2, 2, 2), sample_weight=np.array([1.0, 3.0]))
+    np.testing.assert_allclose(images.result(), (1.5 + 3.0 * 5.5) / 4.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [Mean, Sum])
+def test_weights_in_a_column_belong_to_values_in_a_row(kind):
+    flat, column = kind(), kind()
+    flat.update_state([1.0, 2.0, 4.0], sample_weight=[1.0, 0.0, 2.0])
+    column.update_state([1.0, 2.0, 4.0], sample_weight=[[1.0], [0.0], [2.0]])
+    assert float(column.result()) == float(flat.result())
+
+
 def test_accuracies():
     labels = RANDOM.integers(0, 5, 40)
     scores = RANDOM.standard_normal((40, 5)).astype(np.float32)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gpulayers import ops, optimizers
+from gpulayers.compat.v1 import train
 from gpulayers.constraints import NonNeg
 from gpulayers.ops.optimizer_arrays import BLOCK_BYTES, adam_numbers, adam_update, sgd_update
 from gpulayers.optimizers import (
@@ -25,7 +26,16 @@ from gpulayers.optimizers import (
     piecewise_constant,
     schedules,
 )
-from gpulayers.trace import GradientTape, Graph, GraphKeys, Session, control_dependencies, function, placeholder
+from gpulayers.trace import (
+    GradientTape,
+    Graph,
+    GraphKeys,
+    Session,
+    control_dependencies,
+    function,
+    placeholder,
+    reset_default_graph,
+)
 from gpulayers.variables import Variable, fixed_size_partitioner, global_variables_initializer
 
 RANDOM = np.random.default_rng(0)
@@ -586,6 +596,42 @@ def test_uninitialized_slots_are_named():
         with pytest.raises(RuntimeError, match="Adam"):
             session.run(train)
         assert session.run(w).tolist() == [1.0]
+
+
+def test_the_step_counter_is_made_once_and_counts():
+    with Graph().as_default() as graph:
+        assert train.get_global_step() is None
+        step = train.get_or_create_global_step()
+        assert train.get_or_create_global_step() is step and train.get_global_step(graph) is step
+        assert (step.name, step.dtype, step.trainable) == ("global_step:0", np.int64, False)
+        assert graph.get_collection("global_step") == [step] and graph.get_collection("variables") == [step]
+        with pytest.raises(ValueError, match="already exists"):
+            train.create_global_step()
+    other = Graph()
+    assert train.create_global_step(other) is not step and train.get_global_step(graph) is step
+
+
+def test_a_step_counter_made_by_hand_is_found_by_its_name():
+    with Graph().as_default():
+        step = Variable(0, name="global_step", trainable=False)
+        assert train.get_or_create_global_step() is step
+    with Graph().as_default(), pytest.raises(TypeError, match="cannot count"):
+        Variable(0.0, name="global_step")
+        train.get_global_step()
+    with Graph().as_default() as graph, pytest.raises(ValueError, match="several"):
+        for name in ("a", "b"):
+            graph.add_to_collection("global_step", Variable(0, name=name))
+        train.get_global_step()
+
+
+def test_the_step_counter_of_eager_mode():
+    reset_default_graph()
+    step = train.get_or_create_global_step()
+    w = Variable([1.0])
+    GradientDescentOptimizer(0.5).minimize(lambda: ops.sum(w), global_step=step, var_list=[w])
+    assert train.get_global_step() is step and int(step.numpy()) == 1
+    reset_default_graph()
+    assert train.get_global_step() is None
 
 
 # --- in-place updates and what was read before ------------------------------------------------------------------------

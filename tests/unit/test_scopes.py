@@ -304,6 +304,9 @@ def test_variables_of_a_scope():
     assert gl.get_variable_scope().global_variables() == [v, w, other]
     gl.add_to_collection("mine", w)
     assert a.get_collection("mine") == [w]
+    gl.add_to_collections(["mine", "yours", "mine"], v)
+    gl.add_to_collections("yours", other)
+    assert gl.get_collection("mine") == [w, v] and gl.get_collection("yours") == [v, other]
 
 
 def test_setters_of_a_scope():

@@ -250,6 +250,30 @@ def test_eval_and_load():
                 v.load([1.0])
 
 
+def test_assignments_as_functions():
+    v = gl.Variable([1.0, 2.0])
+    assert gl.assign(v, [3.0, 4.0]) is v
+    gl.assign_add(v, 1.0)
+    gl.assign_sub(v, [0.5, 0.0])
+    np.testing.assert_array_equal(v.numpy(), [3.5, 5.0])
+    with gl.Graph().as_default(), gl.Session() as session:
+        v = gl.get_variable("v", (2,), initializer="ones")
+        session.run(gl.global_variables_initializer())
+        nodes = [gl.assign(v, [2.0, 3.0]), gl.assign_add(v, v), gl.assign_sub(v, [1.0, 1.0])]
+        results = [session.run(node).tolist() for node in nodes]
+    assert results == [[2.0, 3.0], [4.0, 6.0], [3.0, 5.0]]
+
+
+def test_local_variables_are_initialized_apart():
+    with gl.Graph().as_default(), gl.Session() as session:
+        kept = gl.get_variable("kept", (), initializer="ones", collections=[gl.GraphKeys.LOCAL_VARIABLES])
+        other = gl.get_variable("other", ())
+        assert gl.local_variables() == [kept] and gl.local_variables("other") == [] and gl.global_variables() == [other]
+        session.run(gl.local_variables_initializer())
+        assert session.run(kept) == 1.0
+    assert gl.local_variables() == [] and gl.local_variables_initializer() is None
+
+
 def test_a_constraint_that_is_not_callable():
     with pytest.raises(ValueError, match="not callable"):
         gl.Variable([1.0], constraint=3)

@@ -23,7 +23,7 @@ def _squares(t: Any, axis: Any = None, keepdims: bool = False) -> Any:
     return ops.sum(ops.square(wide), axis=axis, keepdims=keepdims)
 
 
-def clip_by_value(t: Any, clip_value_min: Any, clip_value_max: Any) -> Any:
+def clip_by_value(t: Any, clip_value_min: Any, clip_value_max: Any, name: str | None = None) -> Any:
     """Return `t` limited to ``[clip_value_min, clip_value_max]``.
 
     >>> clip_by_value([-3.0, 0.5], -1.0, 1.0)
@@ -32,7 +32,7 @@ def clip_by_value(t: Any, clip_value_min: Any, clip_value_max: Any) -> Any:
     return ops.clip(_operand(t), clip_value_min, clip_value_max)
 
 
-def clip_by_norm(t: Any, clip_norm: float, axes: Any = None) -> Any:
+def clip_by_norm(t: Any, clip_norm: float, axes: Any = None, name: str | None = None) -> Any:
     """Return `t` shortened to Euclidean length `clip_norm` where it is longer, along `axes` (all of them if None).
 
     >>> clip_by_norm([3.0, 4.0], 1.0)
@@ -43,7 +43,7 @@ def clip_by_norm(t: Any, clip_norm: float, axes: Any = None) -> Any:
     return ops.cast(t * (clip_norm / ops.maximum(norm, clip_norm)), t.dtype)
 
 
-def global_norm(t_list: Sequence[Any]) -> Any:
+def global_norm(t_list: Sequence[Any], name: str | None = None) -> Any:
     """Return the Euclidean length of all arrays together, None among them left out. Raises ValueError for no array.
 
     >>> float(global_norm([[3.0], None, [4.0]]))
@@ -55,7 +55,9 @@ def global_norm(t_list: Sequence[Any]) -> Any:
     return norm_of_all(given)
 
 
-def clip_by_global_norm(t_list: Sequence[Any], clip_norm: float, use_norm: Any = None) -> tuple[list[Any], Any]:
+def clip_by_global_norm(
+    t_list: Sequence[Any], clip_norm: float, use_norm: Any = None, name: str | None = None
+) -> tuple[list[Any], Any]:
     """Return (arrays, norm): all shortened by one factor so that `global_norm` is at most `clip_norm`; the norm before.
 
     None among `t_list` stays. If the norm is not finite, all become NaN, so that the fault is seen and not spread
