@@ -80,7 +80,7 @@ template <int32 packets> struct KeepNothing {
 #if defined(GL_ENTRY_gl_bn_forward) || defined(GL_ENTRY_gl_bn_backward)
     static constexpr bool cases_apart = false;  // so small a slab is soon done, and more loops take more registers
     static constexpr int32 first_ahead = (scarce ? 4 : held == 8 ? 6 : 8) / packets;
-    template <int32 loaded> static constexpr int32 second_ahead = FOLDED && loaded == 2 ? 3 : 4;
+    template <int32 loaded> static constexpr int32 second_ahead = loaded == 1 ? 4 : RAGGED ? 2 : FOLDED ? 3 : 4;
 #else
     static constexpr bool cases_apart = true;
     // Fewer where the walk through the units of rows takes registers, and fewest where statistics take them, too.
