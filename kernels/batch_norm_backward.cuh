@@ -251,10 +251,11 @@ __device__ __forceinline__ void apply_packets(
     const Arguments& arguments, const Place& p, Keeper& keeper, const Factors& factors, const Factors& corrections,
     const A (&pivot)[held]) {
     constexpr bool any = signs == Signs::any;
-    // The first pass of the same launch has left the masked gradient there: one array instead of two.
+    // The first pass of the same launch has left the masked gradient there: one array instead of two. Not in ragged rows:
+    // a packet at an end has elements that another block may be writing.
     // NVRTC before CUDA 12.4 looks at what `if constexpr` leaves out in a lambda, so the field is named out here.
     decltype(arguments.dy) masked_gradients = nullptr;
-    if constexpr (Keeper::one_launch && any) masked_gradients = arguments.dresidual;
+    if constexpr (Keeper::one_launch && any && !RAGGED) masked_gradients = arguments.dresidual;
     const bool masked_before = masked_gradients != nullptr;
     const bool by_bits = any && !masked_before && arguments.bits, by_output = any && !masked_before && arguments.y;
     const bool by_input = any ? static_cast<bool>(arguments.recompute) : signs == Signs::of_input;

@@ -289,3 +289,12 @@ def test_under_thread_sanitizer(shape):
     b = bn.backward(dy, x, None, f.saved, axis=(1,))
     close(f.y, truth.forward(exact["x"], 1.0, 0.0, (1,), EPSILON).y, TOLERANCE["float32"], "y")
     close(b.dx, truth.backward(exact["dy"], exact["x"], 1.0, (1,), EPSILON).dx, 4e-5, "dx")
+
+
+@pytest.mark.slow
+def test_what_the_first_pass_writes_is_not_read_by_other_blocks():
+    """A packet at a row's end has elements of the neighbouring row, whose gradient another block masks and writes."""
+    few = TIGHT._replace(multiprocessors=4)
+    assert choose(collapse((8, 2, 3041), (1,)), 4, 16, few, 2).on_chip < 1  # the rest is read again
+    register_launcher("emulated", EmulatedLauncher(few, build="threads", runs=((0, 0xFF, 3),)))
+    check((8, 2, 3041), (1,), 1, "float32", residual=True, relu=True)
