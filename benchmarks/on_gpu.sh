@@ -130,17 +130,18 @@ timeout 10 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,power
 # their time is compiling, hence several processes where that is possible. Plugins that happen to be installed change
 # nothing. A test that hangs shows where, and `timeout` ends a run like Ctrl-C does: with the failures so far.
 gpu_tests() {
-    local seconds=$1 workers=()
+    local seconds=$1 workers=() processes
     shift
+    processes=$(nproc) # apart: bash loses its place when it is stopped inside a substitution inside an expression
     if "$python" -c 'import xdist' 2>/dev/null && ! timeout 10 nvidia-smi -q -d COMPUTE 2>/dev/null | grep -q Exclusive; then
-        workers=(-p xdist.plugin -n $(($(nproc) < 8 ? $(nproc) : 8)))
+        workers=(-p xdist.plugin -n $((processes < 8 ? processes : 8)))
     fi
     PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 step gpu_tests "$seconds" 12 "$python" -m pytest "${workers[@]}" -m gpu -v \
         --no-header --maxfail=20 -p no:cacheprovider -o faulthandler_timeout=30 --continue-on-collection-errors "$@"
 }
 
 sanitize() { # each tool gets its share of the time that is left
-    local tools=(memcheck racecheck) tool why status=0 sanitizer
+    local tools=(memcheck racecheck) tool most why status=0 sanitizer
     if ! sanitizer=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer" 2>/dev/null); then
         say "== sanitizer: compute-sanitizer is not installed here"
         return
@@ -165,7 +166,8 @@ sanitize() { # each tool gets its share of the time that is left
     esac
     while [ ${#tools[@]} -gt 0 ]; do
         tool=${tools[0]}
-        step "$tool" $(($(left) / ${#tools[@]})) 3 "$sanitizer" --tool "$tool" --error-exitcode 9 \
+        most=$(left)
+        step "$tool" $((most / ${#tools[@]})) 3 "$sanitizer" --tool "$tool" --error-exitcode 9 \
             --launch-timeout 120 "$python" -m benchmarks.gpu_probe --sanitizer-subset
         tools=("${tools[@]:1}")
     done
