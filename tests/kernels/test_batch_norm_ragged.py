@@ -31,7 +31,8 @@ from tests.ops import batch_norm_truth as truth
 pytestmark = [pytest.mark.emulated, pytest.mark.usefixtures("emulated_gpu")]
 
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
-BY_DTYPE = pytest.mark.parametrize("dtype", ITEMSIZE)
+SLOW = {"bfloat16": pytest.mark.slow}  # it differs from float16 in its conversions alone
+BY_DTYPE = pytest.mark.parametrize("dtype", [pytest.param(name, marks=SLOW.get(name, ())) for name in ITEMSIZE])
 # Odd, and 2 and 4 mod 8; 289 and the other squares touch the same number of packets wherever they begin.
 INNER = (5, 14, *range(65, 76), 121, 225, 289, 1225)
 # shape (channels second), sub-batches, device, regime forward and backward
