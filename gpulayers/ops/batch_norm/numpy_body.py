@@ -45,18 +45,18 @@ def channel_tables(
     """Turn moments of shape (groups, C) into ``y = (x - pivot) * a + b`` and what backward needs.
 
     ``a = gamma r / s``, ``b = beta + gamma d - offset a``, ``s = sqrt(variance + epsilon)``; r = 1 and d = 0 without
-    renorm. `offset` None says that `pivot` is the mean itself, to all its digits; `b` is then beta + gamma d, or
-    None. `saved` has shape (3, groups, C): pivot, offset, 1 / s; with renorm (5, groups, C): also r and d.
+    renorm. `pivot` None stands for zeros. `offset` None says that `pivot` is the mean itself, to all its digits; `b` is
+    then beta + gamma d, or None. `saved` has shape (3, groups, C): pivot, offset, 1 / s; with renorm (5, groups, C): also r and d.
     """
-    groups, channels = pivot.shape
+    groups, channels = variance.shape
     inverse = 1 / xp.sqrt(variance + epsilon)
     saved = xp.empty((3 if renorm is None else 5, groups, channels), dtype)
-    saved[0], saved[2] = pivot, inverse
+    saved[0], saved[2] = 0 if pivot is None else pivot, inverse
     if offset is None:
         mean = pivot
         saved[1] = pivot - saved[0]
     else:
-        mean = pivot + offset
+        mean = offset if pivot is None else pivot + offset
         saved[1] = offset
     mean, average = (mean[0], variance[0]) if groups == 1 else (mean.mean(axis=0), variance.mean(axis=0))
     a, b = inverse, None if beta is None else _row(beta)
@@ -153,11 +153,12 @@ def backward(
             dx = direct.backward_apply(g, layout, a, shifted, slope, b).astype(x.dtype, copy=False).reshape(x.shape)
             dresidual = g.astype(x.dtype, copy=False).reshape(x.shape) if own_residual else dy
         else:
-            double = sweeps.backward_sums(dy, x, layout, saved[0], y, dtype)
+            pivot = saved[0] if saved[0].any() else None
+            double = sweeps.backward_sums(dy, x, layout, pivot, y, dtype)
             a, slope, b, dgamma, dbeta = gradient_tables(np, double, saved, gamma, layout.samples)
             dx = recycled(x.shape, x.dtype)
             dresidual = recycled(x.shape, x.dtype) if own_residual else None
-            affine = sweeps.Affine(saved[0], a, b)
+            affine = sweeps.Affine(pivot, a, b)
             sweeps.backward_apply(dy, x, dx, dresidual, layout, affine, slope, y, dtype)
             dresidual = dresidual if own_residual else dy
     return dx, dgamma.astype(dtype, copy=False), dbeta.astype(dtype, copy=False), dresidual if residual else None
@@ -223,7 +224,7 @@ def inference_backward(
             dx = direct.backward_apply(g, layout, a, shifted, None, None).astype(x.dtype, copy=False).reshape(x.shape)
             dresidual = g.astype(x.dtype, copy=False).reshape(x.shape) if own_residual else dy
         else:
-            first, second = sweeps.backward_sums(dy, x, layout, mean, y, dtype)
+            first, second = sweeps.backward_sums(dy, x, layout, mean if mean.any() else None, y, dtype)
             dx = recycled(x.shape, x.dtype)
             dresidual = recycled(x.shape, x.dtype) if own_residual else None
             affine = sweeps.Affine(None, a, np.zeros_like(a))
@@ -242,4 +243,5 @@ def statistics(x: Any, layout: Layout, dtype: Any) -> tuple[Any, Any]:
             mean, variance, _ = direct.moments(x, layout)
             return mean.astype(dtype, copy=False), variance.astype(dtype, copy=False)
         pivot, offset, variance = sweeps.moments(x, layout, dtype)
-        return (pivot + offset).astype(dtype, copy=False), variance.astype(dtype, copy=False)
+        mean = offset if pivot is None else pivot + offset
+        return mean.astype(dtype, copy=False), variance.astype(dtype, copy=False)

@@ -13,17 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpulayers.ops.batch_norm.blocks import (
-    LONG_ROW,
-    Block,
-    View,
-    blocks_of,
-    parts_of,
-    series_of,
-    table_parts_of,
-    threaded,
-    view_of,
-)
+from gpulayers.ops.batch_norm.blocks import LONG_ROW, ROWS, Block, View, parts_of, table_parts_of, threaded, view_of
 from gpulayers.ops.batch_norm.layout import Layout
 from gpulayers.ops.host.buffers import aligned, recycled
 from gpulayers.ops.host.threads import run_tasks
@@ -32,9 +22,7 @@ __all__ = ["Affine", "backward_apply", "backward_sums", "clear", "moments", "nea
 
 FAR_PIVOT = 4.0  # |mean - pivot| / sqrt(variance) above which float32 factors lose digits: keep the pivot
 FAR_SUMS = 4.0  # and (mean - pivot)^2 / variance above which float32 sums do: take them again around the mean
-REPEATED = 1 << 20  # elements that a table may be blown up to
 PIECE = 2048  # elements of a row summed at once, where it has two of them
-ROWS = 64  # rows of a column summed at once: longer running float32 sums lose digits
 
 
 class Affine(NamedTuple):
@@ -45,23 +33,22 @@ class Affine(NamedTuple):
     b: Any
 
 
-def _table_parts(view: View, values: Any, dtype: Any) -> list[Any]:
-    """Lay out per-channel values in a table that broadcasts against the blocks of a view, and cut it for them."""
-    if view.folded is not None:
-        values = np.broadcast_to(values.reshape(view.folded[0], 1, view.folded[2]), view.folded)
-    values = values.astype(dtype, copy=False).reshape(view.tables, 1, view.slots, 1)
-    if view.columns:
-        shape: tuple[int, ...] = view.tables, view.tile, view.slots, view.inner
-    else:
-        repeat = view.inner if view.inner < LONG_ROW and values.size * view.inner <= REPEATED else 1
-        shape, values = (view.tables, view.slots, repeat), values[:, 0]
-    table = recycled(shape, dtype)
-    table[...] = values
-    return table_parts_of(view, table.reshape(view.tables, -1) if view.columns else table)
+def _factors(view: View, values: Sequence[Any], dtype: Any) -> list[list[Any] | None]:
+    """Lay out per-channel values in tables that broadcast against the blocks of a view, and cut them for those.
 
-
-def _pivot_parts(view: View, pivot: Any, dtype: Any) -> list[Any] | None:
-    return None if pivot is None or not pivot.any() else _table_parts(view, pivot, dtype)
+    None stays None.
+    """
+    present = [each.astype(dtype, copy=False) for each in values if each is not None]
+    if not present:
+        return [None] * len(values)
+    tables = recycled((len(present), *view.table_shape), dtype)
+    for table, each in zip(tables, present, strict=True):
+        if view.folded is not None:
+            each = np.broadcast_to(each.reshape(view.folded[0], 1, view.folded[2]), view.folded)
+        table[...] = each.reshape(view.tables, 1, view.slots, 1)
+    shape = (view.tables, -1) if view.columns else (view.tables, *view.table_shape[2:])
+    parts = iter([table_parts_of(view, table.reshape(shape)) for table in tables])
+    return [None if each is None else next(parts) for each in values]
 
 
 def _tasks(view: View, operands: Sequence[list[Any] | None]) -> list[tuple[Any, ...]]:
@@ -70,7 +57,7 @@ def _tasks(view: View, operands: Sequence[list[Any] | None]) -> list[tuple[Any, 
     All is cut before any thread begins: a thread that cuts holds the interpreter lock, and another that finishes a call
     then goes to sleep.
     """
-    missing = [None] * len(blocks_of(view))
+    missing = [None] * len(view.blocks)
     return list(zip(*[missing if each is None else each for each in operands], strict=True))
 
 
@@ -114,9 +101,8 @@ def _row_sums(view: View, operands: Sequence[Any], pair: Callable[..., Any], dty
         if whole * PIECE < u.shape[-1]:
             _sum_and_dot(u[..., whole * PIECE :], v[..., whole * PIECE :], ones, into[..., piece + whole])
 
-    blocks = blocks_of(view)
-    into = [sums[:, block.segment, block.first : block.last, block.left : block.right] for block in blocks]
-    run_tasks(work, list(zip(into, blocks, _tasks(view, operands), strict=True)), threaded(view, itemsize))
+    into = [sums[:, block.segment, block.first : block.last, block.left : block.right] for block in view.blocks]
+    run_tasks(work, list(zip(into, view.blocks, _tasks(view, operands), strict=True)), threaded(view, itemsize))
     folded = np.add.reduce(sums, axis=(2, 4), dtype=np.float64)
     return np.add.reduce(folded.reshape(2, -1, view.tables, view.slots), axis=1)
 
@@ -133,30 +119,30 @@ def _sum_and_dot(u: Any, v: Any, ones: Any, into: Any) -> None:
 
 def _column_sums(view: View, operands: Sequence[Any], pair: Callable[..., Any], dtype: Any, itemsize: int) -> Any:
     """Channels last: a sum for every column of a block, folded for all blocks of the same statistics at once."""
-    scratch = _Scratch(dtype)
 
-    def work(task: tuple[Any, tuple[Any, ...]]) -> None:
-        into, parts = task
+    def work(task: tuple[Any, Any, tuple[Any, ...]]) -> None:
+        into, pieces, parts = task
         u, v = pair(*parts)
         whole, columns = len(u) // ROWS, u.shape[1]
-        sums = scratch.of((2, -(-len(u) // ROWS), columns), "sums")
         if whole:
             cut = (whole, ROWS, columns)
-            _sums_of_rows(u[: whole * ROWS].reshape(cut), v[: whole * ROWS].reshape(cut), sums[:, :whole])
+            _sums_of_rows(u[: whole * ROWS].reshape(cut), v[: whole * ROWS].reshape(cut), pieces[:, :whole])
         if whole * ROWS < len(u):
-            _sums_of_rows(u[None, whole * ROWS :], v[None, whole * ROWS :], sums[:, whole:])
-        np.add.reduce(sums.astype(np.float64), axis=1, out=into)
+            _sums_of_rows(u[None, whole * ROWS :], v[None, whole * ROWS :], pieces[:, whole:])
+        np.add.reduce(pieces, axis=1, dtype=np.float64, out=into)
 
-    series = series_of(view)
-    sums = [np.empty((2, len(blocks), view.columns_of(blocks[0]))) for blocks in series]
-    into = [each[:, index] for each in sums for index in range(each.shape[1])]
-    run_tasks(work, list(zip(into, _tasks(view, operands), strict=True)), threaded(view, itemsize))
+    sums, targets = [], []
+    for series in view.series:
+        sums.append(np.empty((2, len(series.pieces), series.columns)))
+        pieces = recycled((2, series.pieces[-1].stop, series.columns), dtype)
+        targets += [(sums[-1][:, number], pieces[:, place]) for number, place in enumerate(series.pieces)]
+    tasks = [(*target, parts) for target, parts in zip(targets, _tasks(view, operands), strict=True)]
+    run_tasks(work, tasks, threaded(view, itemsize))
+    if len(sums) == 1:
+        return np.add.reduce(sums[0].reshape(2, 1, -1, view.slots, view.inner), axis=(2, 4))
     totals = np.zeros((2, view.tables, view.slots))
-    for blocks, each in zip(series, sums, strict=True):
-        left, right = blocks[0].left, blocks[0].right
-        columns = np.add.reduce(each, axis=1)
-        folded = np.add.reduce(columns.reshape(2, -1, right - left, view.inner), axis=(1, 3))
-        totals[:, blocks[0].segment % view.tables, left:right] += folded
+    for (table, left, right, *_), each in zip(view.series, sums, strict=True):
+        totals[:, table, left:right] += np.add.reduce(each.reshape(2, -1, right - left, view.inner), axis=(1, 3))
     return totals
 
 
@@ -195,28 +181,33 @@ def _power_sums(x: Any, layout: Layout, pivot: Any, dtype: Any) -> Any:
         shifted = _shifted(part, shift, scratch)
         return shifted, shifted
 
-    return _two_sums(view, (parts_of(view, x), _pivot_parts(view, pivot, dtype)), pair, dtype, x.itemsize)
+    return _two_sums(view, (parts_of(view, x), *_factors(view, (pivot,), dtype)), pair, dtype, x.itemsize)
 
 
 def moments(x: Any, layout: Layout, dtype: Any) -> tuple[Any, Any, Any]:
-    """Return (pivot, mean - pivot, biased variance), each of shape (groups, channels).
+    """Return (pivot, mean - pivot, biased variance), each of shape (groups, channels); `pivot` None stands for zeros.
 
     `x` is contiguous. `pivot` has `dtype`, which the arithmetic is done in (float32 or float64); the others are
     float64.
     """
-    offset, variance = _from_sums(_power_sums(x, layout, None, dtype), layout)
-    pivot = np.zeros((layout.groups, layout.channels), dtype)
-    near = offset * offset <= FAR_SUMS * variance
-    if not (near & np.isfinite(variance)).all():
-        mean = offset.astype(dtype)
-        pivot = np.where(np.isfinite(mean), mean, pivot)
-        offset, variance = _from_sums(_power_sums(x, layout, pivot, dtype), layout)
+    offset, variance, near = _from_sums(_power_sums(x, layout, None, dtype), layout)
+    if near:
+        return None, offset, variance
+    mean = offset.astype(dtype)
+    pivot = np.where(np.isfinite(mean), mean, np.zeros_like(mean))
+    offset, variance, _ = _from_sums(_power_sums(x, layout, pivot, dtype), layout)
     return pivot, offset, variance
 
 
-def _from_sums(sums: Any, layout: Layout) -> tuple[Any, Any]:
-    offset, square = sums.reshape(2, layout.groups, layout.channels) / layout.samples
-    return offset, np.maximum(square - offset * offset, 0)
+def _from_sums(sums: Any, layout: Layout) -> tuple[Any, Any, bool]:
+    """Return (mean - pivot, variance), and whether they are finite and no mean is so far that digits are lost."""
+    sums = sums.reshape(2, layout.groups, layout.channels)
+    sums /= layout.samples
+    offset, variance = sums
+    squared = offset * offset
+    np.maximum(np.subtract(variance, squared, out=variance), 0, out=variance)
+    near = np.logical_and.reduce(squared <= FAR_SUMS * variance, axis=None)
+    return offset, variance, bool(near and np.add.reduce(variance, axis=None) < np.inf)
 
 
 def near_zero(pivot: Any, a: Any, b: Any, inverse: Any) -> Affine:
@@ -233,11 +224,11 @@ def normalise(x: Any, y: Any, layout: Layout, factors: Affine, residual: Any, re
     Backwards, because the end of x is what the statistics sweep left in the cache.
     """
     view = view_of(layout)
-    scratch, direct = _Scratch(dtype), y.dtype == dtype
+    scratch = None if y.dtype == dtype else _Scratch(dtype)
 
     def work(parts: tuple[Any, ...]) -> None:
-        source, target, shift, scale, bias, added = parts
-        result = target if direct else scratch.like(target, "x")
+        source, target, added, shift, scale, bias = parts
+        result = target if scratch is None else scratch.like(target, "x")
         if shift is not None:
             source = np.subtract(source, shift, out=result, dtype=dtype)
         np.multiply(source, scale, out=result, dtype=dtype)
@@ -246,13 +237,12 @@ def normalise(x: Any, y: Any, layout: Layout, factors: Affine, residual: Any, re
             np.add(result, added, out=result, dtype=dtype)
         if relu:
             np.maximum(result, 0, out=result)
-        if not direct:
+        if scratch is not None:
             np.copyto(target, result, casting="unsafe")
 
-    scale, bias = (_table_parts(view, table, dtype) for table in (factors.a, factors.b))
-    added = None if residual is None else parts_of(view, residual)
-    operands = parts_of(view, x), parts_of(view, y), _pivot_parts(view, factors.pivot, dtype), scale, bias, added
-    run_tasks(work, _tasks(view, operands), threaded(view, x.itemsize), backwards=True)
+    arrays = (None if each is None else parts_of(view, each) for each in (x, y, residual))
+    tasks = _tasks(view, (*arrays, *_factors(view, factors, dtype)))
+    run_tasks(work, tasks, threaded(view, x.itemsize), backwards=True)
 
 
 def backward_sums(dy: Any, x: Any, layout: Layout, pivot: Any, y: Any, dtype: Any) -> tuple[Any, Any]:
@@ -260,14 +250,14 @@ def backward_sums(dy: Any, x: Any, layout: Layout, pivot: Any, y: Any, dtype: An
 
     `y` None means that there was no ReLU: g is dy.
     """
-    view = view_of(layout, read=x.dtype == dtype and y is None and not pivot.any())
+    view = view_of(layout, read=x.dtype == dtype and y is None and pivot is None)
     scratch = _Scratch(dtype)
 
     def pair(dy_part: Any, y_part: Any, x_part: Any, shift: Any) -> Any:
         return _gradient(dy_part, y_part, scratch), _shifted(x_part, shift, scratch)
 
     outputs = None if y is None else parts_of(view, y)
-    operands = parts_of(view, dy), outputs, parts_of(view, x), _pivot_parts(view, pivot, dtype)
+    operands = parts_of(view, dy), outputs, parts_of(view, x), *_factors(view, (pivot,), dtype)
     sums = _two_sums(view, operands, pair, dtype, x.itemsize)
     first, second = sums.reshape(2, layout.groups, layout.channels)
     return first, second
@@ -305,7 +295,7 @@ def backward_apply(
     scratch, direct = _Scratch(dtype), dx.dtype == dtype
 
     def work(parts: tuple[Any, ...]) -> None:
-        dy, y, source, target, dresidual, shift, slope, bias, scale = parts
+        dy, y, source, target, dresidual, shift, scale, bias, slope = parts
         g = _gradient(dy, y, scratch)
         result = target if direct else scratch.like(target, "result")
         if dresidual is not None:
@@ -323,6 +313,5 @@ def backward_apply(
             np.copyto(target, result, casting="unsafe")
 
     arrays = (None if each is None else parts_of(view, each) for each in (dy, y, x, dx, dresidual))
-    tables = (None if each is None else _table_parts(view, each, dtype) for each in (slope, factors.b, factors.a))
-    operands = *arrays, _pivot_parts(view, factors.pivot, dtype), *tables
-    run_tasks(work, _tasks(view, operands), threaded(view, x.itemsize), backwards=True)
+    tasks = _tasks(view, (*arrays, *_factors(view, (*factors, slope), dtype)))
+    run_tasks(work, tasks, threaded(view, x.itemsize), backwards=True)
