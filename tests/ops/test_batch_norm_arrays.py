@@ -438,14 +438,14 @@ def test_both_numpy_bodies_agree(monkeypatch, shape, axis, groups):
 
 @pytest.mark.parametrize(("shape", "groups"), [((4096, 4, 4, 16), 2), ((65536, 2, 8), 4), ((32, 56, 56, 64), 4)])
 def test_sub_batches_are_no_reason_for_many_blocks(shape, groups):
-    for read in (False, True):
-        view = batch_norm_blocks.view_of(collapse(shape, (len(shape) - 1,), groups), read)
+    for sums, copies in ((False, True), (True, True), (True, False)):
+        view = batch_norm_blocks.view_of(collapse(shape, (len(shape) - 1,), groups), sums, copies)
         assert len(view.blocks) <= max(2 * math.prod(shape) / batch_norm_blocks.ELEMENTS, 32)
 
 
 def test_blocks_cover_every_element_once():
-    for (shape, axis, groups), read in itertools.product(CASES, (False, True)):
-        view = batch_norm_blocks.view_of(collapse(shape, axis, groups), read)
+    for (shape, axis, groups), sums, copies in itertools.product(CASES, (False, True), (False, True)):
+        view = batch_norm_blocks.view_of(collapse(shape, axis, groups), sums, copies)
         seen = np.zeros(view.shape, int)
         assert sum(len(series.pieces) for series in view.series) == len(view.blocks)
         for part in batch_norm_blocks.parts_of(view, seen):

@@ -25,7 +25,8 @@ __all__ = ["LONG_ROW", "ROWS", "Block", "View", "parts_of", "table_parts_of", "t
 ELEMENTS = 1024 * 1024 // 4  # of a block
 ELEMENTS_READ = 2 * ELEMENTS  # of a block that is only read
 FOLDED = 64 * 1024  # elements of a row with all sub-batches and their places: more make good blocks by themselves
-WIDE = 2048  # elements of a wide row: enough to hide a loop's start, and a row of sums stays in the first-level cache
+WIDE = 8192  # elements of a wide row: enough to hide a loop's start
+WIDE_SUMS = 2048  # the same where columns are summed: the row of sums stays in the first-level cache
 ROWS = 64  # rows of a column summed at once: longer running float32 sums lose digits
 NARROW_INNER = 64  # below this, channels-first rows are too short for a loop of their own
 LONG_ROW = 1024  # from here on a row's constants can be single numbers, and its sums taken by einsum
@@ -144,11 +145,11 @@ class View:
 
 
 @functools.lru_cache(maxsize=256)
-def view_of(layout: Layout, read: bool = False) -> View:
+def view_of(layout: Layout, sums: bool = False, copies: bool = True) -> View:
     """Choose the view for a layout: sub-batches are extra channels, small ones with all their places, or segments.
 
-    `read`: for sums that copy nothing; their blocks are larger. A block is contiguous where it spans all slots: memory
-    is walked through in one direction, and the factors are read again for each block.
+    `sums`: for sums, with narrower rows; with larger blocks where they are not taken of `copies`. A block is contiguous
+    where it spans all slots: memory is walked through in one direction, and the factors are read again for each block.
     """
     rows, groups, spread, channels, inner = layout[:5]
     segments, length, tables, slots = rows * groups, spread, groups, channels
@@ -156,12 +157,13 @@ def view_of(layout: Layout, read: bool = False) -> View:
     if groups * spread * channels * inner <= FOLDED or spread == 1:
         segments, length, tables, slots = 1, rows, 1, groups * spread * channels
         folded = None if spread == 1 else (groups, spread, channels)
-    elements = ELEMENTS_READ if read else ELEMENTS
-    columns = inner == 1 or (inner < NARROW_INNER and slots * inner <= 2 * WIDE)
+    elements, wide = (ELEMENTS if copies else ELEMENTS_READ), (WIDE_SUMS if sums else WIDE)
+    columns = inner == 1 or (inner < NARROW_INNER and slots * inner <= 2 * WIDE_SUMS)
     tile = 1
-    if columns:
-        while tile * 2 * slots * inner <= WIDE and tile * 2 <= length:
-            tile *= 2
+    while columns and tile * 2 * slots * inner <= wide and tile * 2 <= length:
+        if segments > 1 and tile * 2 * slots * inner > WIDE_SUMS and length % (tile * 2):
+            break  # every segment would have a block of the rest
+        tile *= 2
     span = max(1, min(slots, elements // inner))
     stretch = min(inner, elements)
     at_once = max(1, min(elements // (span * stretch), length) // tile)

@@ -46,7 +46,8 @@ def channel_tables(
 
     ``a = gamma r / s``, ``b = beta + gamma d - offset a``, ``s = sqrt(variance + epsilon)``; r = 1 and d = 0 without
     renorm. `pivot` None stands for zeros. `offset` None says that `pivot` is the mean itself, to all its digits; `b` is
-    then beta + gamma d, or None. `saved` has shape (3, groups, C): pivot, offset, 1 / s; with renorm (5, groups, C): also r and d.
+    then beta + gamma d, or None. `saved` has shape (3, groups, C): pivot, offset, 1 / s; with renorm (5, groups, C):
+    also r and d.
     """
     groups, channels = variance.shape
     inverse = 1 / xp.sqrt(variance + epsilon)

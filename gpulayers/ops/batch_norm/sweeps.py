@@ -174,7 +174,7 @@ def _shifted(part: Any, pivot: Any, scratch: _Scratch) -> Any:
 
 
 def _power_sums(x: Any, layout: Layout, pivot: Any, dtype: Any) -> Any:
-    view = view_of(layout, read=pivot is None and x.dtype == dtype)
+    view = view_of(layout, sums=True, copies=pivot is not None or x.dtype != dtype)
     scratch = _Scratch(dtype)
 
     def pair(part: Any, shift: Any) -> Any:
@@ -250,7 +250,7 @@ def backward_sums(dy: Any, x: Any, layout: Layout, pivot: Any, y: Any, dtype: An
 
     `y` None means that there was no ReLU: g is dy.
     """
-    view = view_of(layout, read=x.dtype == dtype and y is None and pivot is None)
+    view = view_of(layout, sums=True, copies=x.dtype != dtype or y is not None or pivot is not None)
     scratch = _Scratch(dtype)
 
     def pair(dy_part: Any, y_part: Any, x_part: Any, shift: Any) -> Any:

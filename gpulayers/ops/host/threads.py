@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import collections
 import contextvars
+import ctypes
 import functools
 import os
 import queue
@@ -79,8 +80,6 @@ class _Pool:
     """
 
     def __init__(self, processors: set[int]) -> None:
-        import ctypes  # a twentieth of the package's import time, for large arrays only
-
         movable = hasattr(os, "sched_setaffinity")  # Linux
 
         self.workers = min(len(processors), THREADS) - 1
