@@ -7,7 +7,7 @@ from gpulayers.ops.host import threads as host_threads
 from gpulayers.ops.recurrent import gradients as recurrent_gradients
 from gpulayers.ops.recurrent import projections as recurrent_projections
 from gpulayers.ops.recurrent.gradients import WeightGradients, rows_times
-from gpulayers.ops.recurrent.products import in_strips, strip_width, weight_strips
+from gpulayers.ops.recurrent.products import SMALL_PRODUCT, in_strips, strip_width, weight_strips
 from tests.ops.test_recurrent_arrays import CELLS, Case, check_gradients
 
 
@@ -25,8 +25,8 @@ def pool(request, monkeypatch):
         (3, 5, 96, 32),
         (3, 5, 48, 16),
         (3, 5, 20, 20),  # no strip: odd widths stay whole
-        (1 << 13, 4, 64, 16),  # more rows, narrower strips
-        (1 << 16, 4, 64, 64),  # too many rows for a small product
+        (SMALL_PRODUCT >> 6, 4, 64, 16),  # more rows, narrower strips
+        (SMALL_PRODUCT >> 3, 4, 64, 64),  # too many rows for a small product
         (3, 0, 64, 64),
     ],
 )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from gpulayers.ops.host import threads as host_threads
+from gpulayers.ops.host.settings import BUFFER, quiet
 from gpulayers.ops.host.threads import InOrder, run_ahead, run_tasks
 
 
@@ -55,11 +56,30 @@ def test_an_error_reaches_the_caller(pool, threaded):
     assert run_tasks(abs, [-1, -2, -3], threaded) == [1, 2, 3]
 
 
-def test_numpy_settings_inside_and_after(pool):
-    before = np.geterr(), np.getbufsize()
-    seen = run_tasks(lambda _: (time.sleep(0.001), np.geterr()["divide"], np.getbufsize())[1:], range(12), True)
-    assert set(seen) == {("ignore", host_threads.BUFFER)}
-    assert (np.geterr(), np.getbufsize()) == before
+def numpy_settings():
+    return tuple(np.geterr().values()), np.getbufsize()
+
+
+def test_numpy_settings_of_the_caller_hold_on_every_thread(pool):
+    seen = quiet(run_tasks)(lambda _: (time.sleep(0.001), *numpy_settings())[1:], range(12), True)
+    assert set(seen) == {(("ignore",) * 4, BUFFER)}
+    with np.errstate(divide="raise"):
+        seen = run_tasks(lambda _: (time.sleep(0.001), *numpy_settings())[1:], range(12), True)
+        assert set(seen) == {numpy_settings()}
+
+
+def test_numpy_settings_are_as_before_after_an_error():
+    before = numpy_settings()
+
+    @quiet
+    def fail():
+        np.seterr(all="warn")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert numpy_settings() == before
+    assert quiet(numpy_settings)() == (("ignore",) * 4, BUFFER)
 
 
 def test_workers_keep_off_the_callers_processor(pool, monkeypatch):

@@ -15,10 +15,9 @@ from gpulayers.ops.batch_norm import moving as batch_norm_moving
 from gpulayers.ops.batch_norm.layout import Layout
 from gpulayers.ops.batch_norm.moving import MovingStatistics, Renorm
 from gpulayers.ops.host.buffers import recycled
+from gpulayers.ops.host.settings import quiet
 
 __all__ = ["Tables", "backward", "channel_tables", "forward", "gradient_tables", "inference", "inference_backward"]
-
-_QUIET: Any = {"all": "ignore"}  # infinities and NaN pass through as they do on a GPU
 
 
 class Tables(NamedTuple):
@@ -103,6 +102,7 @@ def _empty(layout: Layout, dtype: Any, renorm: Renorm | None) -> tuple[Any, Any,
     return zero, zero.copy(), np.zeros((3 if renorm is None else 5, layout.groups, layout.channels), dtype)
 
 
+@quiet
 def forward(
     x: Any,
     layout: Layout,
@@ -119,25 +119,25 @@ def forward(
     if x.size == 0:
         return (np.empty_like(x), *_empty(layout, dtype, renorm))
     small = direct.suits(layout)
-    with np.errstate(**_QUIET):
-        if small:
-            centre, variance, shifted = direct.moments(x, layout)
-            pivot, offset = centre, None
-        else:
-            pivot, offset, variance = sweeps.moments(x, layout, dtype)
-        tables = channel_tables(np, pivot, offset, variance, gamma, beta, epsilon, renorm, dtype)
-        if small:
-            result = direct.normalise(shifted, layout, tables.a, tables.b, residual, relu)
-            y = result.astype(x.dtype, copy=False).reshape(x.shape)
-        else:
-            y = recycled(x.shape, x.dtype)
-            affine = sweeps.Affine(pivot, tables.a, tables.b)
-            sweeps.normalise(x, y, layout, affine, residual, relu, dtype)
-        if moving is not None:
-            batch_norm_moving.update(moving, tables.mean, tables.variance, epsilon, layout.samples)
+    if small:
+        centre, variance, shifted = direct.moments(x, layout)
+        pivot, offset = centre, None
+    else:
+        pivot, offset, variance = sweeps.moments(x, layout, dtype)
+    tables = channel_tables(np, pivot, offset, variance, gamma, beta, epsilon, renorm, dtype)
+    if small:
+        result = direct.normalise(shifted, layout, tables.a, tables.b, residual, relu)
+        y = result.astype(x.dtype, copy=False).reshape(x.shape)
+    else:
+        y = recycled(x.shape, x.dtype)
+        affine = sweeps.Affine(pivot, tables.a, tables.b)
+        sweeps.normalise(x, y, layout, affine, residual, relu, dtype)
+    if moving is not None:
+        batch_norm_moving.update(moving, tables.mean, tables.variance, epsilon, layout.samples)
     return y, tables.mean, tables.variance, tables.saved
 
 
+@quiet
 def backward(
     dy: Any, x: Any, layout: Layout, gamma: Any, saved: Any, y: Any, residual: bool, dtype: Any
 ) -> tuple[Any, Any, Any, Any]:
@@ -146,22 +146,21 @@ def backward(
         zero = np.zeros(layout.channels, dtype)
         return np.empty_like(x), zero, zero.copy(), dy
     own_residual = residual and y is not None  # without a ReLU the residual's gradient is dy itself
-    with np.errstate(**_QUIET):
-        if direct.suits(layout):
-            shifted = direct.shift(x, layout, saved[0], dtype)
-            g, *sums = direct.backward_sums(dy, layout, shifted, y)
-            a, slope, b, dgamma, dbeta = gradient_tables(np, (sums[0], sums[1]), saved, gamma, layout.samples)
-            dx = direct.backward_apply(g, layout, a, shifted, slope, b).astype(x.dtype, copy=False).reshape(x.shape)
-            dresidual = g.astype(x.dtype, copy=False).reshape(x.shape) if own_residual else dy
-        else:
-            pivot = saved[0] if saved[0].any() else None
-            double = sweeps.backward_sums(dy, x, layout, pivot, y, dtype)
-            a, slope, b, dgamma, dbeta = gradient_tables(np, double, saved, gamma, layout.samples)
-            dx = recycled(x.shape, x.dtype)
-            dresidual = recycled(x.shape, x.dtype) if own_residual else None
-            affine = sweeps.Affine(pivot, a, b)
-            sweeps.backward_apply(dy, x, dx, dresidual, layout, affine, slope, y, dtype)
-            dresidual = dresidual if own_residual else dy
+    if direct.suits(layout):
+        shifted = direct.shift(x, layout, saved[0], dtype)
+        g, *sums = direct.backward_sums(dy, layout, shifted, y)
+        a, slope, b, dgamma, dbeta = gradient_tables(np, (sums[0], sums[1]), saved, gamma, layout.samples)
+        dx = direct.backward_apply(g, layout, a, shifted, slope, b).astype(x.dtype, copy=False).reshape(x.shape)
+        dresidual = g.astype(x.dtype, copy=False).reshape(x.shape) if own_residual else dy
+    else:
+        pivot = saved[0] if saved[0].any() else None
+        double = sweeps.backward_sums(dy, x, layout, pivot, y, dtype)
+        a, slope, b, dgamma, dbeta = gradient_tables(np, double, saved, gamma, layout.samples)
+        dx = recycled(x.shape, x.dtype)
+        dresidual = recycled(x.shape, x.dtype) if own_residual else None
+        affine = sweeps.Affine(pivot, a, b)
+        sweeps.backward_apply(dy, x, dx, dresidual, layout, affine, slope, y, dtype)
+        dresidual = dresidual if own_residual else dy
     return dx, dgamma.astype(dtype, copy=False), dbeta.astype(dtype, copy=False), dresidual if residual else None
 
 
@@ -171,6 +170,7 @@ def _inference_tables(layout: Layout, gamma: Any, mean: Any, variance: Any, epsi
     return mean.reshape(1, -1), inverse, inverse if gamma is None else inverse * gamma.reshape(1, -1)
 
 
+@quiet
 def inference(
     x: Any,
     layout: Layout,
@@ -186,20 +186,18 @@ def inference(
     """Return ``(x - mean) * gamma / sqrt(variance + epsilon) + beta`` (+ residual, then ReLU)."""
     if x.size == 0:
         return np.empty_like(x)
-    with np.errstate(**_QUIET):
-        mean, inverse, a = _inference_tables(layout, gamma, mean, variance, epsilon)
-        bias = None if beta is None else beta.reshape(1, -1)
-        if direct.suits(layout):
-            result = direct.shift(x, layout, mean, dtype)
-            return (
-                direct.normalise(result, layout, a, bias, residual, relu).astype(x.dtype, copy=False).reshape(x.shape)
-            )
-        y = recycled(x.shape, x.dtype)
-        affine = sweeps.near_zero(mean, a, bias, inverse)
-        sweeps.normalise(x, y, layout, affine, residual, relu, dtype)
+    mean, inverse, a = _inference_tables(layout, gamma, mean, variance, epsilon)
+    bias = None if beta is None else beta.reshape(1, -1)
+    if direct.suits(layout):
+        result = direct.shift(x, layout, mean, dtype)
+        return direct.normalise(result, layout, a, bias, residual, relu).astype(x.dtype, copy=False).reshape(x.shape)
+    y = recycled(x.shape, x.dtype)
+    affine = sweeps.near_zero(mean, a, bias, inverse)
+    sweeps.normalise(x, y, layout, affine, residual, relu, dtype)
     return y
 
 
+@quiet
 def inference_backward(
     dy: Any,
     x: Any,
@@ -217,32 +215,31 @@ def inference_backward(
         zero = np.zeros(layout.channels, dtype)
         return np.empty_like(x), zero, zero.copy(), dy if residual else None
     own_residual = residual and y is not None
-    with np.errstate(**_QUIET):
-        mean, inverse, a = _inference_tables(layout, gamma, mean, variance, epsilon)
-        if direct.suits(layout):
-            shifted = direct.shift(x, layout, mean, dtype)
-            g, first, second = direct.backward_sums(dy, layout, shifted, y)
-            dx = direct.backward_apply(g, layout, a, shifted, None, None).astype(x.dtype, copy=False).reshape(x.shape)
-            dresidual = g.astype(x.dtype, copy=False).reshape(x.shape) if own_residual else dy
-        else:
-            first, second = sweeps.backward_sums(dy, x, layout, mean if mean.any() else None, y, dtype)
-            dx = recycled(x.shape, x.dtype)
-            dresidual = recycled(x.shape, x.dtype) if own_residual else None
-            affine = sweeps.Affine(None, a, np.zeros_like(a))
-            sweeps.backward_apply(dy, x, dx, dresidual, layout, affine, None, y, dtype)
-            dresidual = dresidual if own_residual else dy
-        dgamma, dbeta = second[0] * inverse[0], first[0]
+    mean, inverse, a = _inference_tables(layout, gamma, mean, variance, epsilon)
+    if direct.suits(layout):
+        shifted = direct.shift(x, layout, mean, dtype)
+        g, first, second = direct.backward_sums(dy, layout, shifted, y)
+        dx = direct.backward_apply(g, layout, a, shifted, None, None).astype(x.dtype, copy=False).reshape(x.shape)
+        dresidual = g.astype(x.dtype, copy=False).reshape(x.shape) if own_residual else dy
+    else:
+        first, second = sweeps.backward_sums(dy, x, layout, mean if mean.any() else None, y, dtype)
+        dx = recycled(x.shape, x.dtype)
+        dresidual = recycled(x.shape, x.dtype) if own_residual else None
+        affine = sweeps.Affine(None, a, np.zeros_like(a))
+        sweeps.backward_apply(dy, x, dx, dresidual, layout, affine, None, y, dtype)
+        dresidual = dresidual if own_residual else dy
+    dgamma, dbeta = second[0] * inverse[0], first[0]
     return dx, dgamma.astype(dtype, copy=False), dbeta.astype(dtype, copy=False), dresidual if residual else None
 
 
+@quiet
 def statistics(x: Any, layout: Layout, dtype: Any) -> tuple[Any, Any]:
     """Return mean and biased variance, shape (groups, C)."""
     if x.size == 0:
         return np.zeros(layout[1:4:2], dtype), np.zeros(layout[1:4:2], dtype)
-    with np.errstate(**_QUIET):
-        if direct.suits(layout):
-            mean, variance, _ = direct.moments(x, layout)
-            return mean.astype(dtype, copy=False), variance.astype(dtype, copy=False)
-        pivot, offset, variance = sweeps.moments(x, layout, dtype)
-        mean = offset if pivot is None else pivot + offset
+    if direct.suits(layout):
+        mean, variance, _ = direct.moments(x, layout)
         return mean.astype(dtype, copy=False), variance.astype(dtype, copy=False)
+    pivot, offset, variance = sweeps.moments(x, layout, dtype)
+    mean = offset if pivot is None else pivot + offset
+    return mean.astype(dtype, copy=False), variance.astype(dtype, copy=False)

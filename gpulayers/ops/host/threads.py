@@ -23,15 +23,9 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
-
 __all__ = ["InOrder", "run_ahead", "run_tasks"]
 
 THREADS = 4  # at most, the calling one included
-
-BUFFER = 1024
-"""Elements of NumPy's buffers. Where one holds several rows of an operation that broadcasts one number along each row,
-NumPy first writes the numbers out into a buffer, at a third of the speed; rows of at least this length escape it."""
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -145,8 +139,8 @@ def run_tasks(
 ) -> list[Result]:
     """Call `work` on every task and return the results in the order of the tasks.
 
-    The threads take the next task when they are done with one: `backwards` from the last to the first. Floating-point
-    warnings are off inside. `threaded` False keeps to the calling thread.
+    The threads take the next task when they are done with one: `backwards` from the last to the first. `threaded` False
+    keeps to the calling thread.
 
     >>> run_tasks(abs, [-1, 2, -3], threaded=True)
     [1, 2, 3]
@@ -165,14 +159,11 @@ def run_tasks(
 
     pool = _pool() if threaded and len(tasks) > 1 else None
     submitted: list[_Submitted | None] = []
-    buffer = np.setbufsize(BUFFER)  # belongs to the context, like the error state: the pool's threads have it too
     try:
-        with np.errstate(all="ignore"):
-            if pool is not None:
-                submitted += [pool.submit(work_off) for _ in range(pool.workers)]
-            work_off()
+        if pool is not None:
+            submitted += [pool.submit(work_off) for _ in range(pool.workers)]
+        work_off()
     finally:
-        np.setbufsize(buffer)
         waiting.clear()  # after an error nobody begins another task
         for each in submitted:
             if each is not None and not each.take_back():  # one that has not begun would find nothing to do

@@ -15,6 +15,7 @@ import functools
 import numpy as np
 
 from gpulayers.ops.host.buffers import recycled
+from gpulayers.ops.host.settings import quiet
 from gpulayers.ops.host.threads import InOrder, run_tasks
 from gpulayers.ops.recurrent.common import reverse_if
 from gpulayers.ops.recurrent.products import SMALL_PRODUCT, WORTH_A_THREAD, in_strips, strip_width, weight_strips
@@ -82,6 +83,7 @@ def _added(rows: list[np.ndarray], like: np.ndarray) -> np.ndarray:
     return np.sum(rows, axis=0, dtype=np.float64).astype(like.dtype) if rows else np.zeros(like.shape[1], like.dtype)
 
 
+@quiet
 def rows_times(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Return ``rows weights``, made by all threads: `rows` (T, N, C), `weights` (C, D), the result (T, N, D)."""
     (time, batch, columns), depth = rows.shape, weights.shape[1]
