@@ -322,6 +322,21 @@ def test_torch_agrees(cell):
     np.testing.assert_allclose(columns(gradients[split + 1]), module.weight_hh_l0.grad.numpy().T, atol=2e-5)
 
 
+@pytest.mark.parametrize("preactivation", [-300.0, -60.0, -20.0, 20.0, 300.0])
+def test_gates_nearly_closed_or_open(preactivation):
+    x, state, ones = np.ones((1, 1, 1), "f"), np.zeros((1, 3), "f"), np.ones(3, "f")
+    kernel = np.concatenate([preactivation * ones, 0 * ones, ones, 300 * ones])[None].astype("f")
+    outputs, _, c, _ = ra.lstm_sequence(x, state, state, kernel, np.zeros((3, 12), "f"))
+    wanted = sigma(preactivation, "sigmoid") * np.tanh(1.0)
+    np.testing.assert_allclose(c, np.full((1, 3), wanted), rtol=1e-6, atol=1e-37)
+    np.testing.assert_allclose(outputs, np.full((1, 1, 3), np.tanh(wanted)), rtol=1e-6, atol=1e-37)
+    kernel = np.concatenate([preactivation * ones, 0 * ones, ones])[None].astype("f")
+    outputs, h, _ = ra.gru_sequence(x, state, kernel, np.zeros((3, 9), "f"))
+    wanted = sigma(-preactivation, "sigmoid") * np.tanh(1.0)
+    np.testing.assert_allclose(h, np.full((1, 3), wanted), rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(outputs[0], h)
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_same_bits_every_time(cell):
     case = Case(cell, time=12, batch=7, dtype=np.float32)

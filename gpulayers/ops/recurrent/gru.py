@@ -26,6 +26,7 @@ import numpy as np
 
 from gpulayers.errors import ShapeError, message
 from gpulayers.ops.host.buffers import recycled
+from gpulayers.ops.host.settings import quiet
 from gpulayers.ops.recurrent.common import (
     RECURRENT_ACTIVATIONS,
     check_choice,
@@ -107,11 +108,10 @@ def legacy_gru_gradients(
 def _gate_function(activation: str, gates: np.ndarray) -> None:
     """Apply the gate function to unscaled pre-activations, in place."""
     np.multiply(gates, gate_scale(activation, gates.dtype), out=gates)
-    if activation == "sigmoid":
-        np.tanh(gates, out=gates)
     finish_gates(activation, gates)
 
 
+@quiet
 def gru_step(
     x: np.ndarray,
     h: np.ndarray,
@@ -237,6 +237,7 @@ class _WeightGradients:
         return d_kernel, np.concatenate([d_recurrent for d_recurrent, _ in by_state], axis=1), d_bias
 
 
+@quiet
 def gru_sequence(
     x_tnd: np.ndarray,
     h0: np.ndarray,
@@ -338,8 +339,6 @@ def _gru_loop(
             entering = h if recurrent_mask is None else multiply(h, recurrent_mask, dropped)
             matmul(entering, entered, into)
             add(zr, product[:2], zr)
-            if activation == "sigmoid":
-                tanh(zr, zr)
             finish_gates(activation, zr)
             if reset_after:
                 add(product[2], inner_offset_u, kept) if inner_biased else np.copyto(kept, product[2])

@@ -7,7 +7,7 @@ Source: Hochreiter and Schmidhuber 1997 with the forget gate of Gers et al. 2000
 
 The plan of the sequence. Inside, the gates of a step lie side by side in the order i, f, o, g, each a contiguous (N, U)
 block, in one buffer for all steps that is filled by the input projection and activated in place. Sigmoid columns are
-halved before the loop, so one tanh serves all four gates. The backward pass turns activations into factors a block of
+negated before the loop. The backward pass turns activations into factors a block of
 steps at a time, while they are in cache, so that a step is a handful of multiplications and one matmul.
 """
 
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from gpulayers.ops.host.buffers import recycled
+from gpulayers.ops.host.settings import quiet
 from gpulayers.ops.recurrent.common import (
     RECURRENT_ACTIVATIONS,
     check_choice,
@@ -180,6 +181,7 @@ def lstm_step_backward(
     return d_x, d_h_previous, d_new_c, np.matmul(x.T, d_gates), np.matmul(h.T, d_gates), d_gates.sum(axis=0)
 
 
+@quiet
 def lstm_sequence(
     x_tnd: np.ndarray,
     h0: np.ndarray,
@@ -283,10 +285,7 @@ def _lstm_loop(
             new_h, new_c = states[(t + 1) % ring]
             matmul(h if recurrent_mask is None else multiply(h, recurrent_mask, candidate), recurrent, into)
             add(gate_gnu, product, gate_gnu)
-            if activation == "sigmoid":
-                tanh(gate_gnu, gate_gnu)
-            else:
-                tanh(gate_gnu[3], gate_gnu[3])
+            tanh(gate_gnu[3], gate_gnu[3])
             finish_gates(activation, gate_gnu[:3])
             multiply(gate_gnu[1], c, new_c)
             multiply(gate_gnu[0], gate_gnu[3], candidate)
