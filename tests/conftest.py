@@ -87,6 +87,12 @@ def _gpu_count() -> int:
     return 0 if _cupy.unusable_reason() else _cupy.cupy().cuda.runtime.getDeviceCount()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Answer `-n auto`: one process where there is a GPU, whose memory every process would take a part of."""
+    return 1 if _gpu_count() else None
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip GPU tests with the reason that a user of the library would read."""
     if "bfloat16" in item.name and _is_missing("ml_dtypes"):
