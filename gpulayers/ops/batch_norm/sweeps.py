@@ -69,12 +69,9 @@ class _Scratch(threading.local):
         self.buffers: dict[Any, Any] = {}
 
     def like(self, part: Any, use: str) -> Any:
-        return self.of(part.shape, use)
-
-    def of(self, shape: tuple[int, ...], use: str) -> Any:
-        key = use, shape
+        key = use, part.shape
         if key not in self.buffers:
-            self.buffers[key] = aligned(shape, self.dtype)
+            self.buffers[key] = aligned(part.shape, self.dtype)
         return self.buffers[key]
 
 
