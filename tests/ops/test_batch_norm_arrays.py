@@ -443,6 +443,17 @@ def test_sub_batches_are_no_reason_for_many_blocks(shape, groups):
         assert len(view.blocks) <= max(2 * math.prod(shape) / batch_norm_blocks.ELEMENTS, 32)
 
 
+@pytest.mark.parametrize(("shape", "axis"), [((8192, 16), (1,)), ((8, 16, 1024), (1,))])
+def test_squares_beyond_float32(shape, axis):
+    """The sums of squares overflow; around the mean they do not."""
+    x = (1e20 + 1e16 * np.random.default_rng(0).normal(size=shape)).astype(np.float32)
+    got = bn.forward(x, None, None, axis=axis)
+    over = {"axis": tuple(a for a in range(len(shape)) if a not in axis), "dtype": np.float64}
+    np.testing.assert_allclose(got.variance, x.var(**over), rtol=1e-5)
+    normalised = (x - x.mean(**over, keepdims=True)) / x.std(**over, keepdims=True)
+    np.testing.assert_allclose(got.y, normalised, atol=1e-4)
+
+
 def test_blocks_cover_every_element_once():
     for (shape, axis, groups), sums, copies in itertools.product(CASES, (False, True), (False, True)):
         view = batch_norm_blocks.view_of(collapse(shape, axis, groups), sums, copies)
