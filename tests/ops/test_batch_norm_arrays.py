@@ -454,6 +454,23 @@ def test_squares_beyond_float32(shape, axis):
     np.testing.assert_allclose(got.y, normalised, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(262144, 64), (640, 51200), (2048, 2048, 2, 2), (32, 64, 96, 96)])
+def test_memory_beside_the_results(shape):
+    """At most 64 MB for 400 MB, whatever the shape: partial sums must not grow with the number of channels."""
+    x, dy = np.zeros(shape, np.float32), np.ones(shape, np.float32)
+    host_buffers.release()
+    tracemalloc.start()
+    try:
+        got = bn.forward(x, None, None, axis=(1,))
+        forward = tracemalloc.get_traced_memory()[1] - got.y.nbytes
+        tracemalloc.reset_peak()
+        dx = bn.backward(dy, x, None, got.saved, axis=(1,)).dx
+        backward = tracemalloc.get_traced_memory()[1] - got.y.nbytes - dx.nbytes
+    finally:
+        tracemalloc.stop()
+    assert max(forward, backward) <= 64 / 400 * x.nbytes
+
+
 def test_blocks_cover_every_element_once():
     for (shape, axis, groups), sums, copies in itertools.product(CASES, (False, True), (False, True)):
         view = batch_norm_blocks.view_of(collapse(shape, axis, groups), sums, copies)

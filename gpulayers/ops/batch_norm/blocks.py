@@ -29,6 +29,7 @@ WIDE = 8192  # elements of a wide row: enough to hide a loop's start
 WIDE_SUMS = 2048  # the same where columns are summed: the row of sums stays in the first-level cache
 ROWS = 64  # rows of a column summed at once: longer running float32 sums lose digits
 NARROW_INNER = 64  # below this, channels-first rows are too short for a loop of their own
+TINY_INNER = 16  # below this they would also need a large part of the input's memory for their sums
 LONG_ROW = 1024  # from here on a row's constants can be single numbers, and its sums taken by einsum
 REPEATED = 1 << 20  # elements that a table of factors may be blown up to
 THREADED_BYTES = 1 << 20  # below this, waking a thread costs more than it saves
@@ -158,13 +159,14 @@ def view_of(layout: Layout, sums: bool = False, copies: bool = True) -> View:
         segments, length, tables, slots = 1, rows, 1, groups * spread * channels
         folded = None if spread == 1 else (groups, spread, channels)
     elements, wide = (ELEMENTS if copies else ELEMENTS_READ), (WIDE_SUMS if sums else WIDE)
-    columns = inner == 1 or (inner < NARROW_INNER and slots * inner <= 2 * WIDE_SUMS)
+    columns = inner == 1 or (inner < NARROW_INNER and (slots * inner <= 2 * WIDE_SUMS or inner < TINY_INNER))
     tile = 1
     while columns and tile * 2 * slots * inner <= wide and tile * 2 <= length:
         if segments > 1 and tile * 2 * slots * inner > WIDE_SUMS and length % (tile * 2):
             break  # every segment would have a block of the rest
         tile *= 2
-    span = max(1, min(slots, elements // inner))
+    together = min(ROWS, length) if sums and columns else 1  # rows of a block: its sums must be small beside it
+    span = max(1, min(slots, elements // (inner * together)))
     stretch = min(inner, elements)
     at_once = max(1, min(elements // (span * stretch), length) // tile)
     return View(segments, length, tables, slots, inner, columns, tile, at_once, span, stretch, folded)
