@@ -471,11 +471,25 @@ def test_memory_beside_the_results(shape):
     assert max(forward, backward) <= 64 / 400 * x.nbytes
 
 
+def check_series(view):
+    """All blocks in order, those of a series with the same statistics, their pieces one after the other."""
+    blocks = iter(view.blocks)
+    for series in view.series:
+        end = 0
+        for place in series.pieces:
+            block = next(blocks)
+            assert (series.table, series.left, series.right) == (block.segment % view.tables, block.left, block.right)
+            assert series.columns == view.columns_of(block)
+            assert place == slice(end, end + math.ceil((block.last - block.first) / batch_norm_blocks.ROWS))
+            end = place.stop
+    assert next(blocks, None) is None
+
+
 def test_blocks_cover_every_element_once():
     for (shape, axis, groups), sums, copies in itertools.product(CASES, (False, True), (False, True)):
         view = batch_norm_blocks.view_of(collapse(shape, axis, groups), sums, copies)
         seen = np.zeros(view.shape, int)
-        assert sum(len(series.pieces) for series in view.series) == len(view.blocks)
+        check_series(view)
         for part in batch_norm_blocks.parts_of(view, seen):
             assert np.shares_memory(part, seen)
             part += 1

@@ -80,7 +80,7 @@ def recycled(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 def _new(size: int) -> tuple[np.ndarray, int]:
     """Return a fresh block with room for `size` bytes from a cache line on, and where that line begins."""
-    block = np.empty(size + _LINE, np.uint8)  # `block.ctypes.data` would take twice as long
+    block = np.empty(size + _LINE, np.uint8)  # `block.ctypes.data` would take longer
     return block, -ctypes.addressof(ctypes.c_char.from_buffer(block)) % _LINE  # type: ignore[arg-type]
 
 

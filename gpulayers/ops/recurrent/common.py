@@ -15,6 +15,7 @@ from gpulayers.errors import ShapeError, StructureError, message
 
 __all__ = [
     "RECURRENT_ACTIVATIONS",
+    "apply_gates",
     "check_choice",
     "check_gate_weights",
     "finish_gates",
@@ -35,8 +36,8 @@ RECURRENT_ACTIVATIONS = ("sigmoid", "hard_sigmoid")
 """Gate functions with a fused form: the logistic function, and clip(0.2 x + 0.5, 0, 1)."""
 
 # The gates' columns of the weights are scaled by this before the loop, exactly for sigmoid, so that in the loop
-# sigma(x) = 1 / (1 + exp(-x)) costs no change of sign. A tanh would serve all gates at once, but takes up to twice as
-# long as an exponential, and loses the digits of a gate that is nearly closed.
+# sigma(x) = 1 / (1 + exp(-x)) costs no change of sign. A tanh would serve all gates at once, but takes longer than an
+# exponential, and loses the digits of a gate that is nearly closed.
 _SCALE = {"sigmoid": -1.0, "hard_sigmoid": 0.2}
 
 _BLOCK_BYTES = 1 << 20  # what fits, with its inputs, in the second-level cache of the processors seen
@@ -133,6 +134,12 @@ def finish_gates(recurrent_activation: str, gates: np.ndarray) -> None:
     else:
         np.add(gates, _HALF[gates.dtype], gates)
         np.clip(gates, 0.0, 1.0, out=gates)
+
+
+def apply_gates(recurrent_activation: str, gates: np.ndarray) -> None:
+    """Turn unscaled pre-activations into gate values, in place."""
+    np.multiply(gates, gate_scale(recurrent_activation, gates.dtype), out=gates)
+    finish_gates(recurrent_activation, gates)
 
 
 def gate_slope(recurrent_activation: str, gates: np.ndarray, out: np.ndarray) -> None:

@@ -29,6 +29,7 @@ from gpulayers.ops.host.buffers import recycled
 from gpulayers.ops.host.settings import quiet
 from gpulayers.ops.recurrent.common import (
     RECURRENT_ACTIVATIONS,
+    apply_gates,
     check_choice,
     check_gate_weights,
     finish_gates,
@@ -105,12 +106,6 @@ def legacy_gru_gradients(
     )
 
 
-def _gate_function(activation: str, gates: np.ndarray) -> None:
-    """Apply the gate function to unscaled pre-activations, in place."""
-    np.multiply(gates, gate_scale(activation, gates.dtype), out=gates)
-    finish_gates(activation, gates)
-
-
 @quiet
 def gru_step(
     x: np.ndarray,
@@ -149,12 +144,12 @@ def gru_step(
         if bias is not None:
             inner += bias[1]
         zr += inner[:, : 2 * units]
-        _gate_function(recurrent_activation, zr)
+        apply_gates(recurrent_activation, zr)
         inner = inner[:, 2 * units :]
         n += zr[:, units:] * inner
     else:
         zr += np.matmul(h_nu, recurrent_kernel[:, : 2 * units])
-        _gate_function(recurrent_activation, zr)
+        apply_gates(recurrent_activation, zr)
         inner = zr[:, units:] * h_nu
         n += np.matmul(inner, recurrent_kernel[:, 2 * units :])
     np.tanh(n, out=n)

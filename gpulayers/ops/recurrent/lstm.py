@@ -7,8 +7,8 @@ Source: Hochreiter and Schmidhuber 1997 with the forget gate of Gers et al. 2000
 
 The plan of the sequence. Inside, the gates of a step lie side by side in the order i, f, o, g, each a contiguous (N, U)
 block, in one buffer for all steps that is filled by the input projection and activated in place. Sigmoid columns are
-negated before the loop. The backward pass turns activations into factors a block of
-steps at a time, while they are in cache, so that a step is a handful of multiplications and one matmul.
+negated before the loop. The backward pass turns activations into factors a block of steps at a time, while they are in
+cache, so that a step is a handful of multiplications and one matmul.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from gpulayers.ops.host.buffers import recycled
 from gpulayers.ops.host.settings import quiet
 from gpulayers.ops.recurrent.common import (
     RECURRENT_ACTIVATIONS,
+    apply_gates,
     check_choice,
     check_gate_weights,
     finish_gates,
@@ -133,8 +134,7 @@ def _activate(gates: np.ndarray, gate_order: str, units: int, activation: str) -
         return
     candidate = gates[:, _columns(gate_order, units)[3]]
     g = np.tanh(candidate)
-    np.multiply(gates, gate_scale(activation, gates.dtype), out=gates)
-    finish_gates(activation, gates)
+    apply_gates(activation, gates)
     candidate[...] = g
 
 
